@@ -1,0 +1,51 @@
+"""Unroll any recurrent cell into weight-sharing copies: see them, train them, know what each one contributed."""
+
+from unrolled._convert import from_torch, to_torch
+from unrolled._copies import Copies, Copy, copies
+from unrolled._layers import GRU, LSTM, RNN
+from unrolled._unroll import Unrolled, unroll
+from unrolled.cells import Cell, GRUCell, LSTMCell, RNNCell, as_cell
+from unrolled.errors import (
+    CellError,
+    ConfigError,
+    DataError,
+    GradientError,
+    InputError,
+    OptionError,
+    RunError,
+    StateError,
+    UnrolledError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # cells
+    "Cell",
+    "RNNCell",
+    "LSTMCell",
+    "GRUCell",
+    "as_cell",
+    # unrolled networks
+    "unroll",
+    "Unrolled",
+    "RNN",
+    "LSTM",
+    "GRU",
+    "from_torch",
+    "to_torch",
+    # the copies of one run
+    "copies",
+    "Copies",
+    "Copy",
+    # errors
+    "UnrolledError",
+    "InputError",
+    "StateError",
+    "CellError",
+    "OptionError",
+    "GradientError",
+    "ConfigError",
+    "DataError",
+    "RunError",
+]

@@ -1,0 +1,132 @@
+"""Doors: where a tree of tensors enters or leaves a copy, and where the gradients that come back are remembered.
+
+A door is one autograd node, the identity on values and on gradients. Every copy has a door in (its input, its state and
+its aliases of the weights) and a door out (its output and its next state). Between the two lies exactly one copy, so a
+copy's share of a weight's gradient is the derivative from its door out to its door in.
+
+That derivative costs the same at every t: autograd does not look beyond nodes nearer to the leaves than the one asked
+for, and a door in is farther from them than all earlier copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrolled.errors import GradientError
+from unrolled.trees import Tree, flatten, unflatten
+
+__all__ = ["Listener", "Passage", "derivative", "pass_through"]
+
+Grads = Sequence[Tensor | None]
+
+
+class Listener:
+    """Whether gradients that pass are remembered: only those of `Copies.backward` are, not of any other pass."""
+
+    def __init__(self) -> None:
+        self.listening = False
+
+
+class Passage:
+    """One tree that goes through a door.
+
+    Attributes:
+        raw: its tensors before the door.
+        passed: the same values after it.
+        grads: what came back, leaf by leaf; None where nothing did.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.raw, self.structure = flatten(tree)
+        self.passed = list(self.raw)
+        self.grads: list[Tensor | None] = [None] * len(self.raw)
+
+    @property
+    def tree(self) -> Tree:
+        """The tree after the door."""
+        return unflatten(self.structure, self.passed)
+
+    @property
+    def grad_tree(self) -> Tree:
+        """The gradients in the tree's shape: zeros where nothing came back, None for leaves that have no gradient."""
+        pairs = zip(self.grads, self.passed, strict=True)
+        filled: list[Any] = [torch.zeros_like(x) if g is None and _differentiable(x) else g for g, x in pairs]
+        return unflatten(self.structure, filled)
+
+    def add(self, index: int, grad: Tensor | None) -> None:
+        """Remember a gradient; as in `.grad`, a second one is added to the first."""
+        before = self.grads[index]
+        self.grads[index] = before if grad is None else grad if before is None else before + grad
+
+    def flowed(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors before the door that a gradient came back to, each with it."""
+        pairs = zip(self.raw, self.grads, strict=True)
+        return [(raw, grad) for raw, grad in pairs if grad is not None and raw.requires_grad]
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def pass_through(listener: Listener, *passages: Passage) -> None:
+    """Lead some trees through one door.
+
+    Tensors that nobody has asked a gradient of are asked for one from here on, so that it can be shown. Without
+    gradients the door hands out clones: a cell that writes into its state must not change what is shown.
+    """
+    slots = [(p, i) for p in passages for i, tensor in enumerate(p.raw) if _differentiable(tensor)]
+    tensors = [passage.raw[i] for passage, i in slots]
+    if not tensors:
+        return
+    if not torch.is_grad_enabled():
+        passed: Sequence[Tensor] = [tensor.clone() for tensor in tensors]
+    else:
+        asked = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in tensors]
+        passed = _Door.apply(_remembering(listener, slots), *asked)
+    for (passage, i), tensor in zip(slots, passed, strict=True):
+        passage.passed[i] = tensor
+
+
+def _remembering(listener: Listener, slots: Sequence[tuple[Passage, int]]) -> Callable[[Grads], None]:
+    def remember(grads: Grads) -> None:
+        if listener.listening:
+            for (passage, i), grad in zip(slots, grads, strict=True):
+                passage.add(i, grad)
+
+    return remember
+
+
+class _Door(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, remember: Callable[[Grads], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.remember = remember
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.remember(grads)
+        return (None, *grads)
+
+
+def derivative(flowed: Sequence[tuple[Tensor, Tensor]], by: Sequence[Tensor], what: str) -> list[Tensor]:
+    """The vector-Jacobian product along a graph that is kept; zeros where no way leads.
+
+    Raises:
+        GradientError: if the graph's tensors have been changed since.
+    """
+    if not flowed:
+        return [torch.zeros_like(tensor) for tensor in by]
+    outputs, grads = zip(*flowed, strict=True)
+    try:
+        found = torch.autograd.grad(outputs, by, grads, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise GradientError(
+            f"{what} can no longer be computed; ask after copies.backward(loss) and before the weights change "
+            f"(optimizer.step()). torch says: {error}"
+        ) from error
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(by, found, strict=True)]

@@ -1,0 +1,195 @@
+"""Anybody's module or function as a cell."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.errors import CellError, OptionError, StateError
+from unrolled.trees import Tree
+
+__all__ = ["AdaptedCell", "as_cell", "context_use", "parameter_names"]
+
+Step = Callable[..., tuple[Tree, Tree]]
+State = Callable[..., Tree]
+
+
+class AdaptedCell(nn.Module):
+    """A module whose call differs from the contract, or that lacks `initial_state`, made a cell by `as_cell`."""
+
+    def __init__(self, module: nn.Module, step: Step | None, state: State | None, display_name: str = "") -> None:
+        super().__init__()
+        self.display_name = display_name or type(module).__name__
+        self.module = module
+        self.step = step
+        self.state = state
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tree:
+        """What the user's `state=` makes, or the module's own `initial_state`.
+
+        Raises:
+            StateError: if there is neither; zeros are never guessed.
+        """
+        make = self.state or getattr(self.module, "initial_state", None)
+        if make is None:
+            raise StateError(
+                f"{type(self.module).__name__} has no initial_state and none was given; pass a state to the call, "
+                "or make the cell with as_cell(module, state=(batch_size, device=None, dtype=None) -> state)"
+            )
+        return make(batch_size, device=device, dtype=dtype)
+
+    def forward(self, input: Tree, state: Tree, *context: Tree) -> tuple[Tree, Tree]:
+        """Run the user's `step` (or the module itself) once."""
+        if self.step is None:
+            return self.module(input, state, *context)
+        return self.step(self.module, input, state, *context)
+
+
+def as_cell(
+    module: nn.Module | Callable[..., Any],
+    *,
+    step: Step | None = None,
+    state: State | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Make a cell of a module or function; what is one already comes back unchanged.
+
+    Args:
+        module: `torch.nn.RNNCell`, `LSTMCell` or `GRUCell`; any module called as `(input, state) -> (output, state)`;
+            any module at all with `step=`; or a plain function `(input, state) -> (output, state)`.
+        step: `(module, input, state) -> (output, state)`, for a module whose call differs. A fourth argument, if it
+            has one, is the context.
+        state: `(batch_size, device=None, dtype=None) -> state`, for what cannot make its own. If it is an
+            `nn.Module`, its parameters become the cell's.
+        parameters: for a function only: named tensors to be trained. The function is then called as
+            `(parameters, input, state)`.
+
+    Returns:
+        A module with `forward(input, state)` and `initial_state`. It shares the parameters of what it was made of.
+
+    Raises:
+        OptionError: if `module` is not callable, or an argument does not go with it.
+
+    Example:
+        >>> lstm = as_cell(torch.nn.LSTMCell(3, 4))
+        >>> output, (h, c) = lstm(torch.ones(2, 3), lstm.initial_state(2))
+        >>> def leaky(parameters, input, state):
+        ...     state = parameters["decay"] * state + input
+        ...     return state, state
+        >>> cell = as_cell(leaky, parameters={"decay": torch.tensor(0.9)}, state=lambda B, **_: torch.zeros(B, 3))
+        >>> [name for name, _ in cell.named_parameters()]
+        ['module.decay']
+    """
+    if not isinstance(module, nn.Module):
+        return _function_as_cell(module, step, state, parameters)
+    if parameters is not None:
+        raise OptionError("parameters= goes with a function; a module has its own: leave parameters= out")
+    if step is None and type(module).forward in _TORCH_STEPS:
+        step = _TORCH_STEPS[type(module).forward]
+        state = state or _torch_state(module)
+    if step is None and state is None and callable(getattr(module, "initial_state", None)):
+        return module
+    return AdaptedCell(module, step, state)
+
+
+def _function_as_cell(
+    function: Callable[..., Any],
+    step: Step | None,
+    state: State | None,
+    parameters: Mapping[str, Tensor] | None,
+) -> nn.Module:
+    if not callable(function):
+        raise OptionError(f"as_cell takes a module or a function, got a {type(function).__name__}")
+    if step is not None:
+        raise OptionError("step= goes with a module; a function is its own step: leave step= out")
+    name = getattr(function, "__name__", type(function).__name__)
+    if parameters is None:
+        return AdaptedCell(nn.Module(), _Function(function), state, name)
+    strangers = [name for name, tensor in parameters.items() if not isinstance(tensor, Tensor)]
+    if strangers:
+        raise OptionError(f"parameters= must be tensors; these are not: {', '.join(strangers)}")
+    return AdaptedCell(nn.ParameterDict(parameters), _FunctionOfParameters(function), state, name)
+
+
+class _Function:
+    """A plain function called as a step: it does without the module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, module: nn.Module, *arguments: Tree) -> Any:
+        return self.function(*arguments)
+
+
+class _FunctionOfParameters(_Function):
+    """A plain function called as a step with the named parameters that the module holds."""
+
+    def __call__(self, module: nn.Module, *arguments: Tree) -> Any:
+        return self.function(dict(module.named_parameters()), *arguments)
+
+
+def _hidden_step(module: nn.Module, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = module(input, state)
+    return hidden, hidden
+
+
+def _lstm_step(module: nn.Module, input: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tree]:
+    hidden, memory = module(input, state)
+    return hidden, (hidden, memory)
+
+
+# Keyed by `forward` itself: a subclass with a forward of its own is taken at its word.
+_TORCH_STEPS: dict[Any, Step] = {
+    nn.RNNCell.forward: _hidden_step,
+    nn.GRUCell.forward: _hidden_step,
+    nn.LSTMCell.forward: _lstm_step,
+}
+
+
+def _torch_state(module: nn.Module) -> State:
+    hidden_size: int = module.hidden_size
+
+    def zeros(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tree:
+        hidden = torch.zeros(batch_size, hidden_size, device=device, dtype=dtype)
+        return (hidden, torch.zeros_like(hidden)) if isinstance(module, nn.LSTMCell) else hidden
+
+    return zeros
+
+
+def parameter_names(cell: nn.Module) -> dict[str, str]:
+    """Each trainable parameter's name as the user knows it, and its path inside the cell.
+
+    An adapter's parameters go by the names they have in the module that it adapts.
+    """
+    prefix = getattr(cell, "names_start_with", "module." if isinstance(cell, AdaptedCell) else "")
+    trained = [name for name, parameter in cell.named_parameters() if parameter.requires_grad]
+    return {name.removeprefix(prefix): name for name in trained}
+
+
+def context_use(cell: nn.Module) -> str:
+    """Whether a cell 'requires', 'accepts' or 'refuses' a third argument, read from its signature."""
+    function: Callable[..., Any] = cell.forward
+    leading = 2
+    if isinstance(cell, AdaptedCell):
+        if cell.step is None:
+            return context_use(cell.module)
+        function, leading = cell.step, 3
+        if isinstance(function, _Function):
+            leading = 3 if isinstance(function, _FunctionOfParameters) else 2
+            function = function.function
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise CellError(f"the signature of {type(cell).__name__} cannot be read: {error}") from error
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return "accepts"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) <= leading:
+        return "refuses"
+    return "accepts" if positional[leading].default is not inspect.Parameter.empty else "requires"

@@ -1,0 +1,192 @@
+"""The cell contract, kept: states that fit, and steps that return what they must."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.cells.adapted import context_use
+from unrolled.errors import CellError, InputError, StateError, UnrolledError
+from unrolled.trees import Structure, Tree, describe, flatten, leaves, paths
+
+__all__ = ["CheckedStep", "check_context", "check_state", "make_state", "name_of"]
+
+
+def name_of(cell: nn.Module) -> str:
+    """What a person would call a cell: its class, or that of what it was made of."""
+    name: str = getattr(cell, "display_name", type(cell).__name__)
+    return name
+
+
+def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
+    """The cell's own initial state for these inputs: on their device, in the dtype of its parameters.
+
+    Raises:
+        StateError: if the cell cannot make one, or makes one that is no pytree of tensors.
+    """
+    tensors = leaves(inputs)
+    state = cell.initial_state(batch_size, device=tensors[0].device, dtype=_floating_dtype(cell, tensors))
+    try:
+        leaves(state)
+    except TypeError as error:
+        raise StateError(f"{name_of(cell)}.initial_state must return a pytree of tensors: {error}") from error
+    return state
+
+
+def _floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
+    candidates = [*cell.parameters(), *inputs]
+    return next((x.dtype for x in candidates if x.is_floating_point()), torch.get_default_dtype())
+
+
+def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> None:
+    """Refuse a state that is not what this cell starts from with these inputs.
+
+    A cell that can make its own state is the measure: same structure, shapes, dtypes and device. One that cannot is
+    asked for a batch of B rows on the device of the inputs.
+
+    Raises:
+        StateError: naming the leaf, what it is and what it should be.
+    """
+    given = _flatten_state(state)
+    try:
+        with torch.no_grad():
+            wanted = flatten(make_state(cell, inputs, batch_size))
+    except StateError:
+        _check_rows(given, batch_size, leaves(inputs)[0].device)
+        return
+    if given[1] != wanted[1]:
+        raise StateError(
+            f"a state of {name_of(cell)} looks like {_kinds(wanted[1])}, got {_kinds(given[1])}; "
+            "pass what the cell's initial_state or an earlier call returned"
+        )
+    for path, got, want in zip(paths(given[1]), given[0], wanted[0], strict=True):
+        if not _fits(got, want):
+            raise StateError(
+                f"state{path} must be {describe(want)} on {want.device} for a batch of {batch_size}, "
+                f"got {describe(got)} on {got.device}; carry over the state of a call with the same batch, or convert it"
+            )
+
+
+def _flatten_state(state: Tree) -> tuple[list[Tensor], Structure]:
+    try:
+        return flatten(state)
+    except TypeError as error:
+        raise StateError(f"a state must be a pytree of tensors: {error}; use torch.as_tensor") from error
+
+
+def _check_rows(given: tuple[list[Tensor], Structure], batch_size: int, device: torch.device) -> None:
+    for path, leaf in zip(paths(given[1]), given[0], strict=True):
+        if leaf.dim() and leaf.shape[0] != batch_size:
+            raise StateError(
+                f"state{path} must be [B, ...] with B = {batch_size}, as the inputs are, got {list(leaf.shape)}; "
+                "pass a state made for this batch"
+            )
+        if leaf.device != device:
+            raise StateError(f"state{path} is on {leaf.device}, the inputs on {device}; move one to the other")
+
+
+def _kinds(structure: Structure) -> str:
+    """A structure without sizes, as a person would write it."""
+    if structure.kind is Tensor:
+        return "tensor"
+    inside = ", ".join(
+        kinds if isinstance(key, int) else f"{key}={kinds}"
+        for key, kinds in zip(structure.keys, map(_kinds, structure.children), strict=True)
+    )
+    return "None" if structure.kind is type(None) else f"{structure.kind.__name__}({inside})"
+
+
+def _fits(got: Tensor, want: Tensor) -> bool:
+    """Same shape, device and dtype; under autocast, which changes dtypes between steps, any floating dtype."""
+    same = got.shape == want.shape and got.device == want.device
+    if got.dtype == want.dtype:
+        return same
+    both_floating = got.is_floating_point() and want.is_floating_point()
+    return same and both_floating and torch.is_autocast_enabled(got.device.type)
+
+
+def check_context(cell: nn.Module, context: Tree) -> None:
+    """Refuse a context for a cell that takes none, and none for a cell that needs one.
+
+    Raises:
+        InputError: saying which.
+    """
+    use = context_use(cell)
+    if context is None and use == "requires":
+        raise InputError(f"{name_of(cell)} takes a third argument, its context; pass context= to the call")
+    if context is not None and use == "refuses":
+        raise InputError(f"{name_of(cell)} takes (input, state) and no context; leave context= out")
+
+
+class CheckedStep:
+    """A cell's step that is called with t and checks what comes back, copy by copy.
+
+    Args:
+        cell: the cell.
+        context: what a cell with a third argument attends to, or None.
+    """
+
+    def __init__(self, cell: nn.Module, context: Tree = None) -> None:
+        self.cell = cell
+        self.rest = () if context is None else (context,)
+
+    def __call__(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """Run copy t.
+
+        Raises:
+            InputError: if it fails on integers that it computes with.
+            CellError: if the cell raises, returns something else than (output, state), or changes its state's
+                structure, shape, dtype or device.
+        """
+        try:
+            returned = self.run(input, state)
+        except UnrolledError:
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise self._explained(t, input, state, error) from error
+        output, following = self._pair(t, returned)
+        self._check_handed_on(t, state, following)
+        return output, following
+
+    def run(self, input: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """Call the cell, unchecked."""
+        return self.cell(input, state, *self.rest)
+
+    def _explained(self, t: int, input: Tree, state: Tree, error: Exception) -> UnrolledError:
+        told = (
+            f"copy {t} of {name_of(self.cell)} raised {type(error).__name__}: {str(error).rstrip('. ')}. "
+            f"It received input {describe(input)} and state {describe(state)}"
+        )
+        if any(not (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves(input)):
+            return InputError(
+                f"{told}. A cell that computes with its inputs needs floats: inputs.float(), or embed them"
+            )
+        return CellError(f"{told}. Run cell(input, state) on its own with these shapes to find the line")
+
+    def _pair(self, t: int, returned: Tree) -> tuple[Tree, Tree]:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            got = f"a {type(returned).__name__}" + (f" of {len(returned)}" if isinstance(returned, tuple) else "")
+            raise CellError(
+                f"a cell must return (output, state), but copy {t} of {name_of(self.cell)} returned {got}; "
+                "wrap it: as_cell(module, step=(module, input, state) -> (output, state))"
+            )
+        return returned[0], returned[1]
+
+    def _check_handed_on(self, t: int, before: Tree, after: Tree) -> None:
+        (old, structure), (new, other) = flatten(before), self._flatten_returned(t, after)
+        if structure == other and all(_fits(b, a) for b, a in zip(new, old, strict=True)):
+            return
+        raise CellError(
+            f"a cell must hand on a state like the one it received, but copy {t} of {name_of(self.cell)} received "
+            f"{_kinds(structure)} {describe(before)} and returned {_kinds(other)} {describe(after)}"
+        )
+
+    def _flatten_returned(self, t: int, state: Tree) -> tuple[list[Tensor], Structure]:
+        try:
+            return flatten(state)
+        except TypeError as error:
+            raise CellError(
+                f"the state that copy {t} of {name_of(self.cell)} returned must be a pytree of tensors: {error}"
+            ) from error

@@ -1,0 +1,110 @@
+"""What the cells of torch.nn's family share: four parameters, their initialisation and a learned initial state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.errors import OptionError
+
+__all__ = ["GatedCell", "check_sizes"]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size that is not a positive integer.
+
+    Raises:
+        OptionError: naming the size.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise OptionError(f"{name} must be a positive integer, got {size!r}")
+
+
+class GatedCell(nn.Module):
+    """A cell whose gates are one product of the input and one of the hidden state, as in torch.nn.
+
+    Holds `weight_ih [G, I]`, `weight_hh [G, H]`, `bias_ih [G]` and `bias_hh [G]`, drawn from
+    `U(-1/sqrt(H), 1/sqrt(H))` in that order, so that one seed gives torch.nn's numbers.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the hidden state.
+        bias: whether the two biases exist.
+        learn_initial_state: whether the initial state is a parameter (one vector per entry of the state, zero at
+            first) and not zeros.
+        device: where the parameters live.
+        dtype: the parameters' floating dtype.
+
+    Raises:
+        OptionError: if a size is not a positive integer.
+    """
+
+    gates: int
+    """G / H: how many blocks of H rows the weights have."""
+
+    state_names: tuple[str, ...] = ("h",)
+    """One name for each tensor of the state; a learned one is the parameter `initial_<name>`."""
+
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        learn_initial_state: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.learn_initial_state = learn_initial_state
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        G = self.gates * hidden_size
+        self.weight_ih = parameter(G, input_size)
+        self.weight_hh = parameter(G, hidden_size)
+        self.register_parameter("bias_ih", parameter(G) if bias else None)
+        self.register_parameter("bias_hh", parameter(G) if bias else None)
+        if learn_initial_state:
+            for name in self.state_names:
+                self.register_parameter(f"initial_{name}", parameter(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights and biases anew, in torch.nn's order; a learned initial state becomes zero."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("initial_"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def initial_tensors(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """The initial state's tensors, each `[B, H]`: zeros, or the learned vectors repeated over the batch.
+
+        Learned vectors keep the parameters' own device and dtype, whatever is asked for.
+        """
+        if self.learn_initial_state:
+            learned = [getattr(self, f"initial_{name}") for name in self.state_names]
+            return [vector.expand(batch_size, -1) for vector in learned]
+        device = self.weight_hh.device if device is None else device
+        dtype = self.weight_hh.dtype if dtype is None else dtype
+        return [torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype) for _ in self.state_names]
+
+    def extra_repr(self) -> str:
+        """What the constructor was given, where it differs from the default."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        if not self.bias:
+            text += ", bias=False"
+        return text + (", learn_initial_state=True" if self.learn_initial_state else "")

@@ -1,0 +1,51 @@
+"""The family of exceptions: each says the rule, the value received and the remedy."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CellError",
+    "ConfigError",
+    "DataError",
+    "GradientError",
+    "InputError",
+    "OptionError",
+    "RunError",
+    "StateError",
+    "UnrolledError",
+]
+
+
+class UnrolledError(Exception):
+    """Anything this package refuses; catch it to catch all of the family."""
+
+
+class InputError(UnrolledError, ValueError):
+    """A sequence of inputs (or a context) that is not what an unrolled network takes."""
+
+
+class StateError(UnrolledError, ValueError):
+    """A state that cannot be made, or does not fit the cell and the inputs."""
+
+
+class CellError(UnrolledError, RuntimeError):
+    """A cell that breaks the contract `forward(input, state) -> (output, state)`, or that raised."""
+
+
+class OptionError(UnrolledError, ValueError):
+    """An argument, flag or combination of them that is not offered."""
+
+
+class GradientError(UnrolledError, RuntimeError):
+    """Gradients of copies that are not there, or can no longer be computed."""
+
+
+class ConfigError(UnrolledError, ValueError):
+    """A training configuration with an unknown key or an impossible value."""
+
+
+class DataError(UnrolledError, ValueError):
+    """A text that cannot be trained on: missing, empty, binary, not UTF-8 or too short."""
+
+
+class RunError(UnrolledError, OSError):
+    """A run directory that cannot be written, would be overwritten, or is not one."""

@@ -1,0 +1,106 @@
+"""Sequences: pytrees of `[T, B, ...]`, taken apart into copies' inputs and put together from their outputs.
+
+Shape letters, here and everywhere: `T` time, `B` batch, `I` input features, `H` hidden features, `G` gate
+features, `L` layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from unrolled.errors import CellError, InputError
+from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, paths, unflatten
+
+__all__ = ["device_of", "each_step", "sizes", "stacked", "swap_time_and_batch"]
+
+
+def sizes(inputs: Tree, *, batch_first: bool = False) -> tuple[int, int]:
+    """The length T and the batch size B that all leaves of a sequence agree on.
+
+    Args:
+        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
+        batch_first: whether the caller's layout has the batch first.
+
+    Raises:
+        InputError: if a leaf has no T and B, if leaves disagree, or if T or B is 0.
+    """
+    layout = "[B, T, ...]" if batch_first else "[T, B, ...]"
+    tensors, structure = _flatten_inputs(inputs)
+    for path, tensor in zip(paths(structure), tensors, strict=True):
+        if tensor.dim() < 2:
+            raise InputError(
+                f"inputs{path} must be {layout}, got shape {list(tensor.shape)}; "
+                "for a single sequence add a batch of one: inputs.unsqueeze(1)"
+            )
+        if tensor.shape[:2] != tensors[0].shape[:2]:
+            raise InputError(
+                f"all inputs must share T and B: inputs{paths(structure)[0]} is {list(tensors[0].shape)}, "
+                f"inputs{path} is {list(tensor.shape)}; pad or cut them to one {layout}"
+            )
+    first, second = tensors[0].shape[:2]
+    T, B = (second, first) if batch_first else (first, second)
+    if T == 0 or B == 0:
+        raise InputError(
+            f"inputs {layout} need T >= 1 and B >= 1, got T = {T}, B = {B} "
+            f"(shape {list(tensors[0].shape)}); leave empty batches out before the call"
+        )
+    return T, B
+
+
+def _flatten_inputs(inputs: Tree) -> tuple[list[Tensor], Structure]:
+    try:
+        tensors, structure = flatten(inputs)
+    except TypeError as error:
+        raise InputError(f"inputs must be a pytree of tensors: {error}; convert it with torch.as_tensor") from error
+    if not tensors:
+        raise InputError("inputs must have at least one tensor [T, B, ...], got none; T and B are read from it")
+    return tensors, structure
+
+
+def device_of(inputs: Tree) -> torch.device:
+    """The device of a sequence: that of its first leaf."""
+    return leaves(inputs)[0].device
+
+
+def swap_time_and_batch(sequence: Tree) -> Tree:
+    """`[B, T, ...]` to `[T, B, ...]` and back, without copying."""
+    return map_leaves(lambda tensor: tensor.transpose(0, 1), sequence)
+
+
+def each_step(inputs: Tree) -> Iterator[Tree]:
+    """The inputs of copy 0, 1, 2, ...
+
+    `unbind` has one backward for all T steps. Indexing `inputs[t]` would allocate a gradient of the whole
+    sequence at every step, which is quadratic in T.
+    """
+    tensors, structure = flatten(inputs)
+    for step in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
+        yield unflatten(structure, step)
+
+
+def stacked(steps: Sequence[Tree]) -> Tree:
+    """Put T trees of `[...]` together into one tree of `[T, ...]`.
+
+    Raises:
+        CellError: naming the first step whose structure, shape or dtype differs from that of step 0.
+    """
+    flat = [flatten(step) for step in steps]
+    first, structure = flat[0]
+    for t, (tensors, other) in enumerate(flat):
+        if other != structure or any(not _alike(a, b) for a, b in zip(tensors, first, strict=True)):
+            raise CellError(
+                f"a cell's output must keep its structure, shape and dtype: copy 0 returned "
+                f"{_say(first)}, copy {t} returned {_say(tensors)}; return the same kind of output at every step"
+            )
+    return unflatten(structure, [torch.stack(column) for column in zip(*(tensors for tensors, _ in flat), strict=True)])
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _say(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors) or "no tensor"

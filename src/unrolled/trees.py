@@ -1,0 +1,124 @@
+"""Pytrees: tuples, named tuples, lists, dicts and dataclasses, nested at will, with tensors at the leaves.
+
+`None` is a tree without leaves. Trees are compared by their structure, a plain nested tuple.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Structure", "Tree", "describe", "flatten", "leaves", "map_leaves", "paths", "unflatten"]
+
+Tree = Any
+"""A pytree of tensors. Python's type system has no name for it."""
+
+
+class Structure(NamedTuple):
+    """A tree without its tensors: comparable with `==`, and enough to build the tree again."""
+
+    kind: type
+    keys: tuple[Any, ...] = ()
+    children: tuple[Structure, ...] = ()
+
+
+_LEAF = Structure(Tensor)
+_NONE = Structure(type(None))
+
+
+def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
+    """Take a tree apart into its tensors, in order, and its structure.
+
+    Raises:
+        TypeError: if a leaf is not a tensor.
+    """
+    found: list[Tensor] = []
+    return found, _collect(tree, found)
+
+
+def unflatten(structure: Structure, tensors: Sequence[Tensor]) -> Tree:
+    """Build a tree of this structure from its tensors; the inverse of `flatten`."""
+    return _build(structure, iter(tensors))
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    return flatten(tree)[0]
+
+
+def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """Apply a function to each leaf of a tree, along with the leaves of trees of the same structure."""
+    tensors, structure = flatten(tree)
+    return unflatten(structure, [function(*group) for group in zip(tensors, *map(leaves, others), strict=True)])
+
+
+def paths(structure: Structure, prefix: str = "") -> list[str]:
+    """How a person would write the way to each leaf: `.hidden`, `[0]`, `['gate'][1]`; '' for a bare tensor."""
+    if structure is _LEAF or structure.kind is Tensor:
+        return [prefix]
+    return [
+        path
+        for key, child in zip(structure.keys, structure.children, strict=True)
+        for path in paths(child, prefix + _step_into(structure.kind, key))
+    ]
+
+
+def describe(tree: Tree) -> str:
+    """A tree's shapes and dtypes on one line: `(float32[3, 4], float32[3, 4])`."""
+    tensors, structure = flatten(tree)
+    return _describe(structure, iter(tensors))
+
+
+def _collect(tree: Tree, found: list[Tensor]) -> Structure:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+        return _LEAF
+    if tree is None:
+        return _NONE
+    keys, children = _items(tree)
+    return Structure(type(tree), keys, tuple([_collect(child, found) for child in children]))
+
+
+def _items(tree: Tree) -> tuple[tuple[Any, ...], Sequence[Tree]]:
+    if isinstance(tree, dict):
+        return tuple(tree), tuple(tree.values())
+    if isinstance(tree, tuple | list):
+        return getattr(tree, "_fields", tuple(range(len(tree)))), tree
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = tuple(field.name for field in dataclasses.fields(tree) if field.init)
+        return names, [getattr(tree, name) for name in names]
+    raise TypeError(f"leaves must be tensors, but one is a {type(tree).__name__}: {tree!r:.80}")
+
+
+def _build(structure: Structure, tensors: Iterator[Tensor]) -> Tree:
+    kind = structure.kind
+    if kind is Tensor:
+        return next(tensors)
+    if kind is type(None):
+        return None
+    children = [_build(child, tensors) for child in structure.children]
+    if issubclass(kind, dict):
+        return kind(zip(structure.keys, children, strict=True))
+    if issubclass(kind, tuple | list) and not hasattr(kind, "_fields"):
+        return kind(children)
+    return kind(**dict(zip(structure.keys, children, strict=True)))
+
+
+def _step_into(kind: type, key: Any) -> str:
+    attribute = isinstance(key, str) and not issubclass(kind, dict)
+    return f".{key}" if attribute else f"[{key!r}]"
+
+
+def _describe(structure: Structure, tensors: Iterator[Tensor]) -> str:
+    if structure.kind is Tensor:
+        tensor = next(tensors)
+        return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if structure.kind is type(None):
+        return "None"
+    parts = [_describe(child, tensors) for child in structure.children]
+    if structure.keys == tuple(range(len(parts))):
+        return f"({', '.join(parts)})"
+    return "{" + ", ".join(f"{k}: {part}" for k, part in zip(structure.keys, parts, strict=True)) + "}"
