@@ -211,7 +211,7 @@ class Copies(Sequence[Copy]):
             )
         if gradient is None and loss.numel() != 1:
             raise GradientError(
-                f"the loss must be a scalar, got shape {list(loss.shape)}; reduce it (.sum(), .mean()) or pass gradient="
+                f"the loss must be a scalar, got shape {list(loss.shape)}; take its .sum() or .mean(), or pass gradient"
             )
         self._network.norms.clear()
         self._network.listener.listening = True

@@ -63,7 +63,7 @@ def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> 
         if not _fits(got, want):
             raise StateError(
                 f"state{path} must be {describe(want)} on {want.device} for a batch of {batch_size}, "
-                f"got {describe(got)} on {got.device}; carry over the state of a call with the same batch, or convert it"
+                f"got {describe(got)} on {got.device}; pass on the state of a call with the same batch, or convert it"
             )
 
 

@@ -1,0 +1,1 @@
+"""The main job: a character language model trained by backpropagation through time."""

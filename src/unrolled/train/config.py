@@ -1,0 +1,130 @@
+"""The options of a training run: one frozen dataclass, from which flags, files and checks are derived."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from unrolled.errors import ConfigError
+
+__all__ = ["CELLS", "TrainConfig", "read_config"]
+
+CELLS = ("rnn", "lstm", "gru")
+
+
+def _option(default: Any, help: str, **checks: Any) -> Any:
+    return field(default=default, metadata={"help": help, **checks})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `unrolled train` does.
+
+    Attributes are documented by their `help`, which is also that of the command's flags.
+
+    Raises:
+        ConfigError: for a value of the wrong type or out of its range.
+
+    Example:
+        >>> TrainConfig(cell="gru", epochs=1).hidden_size
+        256
+    """
+
+    cell: str = _option("lstm", f"recurrent cell: {', '.join(CELLS)}", choices=CELLS)
+    hidden_size: int = _option(256, "features of the hidden state", least=1)
+    embedding_size: int = _option(64, "features of a character's embedding", least=1)
+    window: int = _option(64, "characters per BPTT window; the state is carried from window to window", least=1)
+    batch: int = _option(32, "parallel streams that the training text is cut into", least=1)
+    epochs: int = _option(8, "passes over the training text", least=1)
+    learning_rate: float = _option(4e-3, "peak learning rate of Adam (one cycle)", above=0.0)
+    clip: float = _option(1.0, "largest gradient norm; longer gradients are scaled down to it", above=0.0)
+    dropout: float = _option(
+        0.1, "share of the cell's outputs dropped before the head, in training", least=0.0, below=1.0
+    )
+    seed: int = _option(0, "seed of initialisation, dropout and sampling", least=0)
+    device: str = _option("cpu", "where to train: cpu, cuda, cuda:1, ...")
+    out: str | None = _option(None, "run directory to make; by default a new one in runs/")
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            _check(option, getattr(self, option.name))
+        _check_device(self.device)
+
+    def to_json(self) -> str:
+        """The options as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], source: str) -> TrainConfig:
+        """Make a config of named values.
+
+        Raises:
+            ConfigError: for a name that is no option, or a bad value.
+        """
+        known = [option.name for option in dataclasses.fields(cls)]
+        strangers = [str(name) for name in values if name not in known]
+        if strangers:
+            raise ConfigError(f"{source} has unknown options: {', '.join(strangers)}; known are {', '.join(known)}")
+        return cls(**values)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "str | None": (str, type(None)),
+}
+
+
+def _check(option: dataclasses.Field[Any], value: Any) -> None:
+    def refuse(rule: str) -> None:
+        raise ConfigError(f"{option.name} must be {rule}, got {value!r}")
+
+    rules = option.metadata
+    if not isinstance(value, _TYPES[str(option.type)]) or isinstance(value, bool):
+        refuse(f"of type {option.type}")
+    if "choices" in rules and value not in rules["choices"]:
+        refuse(f"one of {', '.join(rules['choices'])}")
+    if "least" in rules and not value >= rules["least"]:
+        refuse(f"at least {rules['least']}")
+    if "above" in rules and not rules["above"] < value < float("inf"):
+        refuse(f"above {rules['above']} and finite")
+    if "below" in rules and not value < rules["below"]:
+        refuse(f"below {rules['below']}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device must be one that torch has here, got {device!r}: {error}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read options from a JSON or YAML file, as data only.
+
+    Args:
+        path: a `.json`, `.yaml` or `.yml` file that holds one mapping.
+
+    Returns:
+        The mapping, not yet checked against the options.
+
+    Raises:
+        ConfigError: if the file cannot be read or holds no mapping.
+    """
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ConfigError(f"a config file ends in .json, .yaml or .yml, got {path.name!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} must hold one mapping of options, got a {type(values).__name__}")
+    return values

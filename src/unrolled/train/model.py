@@ -1,0 +1,42 @@
+"""The character language model: an embedding, an unrolled cell and a head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from unrolled._unroll import unroll
+from unrolled.cells import GRUCell, LSTMCell, RNNCell
+from unrolled.train.config import TrainConfig
+from unrolled.trees import Tree
+
+__all__ = ["CharacterModel"]
+
+_CELLS = {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell}
+
+
+class CharacterModel(nn.Module):
+    """Predicts each character from all those before it.
+
+    Args:
+        config: says which cell, and the sizes.
+        characters: V, how many characters there are.
+
+    Example:
+        >>> import torch
+        >>> model = CharacterModel(TrainConfig(hidden_size=8), characters=5)
+        >>> logits, state = model(torch.zeros(7, 2, dtype=torch.int64))
+        >>> logits.shape
+        torch.Size([7, 2, 5])
+    """
+
+    def __init__(self, config: TrainConfig, characters: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, config.embedding_size)
+        self.rnn = unroll(_CELLS[config.cell](config.embedding_size, config.hidden_size))
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.hidden_size, characters)
+
+    def forward(self, characters: Tensor, state: Tree = None) -> tuple[Tensor, Tree]:
+        """Read characters `[T, B]` (int64); return the next ones' logits `[T, B, V]`, and the state to go on from."""
+        outputs, state = self.rnn(self.embedding(characters), state)
+        return self.head(self.dropout(outputs)), state

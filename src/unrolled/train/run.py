@@ -1,0 +1,105 @@
+"""The run directory: config.json, metrics.jsonl, model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from unrolled.errors import ConfigError, RunError
+from unrolled.train.config import TrainConfig
+from unrolled.train.model import CharacterModel
+from unrolled.train.text import Vocabulary
+
+__all__ = ["Run", "create_run", "load_run"]
+
+_CONFIG, _METRICS, _MODEL = "config.json", "metrics.jsonl", "model.safetensors"
+
+
+class Run:
+    """A run directory that exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, **figures: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.path / _METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / _METRICS).read_text(encoding="utf-8").splitlines()]
+
+    def save_model(self, model: nn.Module, vocabulary: Vocabulary) -> None:
+        """Write model.safetensors whole or not at all: an interrupted write leaves the one before."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        _write_whole(self.path / _MODEL, save(tensors, metadata={"characters": vocabulary.characters}))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def create_run(config: TrainConfig) -> Run:
+    """Make the run directory and write the config into it.
+
+    Raises:
+        RunError: if the directory holds anything already, or cannot be written.
+    """
+    path = Path(config.out) if config.out else _new_name(Path("runs"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise RunError(f"the run directory {path} is not empty; name a new one with --out, nothing is overwritten")
+        (path / _CONFIG).write_text(config.to_json(), encoding="utf-8")
+    except RunError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"the run directory {path} cannot be written: {error.strerror}; name another with --out"
+        ) from error
+    return Run(path)
+
+
+def _new_name(parent: Path) -> Path:
+    stem = time.strftime("%Y%m%d-%H%M%S")
+    names = (parent / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))
+    return next(path for path in names if not path.exists())
+
+
+def load_run(path: Path) -> tuple[TrainConfig, CharacterModel, Vocabulary]:
+    """Read a run back, as data only: nothing in the directory is executed.
+
+    Args:
+        path: a run directory that holds a saved model.
+
+    Returns:
+        The config, the model in evaluation mode on the CPU, and its characters.
+
+    Raises:
+        RunError: if the directory is no run, or its files do not fit together.
+    """
+    for name in (_CONFIG, _MODEL):
+        if not (path / name).is_file():
+            raise RunError(
+                f"{path} is not a finished run: it has no {name}; make one with: unrolled train --out {path}"
+            )
+    try:
+        values = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+        config = TrainConfig.from_mapping({**values, "device": "cpu"}, source=str(path / _CONFIG))
+        with safe_open(path / _MODEL, framework="pt") as file:
+            vocabulary = Vocabulary(file.metadata()["characters"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model = CharacterModel(config, len(vocabulary))
+        model.load_state_dict(tensors)
+    except (ConfigError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        raise RunError(f"the run {path} cannot be read: {error}") from error
+    return config, model.eval(), vocabulary
