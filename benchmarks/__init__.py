@@ -1,0 +1,1 @@
+"""Benchmarks: what the targets say, measured. Run with `make bench`."""

@@ -1,0 +1,22 @@
+"""`make bench`: one table of every target, with what was measured here."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from benchmarks import horizon
+from benchmarks.timing import refuse_busy_machine
+
+
+def main() -> None:
+    """Measure and print, row by row."""
+    refuse_busy_machine()
+    torch.set_num_threads(2)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians, in turn")
+    for target in horizon.targets():
+        print(target, flush=True)
+
+
+main()

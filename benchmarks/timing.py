@@ -1,0 +1,47 @@
+"""Timing two things in turn, so that a machine that slows down slows both."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Target", "in_turn", "refuse_busy_machine", "seconds"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measured ratio, and the most that it should be."""
+
+    name: str
+    ratio: float
+    most: float
+
+    def __str__(self) -> str:
+        verdict = "met" if self.ratio <= self.most else "MISSED"
+        return f"{self.name:<72} {self.ratio:>7.2f}  <= {self.most:<5} {verdict}"
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one run takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def in_turn(*runs: Callable[[], object], rounds: int = 7) -> list[float]:
+    """The median time of each run, in seconds, after one warm-up, one run after the other in every round."""
+    for run in runs:
+        run()
+    rows = [[seconds(run) for run in runs] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def refuse_busy_machine(most: float = 0.5) -> None:
+    """Stop if other programs keep the machine busy: its figures would mean nothing."""
+    load = os.getloadavg()[0]
+    if load > most * (os.cpu_count() or 1):
+        sys.exit(f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores); wait a minute and start again")
