@@ -2,6 +2,7 @@
 
 from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy, copies
+from unrolled._draw import draw
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._unroll import Unrolled, unroll
 from unrolled.cells import Cell, GRUCell, LSTMCell, RNNCell, as_cell
@@ -38,6 +39,8 @@ __all__ = [
     "copies",
     "Copies",
     "Copy",
+    # pictures
+    "draw",
     # errors
     "UnrolledError",
     "InputError",

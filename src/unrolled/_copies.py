@@ -26,8 +26,8 @@ class _Network:
 
     def __init__(self, cell: nn.Module, state: Tree, *, own_state: bool) -> None:
         self.cell = cell
-        self.paths = parameter_names(cell)
         parameters = dict(cell.named_parameters())
+        self.paths = {name: path for name, path in parameter_names(cell).items() if parameters[path].requires_grad}
         self.weights = {name: parameters[path] for name, path in self.paths.items()}
         self.own_state = own_state
         self.listener = Listener()
@@ -333,8 +333,7 @@ def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
         True
     """
     if isinstance(rnn, TorchLayer):
-        state = rnn.cell_state(state)
-        rnn = rnn.unrolled
+        rnn, inputs, state = rnn.prepared(inputs, state)
     if not isinstance(rnn, Unrolled):
         raise OptionError(f"copies takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
     own_state = state is None

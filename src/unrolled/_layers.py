@@ -108,17 +108,26 @@ class TorchLayer(nn.Module):
             InputError: for an input of another shape, or a PackedSequence.
             StateError: for a state that does not fit.
         """
-        self._check_input(input)
+        rnn, inputs, state = self.prepared(input, hx)
+        outputs, state = rnn(inputs, state)
         if input.dim() == 2:
-            return self._without_batch(input, hx)
-        outputs, state = self.unrolled(input, self.cell_state(hx))
+            return outputs.squeeze(0 if self.batch_first else 1), state
         return outputs, map_leaves(lambda h: h.unsqueeze(0), state)
 
-    def _without_batch(self, input: Tensor, hx: Tree) -> tuple[Tensor, Tree]:
-        batch = 0 if self.batch_first else 1
-        with_batch = None if hx is None else map_leaves(lambda h: h.unsqueeze(1), hx)
-        outputs, state = self(input.unsqueeze(batch), with_batch)
-        return outputs.squeeze(batch), map_leaves(lambda h: h.squeeze(1), state)
+    def prepared(self, input: Tensor, hx: Tree) -> tuple[Unrolled, Tensor, Tree]:
+        """The unrolled network that runs the layer, with what it is to be called with.
+
+        A sequence without a batch becomes a batch of one.
+
+        Raises:
+            InputError: as the call itself does.
+            StateError: as the call itself does.
+        """
+        self._check_input(input)
+        if input.dim() == 2:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            hx = None if hx is None else map_leaves(lambda h: h.unsqueeze(1), hx)
+        return self.unrolled, input, self.cell_state(hx)
 
     def _check_input(self, input: Tensor) -> None:
         if isinstance(input, PackedSequence):

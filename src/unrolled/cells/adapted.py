@@ -163,13 +163,12 @@ def _torch_state(module: nn.Module) -> State:
 
 
 def parameter_names(cell: nn.Module) -> dict[str, str]:
-    """Each trainable parameter's name as the user knows it, and its path inside the cell.
+    """Each parameter's name as the user knows it, and its path inside the cell.
 
     An adapter's parameters go by the names they have in the module that it adapts.
     """
     prefix = getattr(cell, "names_start_with", "module." if isinstance(cell, AdaptedCell) else "")
-    trained = [name for name, parameter in cell.named_parameters() if parameter.requires_grad]
-    return {name.removeprefix(prefix): name for name in trained}
+    return {name.removeprefix(prefix): name for name, _ in cell.named_parameters()}
 
 
 def context_use(cell: nn.Module) -> str:

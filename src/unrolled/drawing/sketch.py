@@ -1,0 +1,124 @@
+"""What is to be drawn: an unrolled network without its tensors. Renderers know nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["ORIGINS", "Leaf", "Parameter", "Sketch", "shown_copies"]
+
+ORIGINS = {"own": "the cell's own", "learned": "learned with the weights", "passed": "passed by the caller"}
+"""Where an initial state can come from, and how a picture says it."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a copy's input, state, output or context.
+
+    Attributes:
+        name: what the picture calls it: `x`, `h`, `s['gate'][1]`.
+        path: the way to it in its pytree, '' for a bare tensor.
+        shape: its shape for one step, `[B, ...]`.
+        dtype: its dtype, without `torch.`.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the cell.
+
+    Attributes:
+        name: its name as the user knows it.
+        shape: its shape.
+        shared: whether the copies use it; a parameter of the initial state alone is no copy's.
+        trained: whether it is trained and not frozen.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    shared: bool = True
+    trained: bool = True
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def remark(self) -> str:
+        """What sets it apart from a trained weight of the copies; '' for one of those."""
+        remarks = [] if self.shared else ["initial state only"]
+        return ", ".join(remarks if self.trained else [*remarks, "frozen"])
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """An unrolled network as it is drawn: comparable, printable, tensor-free.
+
+    Attributes:
+        cell: the cell's name.
+        T: how many copies there are.
+        B: the batch size.
+        input: the tensors that a copy reads.
+        state: the tensors that are handed from copy to copy.
+        output: the tensors that a copy gives out.
+        parameters: what the copies share.
+        origin: where the initial state comes from, a key of `ORIGINS`.
+        context: the tensors that are the same at every step.
+    """
+
+    cell: str
+    T: int
+    B: int
+    input: tuple[Leaf, ...]
+    state: tuple[Leaf, ...]
+    output: tuple[Leaf, ...]
+    parameters: tuple[Parameter, ...] = ()
+    origin: str = "own"
+    context: tuple[Leaf, ...] = ()
+
+    @property
+    def flows(self) -> tuple[tuple[str, tuple[Leaf, ...]], ...]:
+        """The kinds of tensors that a copy meets, each with its leaves; kinds without any are left out."""
+        kinds = ("input", self.input), ("state", self.state), ("output", self.output), ("context", self.context)
+        return tuple((kind, leaves) for kind, leaves in kinds if leaves)
+
+    @property
+    def count(self) -> int:
+        """How many numbers all parameters hold."""
+        return sum(parameter.count for parameter in self.parameters)
+
+    @property
+    def span(self) -> str:
+        """How long the sequence is, in words."""
+        return f"unrolled over T = {self.T} time step{'s' if self.T > 1 else ''}, batch B = {self.B}"
+
+    @property
+    def sharing(self) -> str:
+        """Whose the weights are, in words."""
+        count = sum(parameter.count for parameter in self.parameters if parameter.shared)
+        if not count:
+            return "no weights: the copies share their rule alone" if self.T > 1 else "no weights"
+        copies = "both copies" if self.T == 2 else f"all {self.T:,} copies"
+        shared = f", shared by {copies}" if self.T > 1 else ""
+        return f"one set of weights{shared}: {count:,} parameter{'s' if count > 1 else ''}"
+
+    @property
+    def state_symbols(self) -> tuple[str, ...]:
+        """What stands on the arrows between copies: one or two short names, `s` for anything longer, or nothing."""
+        names = tuple(leaf.name for leaf in self.state)
+        return names if len(names) <= 2 and all(len(name) <= 3 and name.isalpha() for name in names) else ("s",)
+
+
+def shown_copies(T: int, most: int) -> list[int | None]:
+    """The time steps of the copies that are drawn: all, or the first and last, with None where others are left out."""
+    room = most + 1
+    if room >= T:  # the mark of an omission takes a copy's room: it never stands for one copy
+        return list(range(T))
+    last = most // 2
+    return [*range(most - last), None, *range(T - last, T)]

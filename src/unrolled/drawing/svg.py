@@ -1,0 +1,123 @@
+"""A sketch as SVG: vector only, text as text, readable on light and on dark paper."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+
+from unrolled.drawing.figure import MARGIN, figure
+from unrolled.drawing.lettering import printable, shortened
+from unrolled.drawing.marks import HEAD, SUBSCRIPT, Box, Label, Mark, around
+from unrolled.drawing.sketch import ORIGINS, Sketch
+from unrolled.drawing.tables import tables
+
+__all__ = ["svg"]
+
+# The hues are those of Okabe and Ito, which people with any colour vision tell apart; on dark paper two are lighter.
+# Properties are set twice: renderers without CSS variables keep the first value.
+STYLE = """
+svg.unrolled{--ink:#1f2328;--muted:#59636e;--rule:#d1d9e0;--paper:#fbf4f8;
+--input:#0072b2;--state:#d55e00;--output:#009e73;--weights:#cc79a7;--context:#e69f00}
+@media (prefers-color-scheme:dark){svg.unrolled{--ink:#e6edf3;--muted:#9da7b1;--rule:#3d444d;--paper:#2a2029;
+--input:#56b4e9;--state:#e8762c;--output:#1fb88d;--weights:#cc79a7;--context:#e69f00}}
+.unrolled text{fill:#1f2328;fill:var(--ink);
+font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
+.unrolled .muted{fill:#59636e;fill:var(--muted)}
+.unrolled .strong{font-weight:600}
+.unrolled .code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+.unrolled .math{font-family:"STIX Two Text","Latin Modern Roman","Times New Roman",Georgia,serif;font-style:italic}
+.unrolled .number{font-style:normal}
+.unrolled .stroke{fill:none;stroke-width:1.75}
+.unrolled .cell{fill:#fbf4f8;fill:var(--paper);stroke:#cc79a7;stroke:var(--weights);stroke-width:1.75}
+.unrolled .dot{fill:#59636e;fill:var(--muted)}
+.unrolled .stroke.rule{stroke:#d1d9e0;stroke:var(--rule);stroke-width:1}
+.unrolled .stroke.plain{stroke:#59636e;stroke:var(--muted)}
+.unrolled .head.plain{fill:#59636e;fill:var(--muted)}
+"""
+
+HUES = {"input": "#0072b2", "state": "#d55e00", "output": "#009e73", "weights": "#cc79a7", "context": "#e69f00"}
+
+
+def svg(sketch: Sketch) -> str:
+    """The picture as an SVG document."""
+    pictured, column = figure(sketch)
+    marks = [*pictured, *tables(sketch, column)]
+    holds = around(marks)
+    width, height = math.ceil(holds.right + MARGIN), math.ceil(holds.bottom + MARGIN)
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "unrolled", "role": "img"})
+    root.set("viewBox", f"0 0 {width} {height}")
+    root.attrib |= {"width": str(width), "height": str(height)}
+    root.attrib |= {"aria-labelledby": "unrolled-title", "aria-describedby": "unrolled-description"}
+    _within(root, "title", {"id": "unrolled-title"}, f"{printable(sketch.cell)}, {sketch.span}")
+    _within(root, "desc", {"id": "unrolled-description"}, _in_words(sketch))
+    _within(root, "style", {}, STYLE + "\n".join(map(_coloured, HUES)) + "\n")
+    for mark in marks:
+        _draw(root, mark)
+    root.text = "\n"
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _coloured(kind: str) -> str:
+    """The rules that give one kind of thing its hue."""
+    hue, chosen = HUES[kind], f"var(--{kind})"
+    return (
+        f".unrolled .stroke.{kind}{{stroke:{hue};stroke:{chosen}}}"
+        f".unrolled .head.{kind},.unrolled .swatch.{kind}{{fill:{hue};fill:{chosen}}}"
+    )
+
+
+def _in_words(sketch: Sketch) -> str:
+    names = {
+        kind: ", ".join(f"{printable(leaf.name)} {list(leaf.shape)}" for leaf in found) for kind, found in sketch.flows
+    }
+    told = "; ".join(f"{kind} {shortened(name, 400)}" for kind, name in names.items())
+    chain = f"copies 0 to {sketch.T - 1} from left to right" if sketch.T > 1 else "copy 0"
+    origin = f" The initial state is {ORIGINS[sketch.origin]}." if sketch.state else ""
+    return (
+        f"On the left the rolled cell, its state going round in a loop; on the right {chain}, each with its input "
+        f"below, its output above and the state handed on to the next. {sketch.sharing.capitalize()}. "
+        f"At every step: {told}.{origin}"
+    )
+
+
+def _draw(root: ET.Element, mark: Mark) -> None:
+    if isinstance(mark, Label):
+        _letter(root, mark)
+    elif isinstance(mark, Box):
+        place = {"x": mark.x, "y": mark.y, "width": mark.width, "height": mark.height, "rx": mark.radius}
+        _within(root, "rect", {"class": mark.style} | {name: f"{value:g}" for name, value in place.items()})
+    else:
+        _within(root, "path", {"class": f"stroke {mark.style}", "d": mark.path})
+        if mark.tip:
+            _within(root, "path", {"class": f"head {mark.style}", "d": _head(mark.tip, mark.towards)})
+
+
+def _letter(root: ET.Element, label: Label) -> None:
+    attributes = {"x": f"{label.x:g}", "y": f"{label.y:g}", "font-size": f"{label.size:g}"}
+    if label.anchor != "start":
+        attributes["text-anchor"] = label.anchor
+    text = _within(root, "text", attributes | ({"class": label.style} if label.style else {}), label.text)
+    if label.full:
+        text.text = None
+        _within(text, "title", {}, label.full, tail=label.text)
+    if label.subscript:
+        size = label.size * SUBSCRIPT
+        lowered = {"dy": f"{0.22 * label.size:.3g}", "font-size": f"{size:.3g}"}
+        lowered |= {"class": "number"} if label.subscript.isdecimal() else {}
+        _within(text, "tspan", lowered, label.subscript, tail="")
+
+
+def _head(tip: tuple[float, float], towards: tuple[int, int]) -> str:
+    """An arrowhead, its tip exactly where the arrow points to."""
+    (x, y), (u, v), half = tip, towards, HEAD * 0.45
+    back, side = (x - u * HEAD, y - v * HEAD), (-v * half, u * half)
+    corners = (back[0] + side[0], back[1] + side[1]), (back[0] - side[0], back[1] - side[1])
+    return f"M{x:g} {y:g}" + "".join(f"L{a:g} {b:g}" for a, b in corners) + "Z"
+
+
+def _within(
+    parent: ET.Element, tag: str, attributes: dict[str, str], text: str | None = None, tail: str = "\n"
+) -> ET.Element:
+    element = ET.SubElement(parent, tag, attributes)
+    element.text, element.tail = text, tail
+    return element
