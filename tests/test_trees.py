@@ -55,7 +55,7 @@ def same(a: Tree, b: Tree) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, Box):
         return same(a.inner, b.inner) and same(a.lid, b.lid)
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
@@ -92,6 +92,14 @@ def test_structures_are_equal_exactly_when_trees_differ_in_their_tensors_alone(o
         assert same(unflatten(b, leaves(one)), one)
     else:
         assert not same(one, other)
+
+
+def test_equal_dicts_have_equal_structures_and_keep_their_own_order():
+    one, other = {"b": torch.zeros(1), "a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.zeros(1)}
+    (tensors, structure), (_, other_structure) = flatten(one), flatten(other)
+    assert structure == other_structure
+    assert tensors[0].item() == 1
+    assert list(unflatten(structure, tensors)) == ["b", "a"]
 
 
 @given(TREES)

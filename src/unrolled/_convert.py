@@ -121,7 +121,9 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     """The constructor arguments that would make such a module again."""
     names = ["input_size", "hidden_size"]
     names += _LAYER_OPTIONS if isinstance(module, nn.RNNBase | TorchLayer) else ["bias"]
-    names += [name for name in ("nonlinearity", "proj_size") if hasattr(module, name)]
+    # torch.nn's RNN and GRU have the attribute proj_size, but their constructors do not take it.
+    only = {"nonlinearity": (nn.RNN, nn.RNNCell, RNN, RNNCell), "proj_size": (nn.LSTM, LSTM)}
+    names += [name for name, kinds in only.items() if isinstance(module, kinds)]
     first = next(module.parameters())
     return {name: getattr(module, name) for name in names} | {"device": first.device, "dtype": first.dtype}
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
-from unrolled._doors import Listener, Passage, derivative, pass_through
+from unrolled._doors import Listener, Passage, derivative, leads_to, pass_through, sources_beside_doors
 from unrolled._layers import TorchLayer
 from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
-from unrolled.errors import GradientError, OptionError
+from unrolled.errors import CellError, GradientError, OptionError
 from unrolled.trees import Tree, describe
 
 __all__ = ["Copies", "Copy", "copies"]
@@ -33,8 +33,32 @@ class _Network:
         self.listener = Listener()
         self.backwards = 0
         self.norms: dict[int, dict[str, Tensor]] = {}
-        self.initial = Passage(state)
-        pass_through(self.listener, self.initial)
+        self.remembered: list[list[Tensor | None]] = []
+        (self.initial,) = self.through_door(state)
+
+    def remember(self, backward: Callable[[], None]) -> None:
+        """Run a backward pass and remember what flows; if it fails, what was remembered before stays."""
+        before = [(grads, list(grads)) for grads in self.remembered]
+        self.listener.listening = True
+        try:
+            backward()
+        except RuntimeError as error:
+            for grads, kept in before:
+                grads[:] = kept
+            raise GradientError(
+                f"the backward pass failed, and the copies' gradients are as before; torch says: {error}"
+            ) from error
+        finally:
+            self.listener.listening = False
+        self.norms.clear()
+        self.backwards += 1
+
+    def through_door(self, *trees: Tree) -> list[Passage]:
+        """Lead trees through one door."""
+        passages = [Passage(tree) for tree in trees]
+        pass_through(self.listener, *passages)
+        self.remembered += [passage.grads for passage in passages]
+        return passages
 
     def require_backward(self) -> None:
         if not self.backwards:
@@ -72,8 +96,8 @@ class Copy:
         network: _Network,
         t: int,
         received: Passage,
-        entered: tuple[Passage, Passage, Passage],
-        left: tuple[Passage, Passage],
+        entered: Sequence[Passage],
+        left: Sequence[Passage],
         input: Tree,
     ) -> None:
         self._network, self._received = network, received
@@ -161,20 +185,22 @@ class Copies(Sequence[Copy]):
         self._network = network
         self._members = tuple(members)
         self._batch_first = batch_first
-        self._outputs: Tree = None
 
     @property
     def outputs(self) -> Tree:
         """The copies' outputs as the unrolled network returns them, `[T, B, ...]` or `[B, T, ...]`."""
-        if self._outputs is None and self._members:
-            stacked = sequence.stacked([copy.output for copy in self])
-            self._outputs = sequence.swap_time_and_batch(stacked) if self._batch_first else stacked
-        return self._outputs
+        stacked = sequence.stacked([copy.output for copy in self._some()])
+        return sequence.swap_time_and_batch(stacked) if self._batch_first else stacked
 
     @property
     def state(self) -> Tree:
         """The state that the last of these copies handed on, `[B, ...]`."""
-        return self._members[-1].next_state
+        return self._some()[-1].next_state
+
+    def _some(self) -> Sequence[Copy]:
+        if not self._members:
+            raise IndexError("this slice has no copies; take one that reaches into the sequence")
+        return self._members
 
     @overload
     def __getitem__(self, index: int) -> Copy: ...
@@ -213,13 +239,13 @@ class Copies(Sequence[Copy]):
             raise GradientError(
                 f"the loss must be a scalar, got shape {list(loss.shape)}; take its .sum() or .mean(), or pass gradient"
             )
-        self._network.norms.clear()
-        self._network.listener.listening = True
-        try:
-            loss.backward(gradient, retain_graph=True)
-        finally:
-            self._network.listener.listening = False
-        self._network.backwards += 1
+        if gradient is not None and gradient.shape != loss.shape:
+            raise GradientError(f"gradient must have the loss's shape {list(loss.shape)}, got {list(gradient.shape)}")
+        if not leads_to([loss], self._network.listener):
+            raise GradientError(
+                "the loss does not depend on these copies; compute it from their outputs or states, not of another run"
+            )
+        self._network.remember(lambda: loss.backward(gradient, retain_graph=True))
 
     @property
     def weight_grad(self) -> Mapping[str, Tensor]:
@@ -242,7 +268,7 @@ class Copies(Sequence[Copy]):
         return _Shares(
             self._network,
             "weight_grad_norm",
-            lambda name: torch.stack([copy._share_norms()[name] for copy in self]),
+            lambda name: self._network.weights[name].new_tensor([copy._share_norms()[name] for copy in self]),
         )
 
     @property
@@ -292,16 +318,27 @@ def _recording(network: _Network, context: Tree, members: list[Copy]) -> Callabl
 
     def step(t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
         received = members[-1]._state_out if members else network.initial
-        entered = Passage(input), Passage(state), Passage(list(network.weights.values()))
-        pass_through(network.listener, *entered)
+        entered = network.through_door(input, state, list(network.weights.values()))
         aliased = _AliasedStep(network, context, entered[2].passed)
-        output, following = aliased(t, entered[0].tree, entered[1].tree)
-        left = Passage(output), Passage(following)
-        pass_through(network.listener, *left)
+        returned = aliased(t, entered[0].tree, entered[1].tree)
+        left = network.through_door(*returned)
+        if t == 0:
+            _refuse_hidden_weights(network, left)
         members.append(Copy(network, t, received, entered, left, input))
         return left[0].tree, left[1].tree
 
     return step
+
+
+def _refuse_hidden_weights(network: _Network, left: Sequence[Passage]) -> None:
+    """A weight that the step also reads under another name would have a share that nobody sees."""
+    beside = sources_beside_doors([tensor for passage in left for tensor in passage.raw])
+    hidden = [name for name, weight in network.weights.items() if id(weight) in beside]
+    if hidden:
+        raise CellError(
+            f"{name_of(network.cell)} reads {', '.join(hidden)} by another way than its registered name, so its "
+            "share in a copy cannot be told; read the parameter as an attribute of its module in every step"
+        )
 
 
 def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Copies:

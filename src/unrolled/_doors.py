@@ -10,7 +10,7 @@ for, and a door in is farther from them than all earlier copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from torch import Tensor
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
-__all__ = ["Listener", "Passage", "derivative", "pass_through"]
-
-Grads = Sequence[Tensor | None]
+__all__ = ["Listener", "Passage", "derivative", "leads_to", "pass_through", "sources_beside_doors"]
 
 
 class Listener:
@@ -57,11 +55,6 @@ class Passage:
         filled: list[Any] = [torch.zeros_like(x) if g is None and _differentiable(x) else g for g, x in pairs]
         return unflatten(self.structure, filled)
 
-    def add(self, index: int, grad: Tensor | None) -> None:
-        """Remember a gradient; as in `.grad`, a second one is added to the first."""
-        before = self.grads[index]
-        self.grads[index] = before if grad is None else grad if before is None else before + grad
-
     def flowed(self) -> list[tuple[Tensor, Tensor]]:
         """The tensors before the door that a gradient came back to, each with it."""
         pairs = zip(self.raw, self.grads, strict=True)
@@ -79,38 +72,67 @@ def pass_through(listener: Listener, *passages: Passage) -> None:
     gradients the door hands out clones: a cell that writes into its state must not change what is shown.
     """
     slots = [(p, i) for p in passages for i, tensor in enumerate(p.raw) if _differentiable(tensor)]
+    # The door must not hold what passed: tensors hold their graph, and autograd's cycles are never collected.
+    grads = [(passage.grads, i) for passage, i in slots]
     tensors = [passage.raw[i] for passage, i in slots]
     if not tensors:
         return
     if not torch.is_grad_enabled():
         passed: Sequence[Tensor] = [tensor.clone() for tensor in tensors]
     else:
-        asked = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in tensors]
-        passed = _Door.apply(_remembering(listener, slots), *asked)
+        passed = _Door.apply(listener, grads, *map(_asked, tensors))
     for (passage, i), tensor in zip(slots, passed, strict=True):
         passage.passed[i] = tensor
 
 
-def _remembering(listener: Listener, slots: Sequence[tuple[Passage, int]]) -> Callable[[Grads], None]:
-    def remember(grads: Grads) -> None:
-        if listener.listening:
-            for (passage, i), grad in zip(slots, grads, strict=True):
-                passage.add(i, grad)
-
-    return remember
+def _asked(tensor: Tensor) -> Tensor:
+    """The tensor if it has a gradient already, else one of the same values that has."""
+    if tensor.requires_grad:
+        return tensor
+    return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
 
 
 class _Door(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, remember: Callable[[Grads], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, listener: Listener, grads: list[tuple[list[Tensor | None], int]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.remember = remember
+        ctx.listener, ctx.grads = listener, grads
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.remember(grads)
-        return (None, *grads)
+        if ctx.listener.listening:
+            for (remembered, i), grad in zip(ctx.grads, grads, strict=True):
+                # As in `.grad`, what a second pass brings is added to what the first one left.
+                before = remembered[i]
+                remembered[i] = before if grad is None else grad if before is None else before + grad
+        return (None, None, *grads)
+
+
+def leads_to(tensors: Sequence[Tensor], listener: Listener) -> bool:
+    """Whether the graph of some tensors leads to a door of this listener."""
+    return any(getattr(node, "listener", None) is listener for node in _nodes(tensors))
+
+
+def sources_beside_doors(tensors: Sequence[Tensor]) -> set[int]:
+    """The leaves (by `id`) that some tensors depend on by ways that pass no door."""
+    return {id(node.variable) for node in _nodes(tensors) if hasattr(node, "variable")}
+
+
+def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of a graph, as far as the first doors."""
+    waiting = [tensor.grad_fn for tensor in tensors]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not hasattr(node, "listener"):
+            waiting += [following for following, _ in node.next_functions]
 
 
 def derivative(flowed: Sequence[tuple[Tensor, Tensor]], by: Sequence[Tensor], what: str) -> list[Tensor]:

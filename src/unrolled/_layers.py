@@ -124,10 +124,10 @@ class TorchLayer(nn.Module):
             StateError: as the call itself does.
         """
         self._check_input(input)
+        state = self._cell_state(hx, batch=input.dim() == 3)
         if input.dim() == 2:
             input = input.unsqueeze(0 if self.batch_first else 1)
-            hx = None if hx is None else map_leaves(lambda h: h.unsqueeze(1), hx)
-        return self.unrolled, input, self.cell_state(hx)
+        return self.unrolled, input, state
 
     def _check_input(self, input: Tensor) -> None:
         if isinstance(input, PackedSequence):
@@ -137,25 +137,23 @@ class TorchLayer(nn.Module):
             layout = "[B, T, I]" if self.batch_first else "[T, B, I]"
             raise InputError(f"input must be {layout} or [T, I] with I = {self.input_size}, got {got}")
 
-    def cell_state(self, hx: Tree) -> Tree:
-        """A state in torch.nn's layout, `[1, B, H]`, as the cell's, `[B, H]`; None stays None.
-
-        Raises:
-            StateError: if it has no leading dimension of 1.
-        """
+    def _cell_state(self, hx: Tree, *, batch: bool) -> Tree:
+        """A state in torch.nn's layout, `[1, B, H]` or without a batch `[1, H]`, as the cell's `[B, H]`."""
         if hx is None:
             return None
         pair = len(self.state_names) > 1
         tensors = hx if pair and isinstance(hx, tuple | list) else (hx,)
         fits = len(tensors) == len(self.state_names)
-        if not fits or not all(isinstance(h, Tensor) and h.dim() == 3 and h.shape[0] == 1 for h in tensors):
+        rank = 3 if batch else 2
+        if not fits or not all(isinstance(h, Tensor) and h.dim() == rank and h.shape[0] == 1 for h in tensors):
             wanted = f"({', '.join(self.state_names)}), each" if pair else "one tensor"
             raise StateError(
-                f"the state of {type(self).__name__} is {wanted} [1, B, H] as in torch.nn, got "
+                f"the state of {type(self).__name__} is {wanted} {'[1, B, H]' if batch else '[1, H]'} as in "
+                f"torch.nn, got "
                 f"{[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
-                "add the layer dimension with unsqueeze(0)"
+                "the first dimension is the layer: add it with unsqueeze(0)"
             )
-        squeezed = tuple(h.squeeze(0) for h in tensors)
+        squeezed = tuple(h.squeeze(0) if batch else h for h in tensors)
         return squeezed if pair else squeezed[0]
 
     @property

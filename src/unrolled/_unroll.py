@@ -60,7 +60,7 @@ class Unrolled(nn.Module):
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""
         _, B = sequence.sizes(inputs, batch_first=self.batch_first)
-        check_context(self.cell, context)
+        check_context(self.cell, context, B)
         if state is None:
             state = make_state(self.cell, inputs, B)
         else:

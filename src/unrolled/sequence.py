@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from unrolled.errors import CellError, InputError
 from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, paths, unflatten
@@ -51,6 +52,8 @@ def sizes(inputs: Tree, *, batch_first: bool = False) -> tuple[int, int]:
 
 
 def _flatten_inputs(inputs: Tree) -> tuple[list[Tensor], Structure]:
+    if isinstance(inputs, PackedSequence):
+        raise InputError("a PackedSequence is not taken yet; pad it: torch.nn.utils.rnn.pad_packed_sequence")
     try:
         tensors, structure = flatten(inputs)
     except TypeError as error:

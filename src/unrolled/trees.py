@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +18,19 @@ Tree = Any
 """A pytree of tensors. Python's type system has no name for it."""
 
 
-class Structure(NamedTuple):
-    """A tree without its tensors: comparable with `==`, and enough to build the tree again."""
-
+class _Fields(NamedTuple):
     kind: type
     keys: tuple[Any, ...] = ()
     children: tuple[Structure, ...] = ()
+
+
+class Structure(_Fields):
+    """A tree without its tensors: comparable with `==`, and enough to build the tree again.
+
+    A dict's keys are sorted, so that equal dicts have equal structures; the order they came in is remembered beside.
+    """
+
+    order: tuple[Any, ...] | None = None
 
 
 _LEAF = Structure(Tensor)
@@ -57,7 +65,7 @@ def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 def paths(structure: Structure, prefix: str = "") -> list[str]:
     """How a person would write the way to each leaf: `.hidden`, `[0]`, `['gate'][1]`; '' for a bare tensor."""
-    if structure is _LEAF or structure.kind is Tensor:
+    if structure.kind is Tensor:
         return [prefix]
     return [
         path
@@ -79,18 +87,30 @@ def _collect(tree: Tree, found: list[Tensor]) -> Structure:
     if tree is None:
         return _NONE
     keys, children = _items(tree)
-    return Structure(type(tree), keys, tuple([_collect(child, found) for child in children]))
+    structure = Structure(type(tree), keys, tuple([_collect(child, found) for child in children]))
+    if isinstance(tree, dict):
+        structure.order = tuple(tree)
+    return structure
 
 
 def _items(tree: Tree) -> tuple[tuple[Any, ...], Sequence[Tree]]:
     if isinstance(tree, dict):
-        return tuple(tree), tuple(tree.values())
+        keys = _ordered(tree)
+        return keys, [tree[key] for key in keys]
     if isinstance(tree, tuple | list):
         return getattr(tree, "_fields", tuple(range(len(tree)))), tree
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         names = tuple(field.name for field in dataclasses.fields(tree) if field.init)
         return names, [getattr(tree, name) for name in names]
     raise TypeError(f"leaves must be tensors, but one is a {type(tree).__name__}: {tree!r:.80}")
+
+
+def _ordered(tree: dict[Any, Tree]) -> tuple[Any, ...]:
+    """A dict's keys, sorted where they can be: two dicts that are equal have the same structure."""
+    try:
+        return tuple(sorted(tree))
+    except TypeError:
+        return tuple(tree)
 
 
 def _build(structure: Structure, tensors: Iterator[Tensor]) -> Tree:
@@ -101,7 +121,9 @@ def _build(structure: Structure, tensors: Iterator[Tensor]) -> Tree:
         return None
     children = [_build(child, tensors) for child in structure.children]
     if issubclass(kind, dict):
-        return kind(zip(structure.keys, children, strict=True))
+        by_key = dict(zip(structure.keys, children, strict=True))
+        pairs = [(key, by_key[key]) for key in structure.order or structure.keys]
+        return defaultdict(None, pairs) if issubclass(kind, defaultdict) else kind(pairs)
     if issubclass(kind, tuple | list) and not hasattr(kind, "_fields"):
         return kind(children)
     return kind(**dict(zip(structure.keys, children, strict=True)))

@@ -39,9 +39,15 @@ class AdaptedCell(nn.Module):
         make = self.state or getattr(self.module, "initial_state", None)
         if make is None:
             raise StateError(
-                f"{type(self.module).__name__} has no initial_state and none was given; pass a state to the call, "
+                f"{self.display_name} has no initial_state and none was given; pass a state to the call, "
                 "or make the cell with as_cell(module, state=(batch_size, device=None, dtype=None) -> state)"
             )
+        try:
+            inspect.signature(make).bind(batch_size, device=device, dtype=dtype)
+        except TypeError as error:
+            raise StateError(
+                f"the state= of {self.display_name} must be called as (batch_size, device=None, dtype=None): {error}"
+            ) from error
         return make(batch_size, device=device, dtype=dtype)
 
     def forward(self, input: Tree, state: Tree, *context: Tree) -> tuple[Tree, Tree]:
@@ -86,13 +92,15 @@ def as_cell(
         >>> [name for name, _ in cell.named_parameters()]
         ['module.decay']
     """
+    if isinstance(module, type):
+        raise OptionError(f"as_cell takes a module, got the class {module.__name__}; make one: {module.__name__}(...)")
     if not isinstance(module, nn.Module):
         return _function_as_cell(module, step, state, parameters)
     if parameters is not None:
         raise OptionError("parameters= goes with a function; a module has its own: leave parameters= out")
     if step is None and type(module).forward in _TORCH_STEPS:
         step = _TORCH_STEPS[type(module).forward]
-        state = state or _torch_state(module)
+        state = state or _Zeros(module)
     if step is None and state is None and callable(getattr(module, "initial_state", None)):
         return module
     return AdaptedCell(module, step, state)
@@ -111,10 +119,32 @@ def _function_as_cell(
     name = getattr(function, "__name__", type(function).__name__)
     if parameters is None:
         return AdaptedCell(nn.Module(), _Function(function), state, name)
-    strangers = [name for name, tensor in parameters.items() if not isinstance(tensor, Tensor)]
-    if strangers:
-        raise OptionError(f"parameters= must be tensors; these are not: {', '.join(strangers)}")
-    return AdaptedCell(nn.ParameterDict(parameters), _FunctionOfParameters(function), state, name)
+    return AdaptedCell(_Parameters(parameters), _FunctionOfParameters(function), state, name)
+
+
+class _Parameters(nn.Module):
+    """Holds the parameters of a function."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = tuple(parameters)
+        for name, tensor in parameters.items():
+            self.register_parameter(name, _as_parameter(name, tensor))
+
+
+def _as_parameter(name: str, tensor: Tensor) -> nn.Parameter:
+    if not name.isidentifier() or hasattr(nn.Module, name) or name in ("names", "training"):
+        raise OptionError(f"parameters= cannot hold the name {name!r}; take another word")
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise OptionError(f"parameters= must be floating tensors, {name} is {got}; keep other things in the function")
+    if tensor.requires_grad:
+        raise OptionError(
+            f"parameters= would not pass gradients on to the tensor {name}; give a torch.nn.Parameter in its place"
+        )
+    return nn.Parameter(tensor)
 
 
 class _Function:
@@ -131,7 +161,7 @@ class _FunctionOfParameters(_Function):
     """A plain function called as a step with the named parameters that the module holds."""
 
     def __call__(self, module: nn.Module, *arguments: Tree) -> Any:
-        return self.function(dict(module.named_parameters()), *arguments)
+        return self.function({name: getattr(module, name) for name in module.names}, *arguments)
 
 
 def _hidden_step(module: nn.Module, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,14 +182,15 @@ _TORCH_STEPS: dict[Any, Step] = {
 }
 
 
-def _torch_state(module: nn.Module) -> State:
-    hidden_size: int = module.hidden_size
+class _Zeros:
+    """The initial state of torch.nn's cells: zeros, by default like the weights."""
 
-    def zeros(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tree:
-        hidden = torch.zeros(batch_size, hidden_size, device=device, dtype=dtype)
-        return (hidden, torch.zeros_like(hidden)) if isinstance(module, nn.LSTMCell) else hidden
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
-    return zeros
+    def __call__(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tree:
+        hidden = self.module.weight_hh.new_zeros(batch_size, self.module.hidden_size, device=device, dtype=dtype)
+        return (hidden, torch.zeros_like(hidden)) if isinstance(self.module, nn.LSTMCell) else hidden
 
 
 def parameter_names(cell: nn.Module) -> dict[str, str]:

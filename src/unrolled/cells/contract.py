@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -105,8 +107,12 @@ def _fits(got: Tensor, want: Tensor) -> bool:
     return same and both_floating and torch.is_autocast_enabled(got.device.type)
 
 
-def check_context(cell: nn.Module, context: Tree) -> None:
-    """Refuse a context for a cell that takes none, and none for a cell that needs one.
+def _devices(tensors: list[Tensor]) -> str:
+    return ", ".join(dict.fromkeys(str(tensor.device) for tensor in tensors))
+
+
+def check_context(cell: nn.Module, context: Tree, batch_size: int) -> None:
+    """Refuse a context for a cell that takes none, none for a cell that needs one, and one of another batch.
 
     Raises:
         InputError: saying which.
@@ -116,6 +122,21 @@ def check_context(cell: nn.Module, context: Tree) -> None:
         raise InputError(f"{name_of(cell)} takes a third argument, its context; pass context= to the call")
     if context is not None and use == "refuses":
         raise InputError(f"{name_of(cell)} takes (input, state) and no context; leave context= out")
+    try:
+        tensors, structure = flatten(context)
+    except TypeError as error:
+        raise InputError(f"a context must be a pytree of tensors: {error}; use torch.as_tensor") from error
+    for path, leaf in zip(paths(structure), tensors, strict=True):
+        if leaf.dim() == 0 or leaf.shape[0] != batch_size:
+            raise InputError(
+                f"context{path} must be [B, ...] with B = {batch_size}, as the inputs are, got {list(leaf.shape)}; "
+                "expand it to the batch, or keep what has no batch in the cell"
+            )
+
+
+def _versions(*trees: Tree) -> list[int]:
+    """How often each tensor was written to; tensors of inference mode do not count."""
+    return [leaf._version for tree in trees for leaf in leaves(tree) if not leaf.is_inference()]
 
 
 class CheckedStep:
@@ -138,15 +159,18 @@ class CheckedStep:
             CellError: if the cell raises, returns something else than (output, state), or changes its state's
                 structure, shape, dtype or device.
         """
+        versions = _versions(input, state)
         try:
             returned = self.run(input, state)
         except UnrolledError:
             raise
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:
             raise self._explained(t, input, state, error) from error
         output, following = self._pair(t, returned)
+        self._check_leaves(t, "output", output)
+        self._check_untouched(t, versions, input, state)
         self._check_handed_on(t, state, following)
         return output, following
 
@@ -159,7 +183,8 @@ class CheckedStep:
             f"copy {t} of {name_of(self.cell)} raised {type(error).__name__}: {str(error).rstrip('. ')}. "
             f"It received input {describe(input)} and state {describe(state)}"
         )
-        if any(not (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves(input)):
+        integers = any(not (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves(input))
+        if integers and re.search(r"dtype|Long|Int|Bool|Byte|Char|Short", str(error)):
             return InputError(
                 f"{told}. A cell that computes with its inputs needs floats: inputs.float(), or embed them"
             )
@@ -174,19 +199,28 @@ class CheckedStep:
             )
         return returned[0], returned[1]
 
+    def _check_untouched(self, t: int, before: list[int], input: Tree, state: Tree) -> None:
+        if before != _versions(input, state):
+            raise CellError(
+                f"copy {t} of {name_of(self.cell)} wrote into its input or state in place, which changes what the "
+                "caller and the other copies hold; compute it out of place (state = state + x, not state += x)"
+            )
+
     def _check_handed_on(self, t: int, before: Tree, after: Tree) -> None:
-        (old, structure), (new, other) = flatten(before), self._flatten_returned(t, after)
+        (old, structure), (new, other) = flatten(before), self._check_leaves(t, "state", after)
         if structure == other and all(_fits(b, a) for b, a in zip(new, old, strict=True)):
             return
+        where = "" if structure != other or _devices(old) == _devices(new) else f" on {_devices(new)}"
         raise CellError(
             f"a cell must hand on a state like the one it received, but copy {t} of {name_of(self.cell)} received "
-            f"{_kinds(structure)} {describe(before)} and returned {_kinds(other)} {describe(after)}"
+            f"{_kinds(structure)} {describe(before)}{' on ' + _devices(old) if where else ''} and returned "
+            f"{_kinds(other)} {describe(after)}{where}"
         )
 
-    def _flatten_returned(self, t: int, state: Tree) -> tuple[list[Tensor], Structure]:
+    def _check_leaves(self, t: int, what: str, tree: Tree) -> tuple[list[Tensor], Structure]:
         try:
-            return flatten(state)
+            return flatten(tree)
         except TypeError as error:
             raise CellError(
-                f"the state that copy {t} of {name_of(self.cell)} returned must be a pytree of tensors: {error}"
+                f"the {what} that copy {t} of {name_of(self.cell)} returned must be a pytree of tensors: {error}"
             ) from error

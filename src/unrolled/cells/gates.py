@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from unrolled.errors import OptionError
+from unrolled.errors import InputError, OptionError
 
 __all__ = ["GatedCell", "check_sizes"]
 
@@ -101,6 +101,18 @@ class GatedCell(nn.Module):
         device = self.weight_hh.device if device is None else device
         dtype = self.weight_hh.dtype if dtype is None else dtype
         return [torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype) for _ in self.state_names]
+
+    def check_input(self, input: Tensor) -> None:
+        """Refuse an input that is not `[B, I]`: broadcasting would take it for something else in silence.
+
+        Raises:
+            InputError: saying the shape.
+        """
+        if input.dim() != 2 or input.shape[1] != self.input_size:
+            raise InputError(
+                f"the input of {type(self).__name__} must be [B, I] with I = {self.input_size} at every step, "
+                f"got {list(input.shape)}; a single sequence [T, I] gets a batch of one by inputs.unsqueeze(1)"
+            )
 
     def extra_repr(self) -> str:
         """What the constructor was given, where it differs from the default."""

@@ -55,4 +55,5 @@ class GRUCell(GatedCell):
 
     def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step: input `[B, I]`, state `[B, H]`; output and next state are the same `[B, H]`."""
+        self.check_input(input)
         return gru_step(input, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

@@ -57,4 +57,5 @@ class LSTMCell(GatedCell):
 
     def forward(self, input: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run one step: input `[B, I]`, state `(h, c)`; returns `h', (h', c')`."""
+        self.check_input(input)
         return lstm_step(input, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)

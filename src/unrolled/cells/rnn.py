@@ -93,6 +93,7 @@ class RNNCell(GatedCell):
 
     def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step: input `[B, I]`, state `[B, H]`; output and next state are the same `[B, H]`."""
+        self.check_input(input)
         return rnn_step(
             input,
             state,
