@@ -198,7 +198,7 @@ def test_functional_call_runs_on_the_weights_it_is_given_and_restores_the_own(na
     before = rnn(inputs)[0]
     swapped = functional_call(rnn, dict(other.named_parameters()), (inputs,))[0]
     assert_match(swapped, other(inputs)[0])
-    assert torch.equal(rnn(inputs)[0], before)
+    assert_match(rnn(inputs)[0], before)
     swapped.sum().backward()
     assert all(p.grad is None for p in rnn.parameters())
     assert all(p.grad is not None for p in other.parameters())
@@ -274,7 +274,7 @@ def test_modes_without_gradients_give_the_same_values_and_no_graph(name, mode):
     with mode():
         got = rnn(problem.inputs, context=problem.context)
     assert not any(leaf.requires_grad for leaf in leaves(list(got)))
-    assert_match(got, want, bound=0)
+    assert_match(got, want)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -299,8 +299,8 @@ def test_batch_first_is_the_same_network_with_its_sequences_transposed(name, bat
     problem = PROBLEMS[name](F64)
     outputs, state = problem.unrolled()(problem.inputs, context=problem.context)
     swapped, same = problem.unrolled(batch_first=True)(problem.inputs.transpose(0, 1), context=problem.context)
-    assert_match(map_leaves(lambda x: x.transpose(0, 1), swapped), outputs, bound=0)
-    assert_match(same, state, bound=0)
+    assert_match(map_leaves(lambda x: x.transpose(0, 1), swapped), outputs)
+    assert_match(same, state)
 
 
 # -- as a module among modules ---------------------------------------------------------------------------------------
@@ -338,11 +338,11 @@ def test_a_copied_or_pickled_network_computes_the_same_with_weights_of_its_own(n
     rnn, inputs = make(), torch.randn(T, B, I, dtype=F64)
     before = rnn(inputs)[0]
     made = COPIERS[how](rnn)
-    assert torch.equal(made(inputs)[0], before)
+    assert_match(made(inputs)[0], before)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.zero_()
-    assert torch.equal(rnn(inputs)[0], before)
+    assert_match(rnn(inputs)[0], before)
     assert not torch.equal(made(inputs)[0], before)
 
 
@@ -351,7 +351,7 @@ def test_a_state_dict_moves_to_a_network_that_has_already_run(name):
     rnn, other, inputs = NETWORKS[name](), NETWORKS[name](), torch.randn(T, B, I, dtype=F64)
     other(inputs)
     other.load_state_dict(rnn.state_dict())
-    assert torch.equal(other(inputs)[0], rnn(inputs)[0])
+    assert_match(other(inputs)[0], rnn(inputs)[0])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -360,7 +360,7 @@ def test_a_shallow_copy_shares_weights_and_options_are_read_from_the_copy(name):
     rnn(inputs)
     made = copy.copy(rnn)
     made.batch_first = True
-    assert_match(made(inputs)[0], rnn(inputs.transpose(0, 1))[0].transpose(0, 1), bound=0)
+    assert_match(made(inputs)[0], rnn(inputs.transpose(0, 1))[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -370,7 +370,7 @@ def test_replicas_as_data_parallel_makes_them_read_their_own_weights(name):
     replica = layer._replicate_for_data_parallel()
     for key, parameter in other.named_parameters():
         setattr(replica, key, parameter * 1)  # a replica holds plain tensors, not parameters
-    assert_match(replica(inputs)[0], other(inputs)[0], bound=0)
+    assert_match(replica(inputs)[0], other(inputs)[0])
     replica(inputs)[0].sum().backward()
     assert all(parameter.grad is None for parameter in layer.parameters())
     assert all(parameter.grad is not None for parameter in other.parameters())
@@ -434,8 +434,8 @@ def test_inputs_outputs_and_states_may_be_trees_of_any_kind(kind):
     a, b = torch.randn(2, T, B, I, dtype=F64, requires_grad=True).unbind()
     want_outputs, want_state = ur.unroll(plain)((a, b))
     outputs, state = ur.unroll(cell)(wrap(a, b))
-    assert_match(unwrap(outputs), want_outputs, bound=0)
-    assert_match(unwrap(state), want_state, bound=0)
+    assert_match(unwrap(outputs), want_outputs)
+    assert_match(unwrap(state), want_state)
     assert type(outputs) is type(state) is type(wrap(a, b))
     want = torch.autograd.grad(uneven_loss(want_outputs, want_state), [a, b, plain.weight])
     assert_match(torch.autograd.grad(uneven_loss(*unwrap(outputs), *unwrap(state)), [a, b, cell.weight]), want)

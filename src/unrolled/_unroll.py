@@ -8,16 +8,18 @@ from typing import Any
 from torch import nn
 
 from unrolled import sequence
+from unrolled._planbook import PlanBook
+from unrolled.bptt.run import run_plan
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
-from unrolled.engine import reference
+from unrolled.engine import eager, reference
 from unrolled.errors import OptionError
 from unrolled.trees import Tree
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
 
-ENGINES = ("auto", "reference")
-"""The engines there are; 'auto' takes the fastest that can run the cell, today the reference."""
+ENGINES = ("auto", "reference", "eager")
+"""The engines there are; 'auto' takes the fastest that can run the cell."""
 
 
 class Unrolled(nn.Module):
@@ -36,6 +38,7 @@ class Unrolled(nn.Module):
         self.cell = cell
         self.batch_first = batch_first
         self.engine = engine
+        self._plans = PlanBook(eager.run_loop)
 
     def forward(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> tuple[Tree, Tree]:
         """Run the unrolled network over a sequence.
@@ -54,8 +57,15 @@ class Unrolled(nn.Module):
             CellError: if the cell breaks its contract or raises.
         """
         inputs, state = self.prepared(inputs, state, context)
-        outputs, state = reference.run(CheckedStep(self.cell, context), inputs, state)
+        outputs, state = self._run(inputs, state, context)
         return self.in_callers_layout(outputs), state
+
+    def _run(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+        if self.engine != "reference":
+            plan = self._plans.look_up(self.cell, inputs, state, context).plan
+            if plan is not None:
+                return run_plan(plan, self.cell, inputs, state, context, eager.run_loop)
+        return reference.run(CheckedStep(self.cell, context), inputs, state)
 
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""

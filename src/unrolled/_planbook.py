@@ -1,0 +1,162 @@
+"""The plan book: which plan holds for a call. Plans are made on first use, checked, and kept under their guards."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled import sequence
+from unrolled.bptt.run import run_plan
+from unrolled.bptt.segment import LoopRunner
+from unrolled.cells.contract import CheckedStep
+from unrolled.engine import reference
+from unrolled.plan.guards import Traces, fingerprint
+from unrolled.plan.plan import StepPlan, plan_step
+from unrolled.plan.refusals import why_not_recorded
+from unrolled.plan.tape import UnrecordableError
+from unrolled.trees import Tree, flatten, leaves, map_leaves
+
+__all__ = ["Decision", "PlanBook"]
+
+_MOST_PLANS = 32
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, or why there is none."""
+
+    plan: StepPlan | None
+    why: str
+
+
+class PlanBook:
+    """The plans of one unrolled network.
+
+    Args:
+        runner: the engine's way of running loops, with which new plans are checked.
+    """
+
+    def __init__(self, runner: LoopRunner) -> None:
+        self._runner = runner
+        self._entries: OrderedDict[Any, Decision] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled network makes its plans anew."""
+        return {"_runner": self._runner, "_entries": OrderedDict()}
+
+    def look_up(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
+        """The plan for a call, made now if there is none yet.
+
+        Args:
+            cell: the cell.
+            inputs: `[T, B, ...]`.
+            state: what copy 0 receives.
+            context: what is the same at every step, or None.
+        """
+        given = [*leaves(inputs), *leaves(state), *(leaves(context) if context is not None else [])]
+        why = why_not_recorded([*given, *cell.parameters(), *cell.buffers()])
+        if why is not None:
+            return Decision(None, why)
+        try:
+            key = (fingerprint(cell), _shapes(inputs, 2), _shapes(state, 1), _shapes(context, 1))
+        except UnrecordableError as error:
+            return Decision(None, str(error))
+        if key not in self._entries:
+            self._entries[key] = self._decide(cell, inputs, state, context)
+            while len(self._entries) > _MOST_PLANS:
+                self._entries.popitem(last=False)
+        return self._entries[key]
+
+    def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
+        first = map_leaves(lambda x: x[0], inputs)
+        batch = sequence.sizes(inputs)[1]
+        try:
+            plan = _recorded(cell, first, state, context, batch)
+            _compare(plan, cell, inputs, state, context, self._runner)
+        except UnrecordableError as error:
+            return Decision(None, str(error))
+        return Decision(plan, "recorded, and two steps of it agree with the cell")
+
+
+def _shapes(tree: Tree, leading: int) -> Any:
+    """What of a tree a program depends on: all but T and B."""
+    if tree is None:
+        return None
+    tensors, structure = flatten(tree)
+    return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
+
+
+def _recorded(cell: nn.Module, input: Tree, state: Tree, context: Tree, batch: int) -> StepPlan:
+    """Record twice if the step leaves something in an attribute: only if that changes nothing is it scratch."""
+    traces = Traces(cell)
+    try:
+        plan = plan_step(cell, input, state, context, batch)
+        changed = traces.changed()
+        for name, before, now in changed:
+            if not (isinstance(now, Tensor) and (before is None or isinstance(before, Tensor))):
+                raise UnrecordableError(f"its step leaves something in the attribute {name} for the next one")
+        if changed:
+            again = plan_step(cell, input, state, context, batch)
+            if again.recording != plan.recording or _reads(plan, changed):
+                raise UnrecordableError(f"its step reads the attribute {changed[0][0]}, which the step before it left")
+        return plan
+    except UnrecordableError:
+        raise
+    except Exception as error:  # a cell that fails is told by the reference, which names the copy
+        raise UnrecordableError(f"recording it raised {type(error).__name__}: {error}") from error
+    finally:
+        traces.undo()
+
+
+def _reads(plan: StepPlan, changed: list[tuple[str, Any, Any]]) -> bool:
+    names = {name for name, _, _ in changed}
+    return any(external.attribute in names for external in plan.recording.externals)
+
+
+def _compare(plan: StepPlan, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, runner: LoopRunner) -> None:
+    """Two real steps, values and gradients, by the plan and by the cell itself."""
+    traces = Traces(cell)
+    try:
+        with torch.enable_grad():
+            sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x])), inputs)
+            start = map_leaves(_leaf, state)
+            planned = _tensors(run_plan(plan, cell, sample, start, context, runner), cell, sample, start)
+            truth = _tensors(reference.run(CheckedStep(cell, context), sample, start), cell, sample, start)
+    finally:
+        traces.undo()
+    for ours, theirs in zip(planned, truth, strict=True):
+        if not _close(ours, theirs):
+            raise UnrecordableError("its recording does not give the numbers of the cell itself")
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return copy.requires_grad_() if copy.is_floating_point() else copy
+
+
+def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tree) -> list[Tensor | None]:
+    """Outputs, states and the gradients of a fixed mixture of them."""
+    found = [*leaves(result[0]), *leaves(result[1])]
+    losses = [
+        (t * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape).to(t.dtype)).sum()
+        for t in found
+        if t.requires_grad
+    ]
+    by = [t for t in (*leaves(inputs), *leaves(state), *cell.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else ()
+    return [*found, *grads]
+
+
+def _close(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    """Equal up to rounding: a fault of recording is far larger."""
+    if ours is None or theirs is None:
+        other = theirs if ours is None else ours
+        return other is None or not other.any()
+    if not ours.is_floating_point():
+        return torch.equal(ours, theirs)
+    bound = torch.finfo(ours.dtype).eps ** 0.5 * max(float(theirs.detach().abs().nan_to_num().max()), 1e-30)
+    return torch.allclose(ours, theirs, rtol=0.0, atol=bound, equal_nan=True)

@@ -1,0 +1,115 @@
+"""Operations outside of loops, run for all copies of a segment at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from unrolled.bptt.timed import Summed, Timed
+from unrolled.plan.interpret import run_op
+from unrolled.plan.program import Custom, Op, Program
+from unrolled.plan.sums import contracts_rows
+
+__all__ = ["Batched", "Entry"]
+
+Entry: TypeAlias = Tensor | Timed | Summed
+"""What is known of a value over a segment: a tensor where it is the same at every step."""
+
+
+class Batched:
+    """Runs operations of a step over a segment.
+
+    Args:
+        program: the step.
+        rows: for each value that has rows, in which dimension.
+        coupled: operations that are not proved to act row by row; these are mapped over T.
+        steps: T.
+        batch: B.
+        sums: values that are wanted added up over all steps, and may be as soon as the rows are contracted.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        rows: Mapping[int, int],
+        coupled: Mapping[int, str],
+        steps: int,
+        batch: int,
+        sums: frozenset[int] = frozenset(),
+    ) -> None:
+        self.program, self.rows, self.coupled = program, rows, coupled
+        self.steps, self.batch, self.sums = steps, batch, sums
+
+    def run(self, ops: Sequence[int], env: MutableMapping[int, Entry]) -> None:
+        """Run some operations; their results are added to `env`."""
+        for number in ops:
+            op = self.program.ops[number]
+            entries = {v: env[v] for v in op.inputs}
+            env.update(zip(op.outputs, self._results(number, op, entries), strict=False))
+
+    def _results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        kinds = {type(entry) for entry in entries.values()}
+        if Summed in kinds:
+            return self._on_sums(op, entries)
+        if Timed not in kinds:
+            return run_op(op, entries, self.batch)
+        spread_rows = any(v in self.rows and not isinstance(entry, Timed) for v, entry in entries.items())
+        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, Timed)):
+            if number not in self.coupled:
+                return self._folded(op, entries)
+            if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
+                return [Summed(result) for result in self._on_folded(op, entries)]
+        return self._mapped(op, entries)
+
+    def _on_folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Any]:
+        tensors = {v: e.folded(self.rows[v]) if isinstance(e, Timed) else e for v, e in entries.items()}
+        return run_op(op, tensors, self.steps * self.batch)
+
+    def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        results = zip(op.outputs, self._on_folded(op, entries), strict=False)
+        return [Timed(result, self.steps, self.rows[v]) if v >= 0 else result for v, result in results]
+
+    def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """One operation for each step, by vmap; Functions with a backward of their own one after the other."""
+        given = list(entries)
+        tensors = [
+            entry.stacked() if isinstance(entry, Timed) else entry.tensor if isinstance(entry, Summed) else entry
+            for entry in entries.values()
+        ]
+        dims = tuple(0 if isinstance(entry, Timed) else None for entry in entries.values())
+
+        def once(*values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(r for r in run_op(op, dict(zip(given, values, strict=True)), self.batch) if r is not None)
+
+        run = _one_by_one(once, dims, self.steps) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
+        return [Timed(result, self.steps) for result in run(*tensors)]
+
+    def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """An operation that is linear in what was summed."""
+        tensors = {v: self.total(v, entry) if v in self.sums else entry for v, entry in entries.items()}
+        return [Summed(result) for result in run_op(op, tensors, self.batch)]
+
+    def total(self, value: int, entry: Entry) -> Tensor:
+        """A value added up over all steps."""
+        if isinstance(entry, Summed):
+            return entry.tensor
+        if isinstance(entry, Timed):
+            return entry.stacked().sum(0)
+        return entry * self.steps
+
+
+def _one_by_one(
+    function: Callable[..., tuple[Tensor, ...]], dims: Sequence[int | None], steps: int
+) -> Callable[..., list[Tensor]]:
+    def run(*tensors: Tensor) -> list[Tensor]:
+        columns = [
+            tensor.unbind(0) if dim == 0 else [tensor] * steps for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+        return [
+            torch.stack(column) for column in zip(*(function(*row) for row in zip(*columns, strict=True)), strict=True)
+        ]
+
+    return run

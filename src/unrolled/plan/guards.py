@@ -1,0 +1,172 @@
+"""Guards: what a recording holds under. A cell is a Python object, and whatever its step reads may change.
+
+The fingerprint of a cell is a nested tuple of all plain values that its modules hold, of the code of its functions with
+what these close over and the plain globals they name, and of modes and types. Tensors are not in it: a program reads
+them anew at every call. What cannot be put into such a tuple bars recording.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unrolled.plan.tape import UnrecordableError
+
+__all__ = ["Traces", "fingerprint"]
+
+_PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
+_BY_IDENTITY = (
+    type,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_MOST_BYTES = 4096
+
+
+def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
+    """Everything about a cell, but for its tensors' numbers, that its step may depend on.
+
+    Raises:
+        UnrecordableError: if it holds something that cannot be compared, or hooks, which must see every copy.
+    """
+    freezer = _Freezer()
+    return tuple([freezer.module(name, module) for name, module in cell.named_modules()])
+
+
+class _Freezer:
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def module(self, name: str, module: nn.Module) -> tuple[Any, ...]:
+        for hooks in _HOOKS:
+            if getattr(module, hooks):
+                raise UnrecordableError(f"{name or 'it'} has hooks, which must be called for every copy")
+        self.seen.add(id(module))
+        held = vars(module)
+        plain = tuple([(key, self.value(held[key], key)) for key in held if key not in _BOOKKEEPING])
+        tensors = tuple(
+            [(key, _kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
+        )
+        return (name, type(module), plain, tensors, self.code(type(module)))
+
+    def code(self, kind: type) -> tuple[Any, ...]:
+        """What a user's class adds: its plain attributes, and what its forward reads beside them."""
+        if kind.__module__.startswith("torch."):
+            return ()
+        found: list[Any] = []
+        for base in kind.__mro__:
+            if base is nn.Module:
+                break
+            found += [(key, value) for key, value in vars(base).items() if type(value) in (int, float, bool, str)]
+        forward = getattr(kind, "forward", None)
+        if isinstance(forward, types.FunctionType):
+            found.append(self.function(forward))
+        return tuple(found)
+
+    def value(self, value: Any, name: str) -> Any:
+        if value is None or isinstance(value, _PLAIN):
+            return value if value == value else repr(value)
+        if isinstance(value, Tensor):
+            return "a tensor"
+        if isinstance(value, tuple | list | set | frozenset):
+            return (type(value), tuple([self.value(child, name) for child in value]))
+        if isinstance(value, dict):
+            return (type(value), tuple([(self.value(k, name), self.value(v, name)) for k, v in value.items()]))
+        if isinstance(value, _BY_IDENTITY):
+            return value
+        if isinstance(value, np.ndarray | np.generic) and value.nbytes <= _MOST_BYTES:
+            return (str(value.dtype), value.shape, value.tobytes())
+        if id(value) in self.seen:
+            return "seen before"
+        self.seen.add(id(value))
+        return self.thing(value, name)
+
+    def thing(self, value: Any, name: str) -> Any:
+        """Functions and objects, which may lead back to themselves."""
+        if isinstance(value, types.FunctionType):
+            return self.function(value)
+        if isinstance(value, types.MethodType):
+            return (self.value(value.__func__, name), self.value(value.__self__, name))
+        if isinstance(value, functools.partial):
+            return (self.value(value.func, name), self.value(value.args, name), self.value(value.keywords, name))
+        if type(value).__module__.startswith("torch.") and callable(value) and not isinstance(value, nn.Module):
+            return id(value)
+        if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
+            return (type(value), self.value(vars(value), name))
+        raise UnrecordableError(f"its attribute {name} is a {type(value).__name__}, whose changes cannot be seen")
+
+    def function(self, function: types.FunctionType) -> tuple[Any, ...]:
+        cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+        module = function.__module__ or ""
+        inner = () if module.startswith("torch.") else tuple(self.globals_of(function))
+        return (
+            function.__code__,
+            self.value(cells, function.__name__),
+            self.value(function.__defaults__, function.__name__),
+            self.value(function.__kwdefaults__, function.__name__),
+            inner,
+        )
+
+    def globals_of(self, function: types.FunctionType) -> Iterator[Any]:
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            simple = value is None or isinstance(value, (*_PLAIN, tuple, list, dict))
+            if simple or isinstance(value, types.FunctionType):
+                yield (name, self.value(value, name))
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """All names that a function's code, or that of functions inside it, may look up among the globals."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *(name for names in inner for name in names)]))
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (raises where there is nothing yet)
+    except ValueError:
+        return True
+    return False
+
+
+def _kind(tensor: Tensor | None) -> Any:
+    """What of a parameter or buffer a program depends on."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor))
+
+
+class Traces:
+    """What running a cell leaves behind in its Python attributes; put back on request.
+
+    Args:
+        cell: the cell, before it is run.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        self._before = [(module, dict(vars(module))) for module in cell.modules()]
+
+    def changed(self) -> list[tuple[str, Any, Any]]:
+        """Name, value before and value now of every plain attribute that is another object than before."""
+        missing = object()
+        return [
+            (key, before.get(key), vars(module).get(key))
+            for module, before in self._before
+            for key in dict.fromkeys([*before, *vars(module)])
+            if before.get(key, missing) is not vars(module).get(key, missing)
+        ]
+
+    def undo(self) -> None:
+        """Give every module the attributes that it had."""
+        for module, before in self._before:
+            vars(module).clear()
+            vars(module).update(before)

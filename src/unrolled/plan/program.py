@@ -1,0 +1,176 @@
+"""Step programs: what a cell computes in one step, as a straight list of ATen operations. Tensor-free.
+
+A program's values are numbered. Whatever depends on how many rows the batch has is written as a `Size`, affine in the
+number of rows B: one program serves every B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Custom", "Op", "Program", "Ref", "Size", "Value", "dependents", "refs_of", "resolved"]
+
+
+class Ref(NamedTuple):
+    """A value, by its number, where it stands among an operation's arguments."""
+
+    value: int
+
+
+class Size(NamedTuple):
+    """An integer that depends on the number of rows: `per_row * B + constant`."""
+
+    per_row: int
+    constant: int
+
+    def at(self, rows: int) -> int:
+        """The integer for so many rows."""
+        return self.per_row * rows + self.constant
+
+    def __str__(self) -> str:
+        rows = "B" if self.per_row == 1 else f"{self.per_row}B"
+        return rows if self.constant == 0 else f"{rows}{self.constant:+d}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a value before it is computed."""
+
+    shape: tuple[int | Size, ...]
+    dtype: torch.dtype
+
+    def sizes(self, rows: int) -> tuple[int, ...]:
+        """The shape for so many rows."""
+        return tuple(n.at(rows) if isinstance(n, Size) else n for n in self.shape)
+
+    def bytes(self, rows: int) -> int:
+        """The memory that it takes for so many rows."""
+        count = self.dtype.itemsize
+        for n in self.sizes(rows):
+            count *= n
+        return count
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it can have a gradient."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: a target, its arguments with `Ref`s for values and `Size`s for integers, the values it makes.
+
+    Outputs that nobody reads are -1.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The operation as torch calls it: `aten.mm`."""
+        if isinstance(self.target, Custom):
+            return self.target.name
+        return str(self.target).removesuffix(".default")
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The values that it reads, in order."""
+        return tuple(refs_of((self.args, self.kwargs)))
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A `torch.autograd.Function` as an operation: what it computes, and its own backward.
+
+    Attributes:
+        name: the Function's name.
+        forward: `inputs -> outputs`, and the values that the backward reads.
+        backward: `(saved values, gradients of the outputs) -> gradients of the inputs`; -1 for none.
+        saved: which values of `forward` the backward reads.
+    """
+
+    name: str
+    forward: Program
+    backward: Program
+    saved: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A list of operations over numbered values, from some inputs to some outputs.
+
+    Attributes:
+        values: what is known of each.
+        inputs: the values that are given.
+        ops: the operations, in an order in which they can be run.
+        outputs: the values that are asked for; -1 where there is none.
+    """
+
+    values: tuple[Value, ...]
+    inputs: tuple[int, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.values, self.inputs, self.outputs, tuple(op.name for op in self.ops)))
+
+    def __hash__(self) -> int:
+        """Computed once: programs are looked up at every call."""
+        return self._hash
+
+    def pruned(self) -> Program:
+        """Without the operations that no output depends on."""
+        needed, kept = {v for v in self.outputs if v >= 0}, []
+        for op in reversed(self.ops):
+            if needed.intersection(op.outputs):
+                needed.update(op.inputs)
+                kept.append(op)
+        return Program(self.values, self.inputs, tuple(reversed(kept)), self.outputs)
+
+    def producers(self) -> dict[int, int]:
+        """For each value that an operation makes, which operation."""
+        return {value: index for index, op in enumerate(self.ops) for value in op.outputs if value >= 0}
+
+
+def refs_of(tree: Any) -> Iterator[int]:
+    """All values that a nest of arguments mentions."""
+    if isinstance(tree, Ref):
+        yield tree.value
+    elif isinstance(tree, Size):
+        return
+    elif isinstance(tree, tuple | list):
+        for child in tree:
+            yield from refs_of(child)
+
+
+def resolved(tree: Any, values: Mapping[int, Tensor] | Sequence[Tensor], rows: int) -> Any:
+    """A nest of arguments with tensors for `Ref`s and integers for `Size`s."""
+    if isinstance(tree, Ref):
+        return values[tree.value]
+    if isinstance(tree, Size):
+        return tree.at(rows)
+    if isinstance(tree, tuple | list):
+        return [resolved(child, values, rows) for child in tree]
+    return tree
+
+
+def dependents(ops: Iterable[Op], seeds: Iterable[int]) -> set[int]:
+    """All values that depend on the given ones, these included."""
+    reached = set(seeds)
+    for op in ops:
+        if reached.intersection(op.inputs):
+            reached.update(v for v in op.outputs if v >= 0)
+    return reached

@@ -1,0 +1,63 @@
+"""Sums over copies: which gradients may be added up over the steps early, and by which operations.
+
+A weight's gradient is the sum of the copies' shares. A product that contracts the rows of one step contracts, with time
+folded into the rows, those of all steps at once; whatever follows it must be linear for that to be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from unrolled.plan.program import Op, Program, Ref
+
+__all__ = ["contracts_rows", "summable"]
+
+
+def contracts_rows(op: Op, rows: Mapping[int, int], program: Program) -> bool:
+    """Whether an operation adds up over the rows, so that folded over T it adds up over the steps too."""
+    name = op.name.removeprefix("aten.").split(".")[0]
+    places = [rows.get(v) for v in op.inputs]
+    if name == "mm":
+        return places == [1, 0]
+    if name == "bmm":
+        return places == [2, 1]
+    if name == "sum":
+        rank = len(program.values[op.inputs[0]].shape)
+        dims = op.args[1] if len(op.args) > 1 and op.args[1] else range(rank)
+        return places[0] in {d % rank for d in dims}
+    return False
+
+
+_LINEAR_ALWAYS = frozenset(
+    """
+    t transpose permute view _unsafe_view reshape expand unsqueeze squeeze slice select slice_backward
+    select_backward cat stack neg add sub sum clone _to_copy detach alias split split_with_sizes constant_pad_nd flip
+    """.split()
+)
+_LINEAR_IN_ONE = frozenset(["mul", "mm", "bmm"])
+
+
+def summable(program: Program, wanted: Sequence[int]) -> frozenset[int]:
+    """Values that may be added up over the steps early: all that follows is linear, and its sum is what is wanted."""
+    consumers: dict[int, list[Op]] = {}
+    for op in program.ops:
+        for value in op.inputs:
+            consumers.setdefault(value, []).append(op)
+    found: set[int] = set()
+    asked, others = set(wanted), set(program.outputs) - set(wanted)
+    for value in reversed(range(len(program.values))):
+        followers = consumers.get(value, [])
+        if value in others or not (followers or value in asked):
+            continue
+        if all(_linear(op, value) and found.issuperset(v for v in op.outputs if v >= 0) for op in followers):
+            found.add(value)
+    return frozenset(found)
+
+
+def _linear(op: Op, value: int) -> bool:
+    name = op.name.removeprefix("aten.").split(".")[0]
+    if name in {"add", "sub"}:  # alpha, and adding a number at every step, are not worth the proof
+        return not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
+    if name in _LINEAR_ALWAYS:
+        return True
+    return name in _LINEAR_IN_ONE and op.inputs.count(value) == 1
