@@ -363,3 +363,58 @@ def test_every_exception_belongs_to_the_family_and_to_a_builtin_a_caller_may_kno
     assert all(issubclass(error, ur.UnrolledError) for error in family)
     builtins = (ValueError, RuntimeError, OSError)
     assert all(issubclass(error, builtins) for error in family if error is not ur.UnrolledError)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.LSTM(I, H), torch.nn.GRU(I, H, 2), ur.LSTM(I, H)], ids=lambda m: repr(m))
+def test_a_whole_layer_is_no_cell(layer):
+    with pytest.raises(ur.OptionError, match="whole layer"):
+        ur.unroll(layer)
+
+
+def test_a_passed_state_uses_up_no_random_numbers():
+    class Random(torch.nn.Module):
+        def initial_state(self, batch_size, device=None, dtype=None):
+            return torch.rand(batch_size, I)
+
+        def forward(self, input, state):
+            return input, state
+
+    torch.manual_seed(1)
+    ur.unroll(Random())(GOOD, torch.zeros(B, I))
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda self, batch_size: torch.zeros(batch_size, I), "device"),
+        (lambda self, batch_size, device=None, dtype=None: 1 / 0, "ZeroDivisionError"),
+        (lambda self, batch_size, device=None, dtype=None: 3, "pytree"),
+    ],
+    ids=["signature", "raises", "number"],
+)
+def test_an_initial_state_that_cannot_be_made_is_a_state_error(make, says):
+    cell = type("Faulty", (torch.nn.Module,), {"initial_state": make, "forward": lambda self, x, s: (x, s)})()
+    with pytest.raises(ur.StateError, match=says):
+        ur.unroll(cell)(GOOD)
+
+
+def test_an_initial_state_of_another_dtype_is_told_at_copy_0():
+    cell = type(
+        "Stubborn",
+        (torch.nn.Module,),
+        {
+            "initial_state": lambda self, b, device=None, dtype=None: torch.zeros(b, I),
+            "forward": lambda self, x, s: (x, s + x),
+        },
+    )()
+    with pytest.raises(ur.CellError, match=r"copy 0 .*initial state with the batch size and dtype"):
+        ur.unroll(cell)(GOOD.double())
+
+
+@pytest.mark.parametrize("make", [ur.LSTM, lambda i, h: ur.unroll(ur.LSTMCell(i, h))], ids=["layer", "unrolled"])
+def test_inputs_of_another_dtype_than_the_weights_are_an_input_error(make):
+    with pytest.raises(ur.InputError, match="one dtype"):
+        make(I, H)(GOOD.double())

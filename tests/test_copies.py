@@ -758,3 +758,122 @@ def test_the_share_of_a_late_copy_costs_no_more_than_that_of_an_early_one():
                 copies[t].weight_grad["weight_hh"]
             counts[steps, t] = operations.count
     assert max(counts.values()) - min(counts.values()) <= 3
+
+
+class Cached(nn.Module):
+    """Computes something from its weight in the first copy and uses it in the others."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(I, I, dtype=F64))
+        self.first, self.calls, self.held = first, 0, None
+
+    def initial_state(self, batch_size, device=None, dtype=None):
+        self.calls = 0
+        return torch.zeros(batch_size, I, device=device, dtype=dtype)
+
+    def forward(self, input, state):
+        if self.calls <= self.first:
+            self.held = 2 * self.weight
+        self.calls += 1
+        state = torch.tanh(input + state @ self.held)
+        return state, state
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_weight_that_one_copy_computes_for_the_others_is_refused(first):
+    with pytest.raises(ur.CellError, match=f"copy {first + 1} .*earlier copy"):
+        ur.copies(ur.unroll(Cached(first)), torch.randn(T, B, I, dtype=F64))
+
+
+def test_a_cached_parametrization_is_refused():
+    cell = ur.RNNCell(I, H)
+    nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    with parametrize.cached(), pytest.raises(ur.CellError, match=r"copy 1 .*earlier copy"):
+        ur.copies(ur.unroll(cell), torch.randn(T, B, I))
+
+
+class Aliased(nn.Module):
+    """Reads its weight through a list from copy 2 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(I, I))
+        self.beside = [self.weight]
+
+    def forward(self, input, state):
+        hidden, clock = state
+        weight = self.beside[0] if int(clock[0]) >= 2 else self.weight
+        hidden = torch.tanh(input + hidden @ weight)
+        return hidden, (hidden, clock + 1)
+
+
+def test_a_weight_read_by_another_name_is_refused_in_whatever_copy():
+    state = torch.zeros(B, I), torch.zeros(B, dtype=torch.int64)
+    with pytest.raises(ur.CellError, match=r"copy 2 .*reads weight"):
+        ur.copies(ur.unroll(Aliased()), torch.randn(T, B, I), state)
+
+
+class Attending(nn.Module):
+    """Its context may come from its own projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(I, I)
+
+    def initial_state(self, batch_size, device=None, dtype=None):
+        return torch.zeros(batch_size, I, device=device, dtype=dtype)
+
+    def forward(self, input, state, context):
+        state = torch.tanh(self.key(input) + state * context)
+        return state, state
+
+
+def test_a_context_made_with_the_cells_own_weights_is_no_copys_share():
+    cell = Attending().double()
+    inputs, memory = torch.randn(T, B, I, dtype=F64), torch.randn(B, I, dtype=F64)
+    copies = ur.copies(ur.unroll(cell), inputs, context=cell.key(memory))
+    copies.backward(copies.outputs.sum())
+    cell_grad = cell.key.weight.grad.clone()
+    cell.zero_grad()
+    context = cell.key(memory)
+    outputs, _ = ur.unroll(cell, engine="reference")(inputs, context=context)
+    (through_context,) = torch.autograd.grad(outputs.sum(), context, retain_graph=True)
+    (beside,) = torch.autograd.grad(context, cell.key.weight, through_context)
+    assert_match(copies.weight_grad["key.weight"].sum(0) + beside, cell_grad)
+
+
+def test_a_backward_pass_that_a_hook_breaks_leaves_what_was_remembered():
+    rnn, copies = run("GRUCell")
+    copies.backward(loss_of(copies))
+    before = copies[0].state_grad.clone()
+
+    def broken(grad):
+        raise ValueError("broken")
+
+    handle = copies[1].output.register_hook(broken)
+    with pytest.raises(ValueError, match="broken"):
+        copies.backward(loss_of(copies))
+    handle.remove()
+    assert torch.equal(copies[0].state_grad, before)
+    assert rnn is not None
+
+
+def test_a_sparse_embedding_has_dense_shares():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, I, sparse=True)
+
+        def initial_state(self, batch_size, device=None, dtype=None):
+            return torch.zeros(batch_size, I)
+
+        def forward(self, input, state):
+            state = torch.tanh(self.embedding(input) + state)
+            return state, state
+
+    cell = Tokens()
+    copies = ur.copies(ur.unroll(cell), torch.randint(7, (T, B)))
+    copies.backward(copies.outputs.sum())
+    assert_match(copies.weight_grad["embedding.weight"].sum(0), cell.embedding.weight.grad.to_dense())
+    assert copies.weight_grad_norm["embedding.weight"].shape == (T,)

@@ -222,8 +222,8 @@ def test_a_picture_is_written_whole_and_its_path_returned(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("a.png", "must end in .svg and .txt"),
-        ("a", "must end in .svg and .txt"),
+        ("a.png", "must end in .svg or .txt"),
+        ("a", "must end in .svg or .txt"),
         ("missing/a.svg", "directory that exists"),
         ("directory.svg", "must be a file"),
     ],

@@ -265,3 +265,16 @@ def test_layers_take_the_constructor_arguments_of_torch_nn_by_position(ours, the
     assert settings(ours(*arguments)) == settings(theirs(*arguments)) | {
         "nonlinearity": getattr(ours(*arguments), "nonlinearity", None)
     }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step": lambda module, x, h: (2 * module(x, h), module(x, h))},
+        {"state": lambda batch_size, device=None, dtype=None: torch.ones(batch_size, H)},
+    ],
+    ids=["own step", "own state"],
+)
+def test_to_torch_never_drops_what_the_user_gave(options):
+    with pytest.raises(ur.OptionError, match="AdaptedCell"):
+        ur.to_torch(ur.unroll(ur.as_cell(torch.nn.GRUCell(I, H), **options)))

@@ -9,7 +9,7 @@ from torch import nn
 
 from unrolled._layers import GRU, LSTM, RNN, TorchLayer
 from unrolled._unroll import Unrolled
-from unrolled.cells.adapted import AdaptedCell
+from unrolled.cells.adapted import is_torch_cell
 from unrolled.cells.gru import GRUCell
 from unrolled.cells.lstm import LSTMCell
 from unrolled.cells.rnn import RNNCell
@@ -103,7 +103,7 @@ def _unrolled_to_torch(rnn: Unrolled) -> nn.Module:
         LSTMCell: nn.LSTM,
         GRUCell: nn.GRU,
     }
-    cell = rnn.cell.module if isinstance(rnn.cell, AdaptedCell) else rnn.cell
+    cell = rnn.cell.module if is_torch_cell(rnn.cell) else rnn.cell
     if type(cell) in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
         cell = from_torch(cell)
     if type(cell) not in layers:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
-from unrolled._doors import Listener, Passage, derivative, leads_to, pass_through, sources_beside_doors
+from unrolled._doors import Listener, Passage, derivative, leads_to, pass_through, ways_past
 from unrolled._layers import TorchLayer
 from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import parameter_names
@@ -24,7 +24,7 @@ __all__ = ["Copies", "Copy", "copies"]
 class _Network:
     """What all the copies of one unrolled network share."""
 
-    def __init__(self, cell: nn.Module, state: Tree, *, own_state: bool) -> None:
+    def __init__(self, cell: nn.Module, state: Tree, context: Tree, *, own_state: bool) -> None:
         self.cell = cell
         parameters = dict(cell.named_parameters())
         self.paths = {name: path for name, path in parameter_names(cell).items() if parameters[path].requires_grad}
@@ -35,6 +35,7 @@ class _Network:
         self.norms: dict[int, dict[str, Tensor]] = {}
         self.remembered: list[list[Tensor | None]] = []
         (self.initial,) = self.through_door(state)
+        self.context = None if context is None else self.through_door(context)[0]
 
     def remember(self, backward: Callable[[], None]) -> None:
         """Run a backward pass and remember what flows; if it fails, what was remembered before stays."""
@@ -42,11 +43,14 @@ class _Network:
         self.listener.listening = True
         try:
             backward()
-        except RuntimeError as error:
+        except BaseException as error:
             for grads, kept in before:
                 grads[:] = kept
+            if not isinstance(error, RuntimeError):
+                raise
             raise GradientError(
-                f"the backward pass failed, and the copies' gradients are as before; torch says: {error}"
+                "the backward pass failed; the copies' gradients are as before, .grad is as far as torch came. "
+                f"If the weights have changed since the run, run copies again. torch says: {error}"
             ) from error
         finally:
             self.listener.listening = False
@@ -89,7 +93,13 @@ class _Shares(Mapping[str, Tensor]):
 
 
 class Copy:
-    """One copy of the cell: the cell at time step `t`. Obtained from `Copies`."""
+    """One copy of the cell: the cell at time step `t`. Obtained from `Copies`.
+
+    Example:
+        >>> import unrolled as ur
+        >>> ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3))[-1]
+        Copy(t=4, input=float32[2, 3], state=float32[2, 4], output=float32[2, 4], next_state=float32[2, 4])
+    """
 
     def __init__(
         self,
@@ -179,6 +189,12 @@ class Copies(Sequence[Copy]):
 
     `copies[t]` is a `Copy`; `copies[a:b]` is of this class too, and its copies keep their own t. A loss may be made of
     `outputs`, of `state`, or of any copy's `output`, `state` or `next_state`.
+
+    Example:
+        >>> import unrolled as ur
+        >>> copies = ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3))
+        >>> [copy.t for copy in copies[2:]]
+        [2, 3, 4]
     """
 
     def __init__(self, network: _Network, members: Sequence[Copy], *, batch_first: bool) -> None:
@@ -268,8 +284,12 @@ class Copies(Sequence[Copy]):
         return _Shares(
             self._network,
             "weight_grad_norm",
-            lambda name: self._network.weights[name].new_tensor([copy._share_norms()[name] for copy in self]),
+            self._norms,
         )
+
+    def _norms(self, name: str) -> Tensor:
+        norms = [copy._share_norms()[name] for copy in self]
+        return torch.stack(norms) if norms else self._network.weights[name].new_empty(0)
 
     @property
     def initial_grad(self) -> Mapping[str, Tensor]:
@@ -305,39 +325,44 @@ class Copies(Sequence[Copy]):
 class _AliasedStep(CheckedStep):
     """A checked step of a cell whose parameters are replaced by one copy's own aliases of them."""
 
-    def __init__(self, network: _Network, context: Tree, aliases: Sequence[Tensor]) -> None:
-        super().__init__(network.cell, context)
+    def __init__(self, network: _Network, aliases: Sequence[Tensor]) -> None:
+        super().__init__(network.cell, None if network.context is None else network.context.tree)
         self._aliases = dict(zip(network.paths.values(), aliases, strict=True))
 
     def run(self, input: Tree, state: Tree) -> tuple[Tree, Tree]:
         return torch.func.functional_call(self.cell, self._aliases, (input, state, *self.rest))
 
 
-def _recording(network: _Network, context: Tree, members: list[Copy]) -> Callable[[int, Tree, Tree], tuple[Tree, Tree]]:
+def _recording(network: _Network, members: list[Copy]) -> Callable[[int, Tree, Tree], tuple[Tree, Tree]]:
     """A step for the reference engine that makes a copy of every call."""
 
     def step(t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
         received = members[-1]._state_out if members else network.initial
         entered = network.through_door(input, state, list(network.weights.values()))
-        aliased = _AliasedStep(network, context, entered[2].passed)
+        aliased = _AliasedStep(network, entered[2].passed)
         returned = aliased(t, entered[0].tree, entered[1].tree)
         left = network.through_door(*returned)
-        if t == 0:
-            _refuse_hidden_weights(network, left)
+        _refuse_other_ways(network, t, entered, left)
         members.append(Copy(network, t, received, entered, left, input))
         return left[0].tree, left[1].tree
 
     return step
 
 
-def _refuse_hidden_weights(network: _Network, left: Sequence[Passage]) -> None:
-    """A weight that the step also reads under another name would have a share that nobody sees."""
-    beside = sources_beside_doors([tensor for passage in left for tensor in passage.raw])
+def _refuse_other_ways(network: _Network, t: int, entered: Sequence[Passage], left: Sequence[Passage]) -> None:
+    """What reaches a copy by another way than through its door would be missing from its share, or be in another's."""
+    doors = [*entered, network.context] if network.context is not None else entered
+    beside, others = ways_past(doors, [tensor for passage in left for tensor in passage.raw])
     hidden = [name for name, weight in network.weights.items() if id(weight) in beside]
     if hidden:
         raise CellError(
-            f"{name_of(network.cell)} reads {', '.join(hidden)} by another way than its registered name, so its "
-            "share in a copy cannot be told; read the parameter as an attribute of its module in every step"
+            f"copy {t} of {name_of(network.cell)} reads {', '.join(hidden)} by another way than its registered name, "
+            "so its share cannot be told; read the parameter as an attribute of its module in every step"
+        )
+    if others:
+        raise CellError(
+            f"copy {t} of {name_of(network.cell)} uses something that an earlier copy computed and did not hand on in "
+            "its state (a cached weight?), so their shares cannot be told apart; compute it in every step"
         )
 
 
@@ -351,7 +376,9 @@ def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
         context: what a cell with a third argument receives at every step.
 
     Returns:
-        The copies. Their outputs and state have the values that `rnn(inputs, state)` returns.
+        The copies. Their outputs and state have the values that `rnn(inputs, state)` returns. Copies speak of the
+        cell: those of a layer have states `[B, H]` without the layer's leading dimension, and a sequence without a
+        batch is a batch of one.
 
     Raises:
         OptionError: if `rnn` is no unrolled network.
@@ -375,7 +402,7 @@ def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
         raise OptionError(f"copies takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
     own_state = state is None
     inputs, state = rnn.prepared(inputs, state, context)
-    network = _Network(rnn.cell, state, own_state=own_state)
+    network = _Network(rnn.cell, state, context, own_state=own_state)
     members: list[Copy] = []
-    reference.run(_recording(network, context, members), inputs, network.initial.tree)
+    reference.run(_recording(network, members), inputs, network.initial.tree)
     return Copies(network, members, batch_first=rnn.batch_first)

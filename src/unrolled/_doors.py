@@ -19,7 +19,7 @@ from torch import Tensor
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
-__all__ = ["Listener", "Passage", "derivative", "leads_to", "pass_through", "sources_beside_doors"]
+__all__ = ["Listener", "Passage", "derivative", "leads_to", "pass_through", "ways_past"]
 
 
 class Listener:
@@ -116,9 +116,21 @@ def leads_to(tensors: Sequence[Tensor], listener: Listener) -> bool:
     return any(getattr(node, "listener", None) is listener for node in _nodes(tensors))
 
 
-def sources_beside_doors(tensors: Sequence[Tensor]) -> set[int]:
-    """The leaves (by `id`) that some tensors depend on by ways that pass no door."""
-    return {id(node.variable) for node in _nodes(tensors) if hasattr(node, "variable")}
+def ways_past(doors: Sequence[Passage], tensors: Sequence[Tensor]) -> tuple[set[int], bool]:
+    """By what other ways than through some doors the graph of some tensors leads on.
+
+    Returns:
+        The leaves (by `id`) that they depend on by ways that pass no door, and whether a way leads through any
+        other door: then something computed in one copy is used in another.
+    """
+    known = {id(tensor.grad_fn) for passage in doors for tensor in passage.passed}
+    leaves, others = set(), False
+    for node in _nodes(tensors):
+        if hasattr(node, "listener"):
+            others = others or id(node) not in known
+        elif hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+    return leaves, others
 
 
 def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
@@ -151,4 +163,9 @@ def derivative(flowed: Sequence[tuple[Tensor, Tensor]], by: Sequence[Tensor], wh
             f"{what} can no longer be computed; ask after copies.backward(loss) and before the weights change "
             f"(optimizer.step()). torch says: {error}"
         ) from error
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(by, found, strict=True)]
+    return [torch.zeros_like(x) if grad is None else _dense(grad) for x, grad in zip(by, found, strict=True)]
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """An embedding's gradient may be sparse; shares are stacked and measured, which sparse tensors are not."""
+    return grad.to_dense() if grad.is_sparse else grad

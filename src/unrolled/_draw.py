@@ -88,7 +88,7 @@ def _print(sketch: Sketch) -> None:
 
 def _destination(path: str | os.PathLike[str]) -> tuple[Path, Callable[[Sketch], str]]:
     """The file and what draws it, once it is clear that it can be written."""
-    offered = " and ".join(RENDERERS)
+    offered = " or ".join(RENDERERS)
     try:
         target = Path(path)
     except TypeError as error:

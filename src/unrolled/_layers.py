@@ -46,7 +46,7 @@ class TorchLayer(nn.Module):
 
     gates: ClassVar[int]
     state_names: ClassVar[tuple[str, ...]] = ("h",)
-    mode: str
+    is_layer: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -175,13 +175,18 @@ class TorchLayer(nn.Module):
         return f"{self.input_size}, {self.hidden_size}" + "".join(changed)
 
 
+_REMEDIES = {
+    "num_layers": "call one layer after the other",
+    "dropout": "it acts between layers, of which there is one",
+    "bidirectional": "run a second layer on inputs.flip(0)",
+    "proj_size": "put a torch.nn.Linear after the layer, or keep torch.nn.LSTM",
+}
+
+
 def _refuse_stacks(**options: tuple[Any, Any]) -> None:
     for name, (value, only) in options.items():
         if value != only:
-            raise OptionError(
-                f"{name}={value!r} is not offered yet, only {name}={only!r}; call one layer after the other, or keep "
-                "torch.nn's for now"
-            )
+            raise OptionError(f"{name}={value!r} is not offered yet, only {name}={only!r}; {_REMEDIES[name]}")
 
 
 class _LayerCell(nn.Module):

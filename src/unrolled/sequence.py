@@ -34,7 +34,7 @@ def sizes(inputs: Tree, *, batch_first: bool = False) -> tuple[int, int]:
         if tensor.dim() < 2:
             raise InputError(
                 f"inputs{path} must be {layout}, got shape {list(tensor.shape)}; "
-                "for a single sequence add a batch of one: inputs.unsqueeze(1)"
+                f"for a single sequence add a batch of one: inputs.unsqueeze({0 if batch_first else 1})"
             )
         if tensor.shape[:2] != tensors[0].shape[:2]:
             raise InputError(

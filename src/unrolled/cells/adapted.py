@@ -42,12 +42,7 @@ class AdaptedCell(nn.Module):
                 f"{self.display_name} has no initial_state and none was given; pass a state to the call, "
                 "or make the cell with as_cell(module, state=(batch_size, device=None, dtype=None) -> state)"
             )
-        try:
-            inspect.signature(make).bind(batch_size, device=device, dtype=dtype)
-        except TypeError as error:
-            raise StateError(
-                f"the state= of {self.display_name} must be called as (batch_size, device=None, dtype=None): {error}"
-            ) from error
+        check_state_maker(make, self.display_name)
         return make(batch_size, device=device, dtype=dtype)
 
     def forward(self, input: Tree, state: Tree, *context: Tree) -> tuple[Tree, Tree]:
@@ -55,6 +50,20 @@ class AdaptedCell(nn.Module):
         if self.step is None:
             return self.module(input, state, *context)
         return self.step(self.module, input, state, *context)
+
+
+def check_state_maker(make: State, name: str) -> None:
+    """Refuse a function that cannot be called as `(batch_size, device=, dtype=)`.
+
+    Raises:
+        StateError: saying how it must be.
+    """
+    try:
+        inspect.signature(make).bind(1, device=None, dtype=None)
+    except TypeError as error:
+        raise StateError(
+            f"the initial state of {name} must be made by (batch_size, device=None, dtype=None) -> state: {error}"
+        ) from error
 
 
 def as_cell(
@@ -96,6 +105,11 @@ def as_cell(
         raise OptionError(f"as_cell takes a module, got the class {module.__name__}; make one: {module.__name__}(...)")
     if not isinstance(module, nn.Module):
         return _function_as_cell(module, step, state, parameters)
+    if step is None and (isinstance(module, nn.RNNBase) or getattr(module, "is_layer", False)):
+        raise OptionError(
+            f"as_cell takes a cell, but {type(module).__name__} is a whole layer over time; call it as it is, or make "
+            "ours of torch.nn's: from_torch(layer)"
+        )
     if parameters is not None:
         raise OptionError("parameters= goes with a function; a module has its own: leave parameters= out")
     if step is None and type(module).forward in _TORCH_STEPS:
@@ -191,6 +205,11 @@ class _Zeros:
     def __call__(self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tree:
         hidden = self.module.weight_hh.new_zeros(batch_size, self.module.hidden_size, device=device, dtype=dtype)
         return (hidden, torch.zeros_like(hidden)) if isinstance(self.module, nn.LSTMCell) else hidden
+
+
+def is_torch_cell(cell: nn.Module) -> bool:
+    """Whether a cell is one of torch.nn's with nothing of the user's: its own step, from zeros."""
+    return isinstance(cell, AdaptedCell) and cell.step in _TORCH_STEPS.values() and isinstance(cell.state, _Zeros)
 
 
 def parameter_names(cell: nn.Module) -> dict[str, str]:

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from unrolled.cells.adapted import context_use
+from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, paths
 
@@ -27,7 +27,13 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
         StateError: if the cell cannot make one, or makes one that is no pytree of tensors.
     """
     tensors = leaves(inputs)
-    state = cell.initial_state(batch_size, device=tensors[0].device, dtype=_floating_dtype(cell, tensors))
+    check_state_maker(cell.initial_state, name_of(cell))
+    try:
+        state = cell.initial_state(batch_size, device=tensors[0].device, dtype=_floating_dtype(cell, tensors))
+    except UnrolledError:
+        raise
+    except Exception as error:
+        raise StateError(f"{name_of(cell)}.initial_state raised {type(error).__name__}: {error}") from error
     try:
         leaves(state)
     except TypeError as error:
@@ -50,19 +56,23 @@ def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> 
         StateError: naming the leaf, what it is and what it should be.
     """
     given = _flatten_state(state)
+    random = torch.random.get_rng_state()
     try:
         with torch.no_grad():
             wanted = flatten(make_state(cell, inputs, batch_size))
     except StateError:
         _check_rows(given, batch_size, leaves(inputs)[0].device)
         return
+    finally:
+        # Asking only for comparison must not use up random numbers.
+        torch.random.set_rng_state(random)
     if given[1] != wanted[1]:
         raise StateError(
             f"a state of {name_of(cell)} looks like {_kinds(wanted[1])}, got {_kinds(given[1])}; "
             "pass what the cell's initial_state or an earlier call returned"
         )
     for path, got, want in zip(paths(given[1]), given[0], wanted[0], strict=True):
-        if not _fits(got, want):
+        if not _fits(got, want) and not _fits(got, want.to(_floating_dtype(cell, []))):
             raise StateError(
                 f"state{path} must be {describe(want)} on {want.device} for a batch of {batch_size}, "
                 f"got {describe(got)} on {got.device}; pass on the state of a call with the same batch, or convert it"
@@ -188,6 +198,8 @@ class CheckedStep:
             return InputError(
                 f"{told}. A cell that computes with its inputs needs floats: inputs.float(), or embed them"
             )
+        if isinstance(error, RuntimeError) and "dtype" in str(error):
+            return InputError(f"{told}. Inputs, state and weights must have one dtype: convert the inputs or the cell")
         return CellError(f"{told}. Run cell(input, state) on its own with these shapes to find the line")
 
     def _pair(self, t: int, returned: Tree) -> tuple[Tree, Tree]:
@@ -214,7 +226,8 @@ class CheckedStep:
         raise CellError(
             f"a cell must hand on a state like the one it received, but copy {t} of {name_of(self.cell)} received "
             f"{_kinds(structure)} {describe(before)}{' on ' + _devices(old) if where else ''} and returned "
-            f"{_kinds(other)} {describe(after)}{where}"
+            f"{_kinds(other)} {describe(after)}{where}; "
+            + ("make the initial state with the batch size and dtype that are asked for" if t == 0 else "keep it alike")
         )
 
     def _check_leaves(self, t: int, what: str, tree: Tree) -> tuple[list[Tensor], Structure]:

@@ -111,7 +111,7 @@ class GatedCell(nn.Module):
         if input.dim() != 2 or input.shape[1] != self.input_size:
             raise InputError(
                 f"the input of {type(self).__name__} must be [B, I] with I = {self.input_size} at every step, "
-                f"got {list(input.shape)}; a single sequence [T, I] gets a batch of one by inputs.unsqueeze(1)"
+                f"got {list(input.shape)}; a single sequence [T, I] gets a batch of one by unsqueeze"
             )
 
     def extra_repr(self) -> str:

@@ -34,7 +34,18 @@ class GRUCell(GatedCell):
 
     `h' = (1 - z) * n + z * h`, where r and z are sigmoids and `n = tanh(W_in x + b_in + r * (W_hn h + b_hn))`: the
     reset gate acts after the product, as in torch.nn and cuDNN. Parameters, gate order (r, z, n) and
-    initialisation are those of `torch.nn.GRUCell`. See `GatedCell` for the arguments.
+    initialisation are those of `torch.nn.GRUCell`.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        bias: whether the two biases exist.
+        learn_initial_state: whether the initial state is a parameter, zero at first.
+        device: where the parameters live.
+        dtype: the parameters' dtype.
+
+    Raises:
+        OptionError: for a size that is no positive integer.
 
     Source: K. Cho et al., "Learning phrase representations using RNN encoder-decoder", EMNLP 2014.
 

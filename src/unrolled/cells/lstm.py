@@ -33,7 +33,18 @@ class LSTMCell(GatedCell):
 
     `c' = f * c + i * g` and `h' = o * tanh(c')`, where i, f, o are sigmoids and g is the tanh of
     `W_ih x + b_ih + W_hh h + b_hh`. Parameters, gate order (i, f, g, o) and initialisation are those of
-    `torch.nn.LSTMCell`. See `GatedCell` for the arguments.
+    `torch.nn.LSTMCell`.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        bias: whether the two biases exist.
+        learn_initial_state: whether the initial state is a parameter, zero at first.
+        device: where the parameters live.
+        dtype: the parameters' dtype.
+
+    Raises:
+        OptionError: for a size that is no positive integer.
 
     Source: S. Hochreiter and J. Schmidhuber, "Long short-term memory", Neural Computation 9 (1997); forget gate:
     F. Gers et al., "Learning to forget", Neural Computation 12 (2000).

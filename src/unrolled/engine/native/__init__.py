@@ -1,0 +1,42 @@
+"""The native engine: loops emitted as C, built by the system's compiler, run in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from unrolled.engine.native.bind import NativeLoop
+from unrolled.engine.native.build import BuildError
+from unrolled.engine.native.lower import UnsupportedError
+from unrolled.plan.loops import LoopProgram
+
+__all__ = ["BuildError", "NativeLoop", "UnsupportedError", "prepare", "run_loop"]
+
+_LOOPS: dict[LoopProgram, NativeLoop] = {}
+
+
+def prepare(loop: LoopProgram) -> NativeLoop:
+    """Emit and build a loop; one that was built in this process is not built again.
+
+    Raises:
+        UnsupportedError: for an operation that this engine does not emit.
+        BuildError: if there is no compiler, or it fails.
+    """
+    if loop not in _LOOPS:
+        _LOOPS[loop] = NativeLoop(loop)
+    return _LOOPS[loop]
+
+
+def run_loop(
+    loop: LoopProgram,
+    sequences: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    states: Sequence[Tensor],
+    *,
+    steps: int,
+    batch: int,
+    reverse: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Walk through time in C; see `engine.eager.run_loop` for what is given and returned."""
+    return prepare(loop)(sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)

@@ -1,0 +1,134 @@
+"""Binding: torch's tensors to an emitted loop. Sizes are checked here, before a pointer leaves Python."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unrolled.engine.native.build import library
+from unrolled.engine.native.emit import Source, emit
+from unrolled.plan.loops import LoopProgram
+
+__all__ = ["NativeLoop"]
+
+_LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
+
+
+class NativeLoop:
+    """A loop that is compiled, ready to be run."""
+
+    def __init__(self, loop: LoopProgram) -> None:
+        self.loop = loop
+        self.source: Source = emit(loop)
+        lines = _machine_lines()
+        self._library = library(lines + self.source.text)
+        self._panel = int(self._library.ur_panel())
+        self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
+
+    def __call__(
+        self,
+        sequences: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        states: Sequence[Tensor],
+        *,
+        steps: int,
+        batch: int,
+        reverse: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Walk through time; see `engine.eager.run_loop`."""
+        leaves = [
+            *(_dense(tensor, 2) for tensor in sequences),
+            *(tensor.contiguous() for tensor in fixed),
+            *(_dense(tensor, 1) for tensor in states),
+        ]
+        self._check(leaves, steps, batch)
+        emitted = self._emitted(steps, batch)
+        packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
+        scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
+        a = len(sequences)
+        by_step = [tensor.stride(0) if i < a else 0 for i, tensor in enumerate(leaves)]
+        by_row = [_row_stride(tensor, i < a) for i, tensor in enumerate(leaves)]
+        arguments = (
+            _pointers(leaves),
+            (ctypes.c_int64 * len(leaves))(*by_step),
+            (ctypes.c_int64 * len(leaves))(*by_row),
+            _pointers(emitted),
+            _pointers(packed),
+            ctypes.c_void_p(-(-scratch.data_ptr() // 64) * 64),
+            ctypes.c_int64(self.source.scratch),
+            ctypes.c_int64(steps),
+            ctypes.c_int64(batch),
+            ctypes.c_int64(int(reverse)),
+        )
+        self._walk(arguments, steps, batch)
+        last = 0 if reverse else steps - 1
+        places = [self.loop.emitted.index(value) for value in self.loop.next_states]
+        return emitted, [emitted[place][last].clone() for place in places]
+
+    def _walk(self, arguments: tuple[object, ...], steps: int, batch: int) -> None:
+        threads = torch.get_num_threads() if batch * self.source.flops * steps > 2_000_000 else 1
+        done = 0
+        while done < steps:
+            many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * batch)))
+            until = min(steps, done + many)
+            started = time.perf_counter()
+            self._library.ur_loop(*arguments, ctypes.c_int64(done), ctypes.c_int64(until), ctypes.c_int64(threads))
+            self._seconds_per_row = max((time.perf_counter() - started) / (until - done) / batch, 1e-10)
+            done = until
+
+    def _emitted(self, steps: int, batch: int) -> list[Tensor]:
+        values = self.loop.program.values
+        return [torch.empty((steps, *values[v].sizes(batch)), dtype=values[v].dtype) for v in self.loop.emitted]
+
+    def _packed(self, matrix: Tensor, K: int, N: int) -> Tensor:
+        packed = torch.empty(-(-N // self._panel) * self._panel * K, dtype=matrix.dtype)
+        self._library.ur_pack(
+            ctypes.c_void_p(packed.data_ptr()),
+            ctypes.c_void_p(matrix.data_ptr()),
+            ctypes.c_int64(K),
+            ctypes.c_int64(N),
+            ctypes.c_int64(matrix.stride(0)),
+            ctypes.c_int64(matrix.stride(1)),
+        )
+        return packed
+
+    def _check(self, leaves: Sequence[Tensor], steps: int, batch: int) -> None:
+        a = self.loop.counts[0]
+        for i, (value, tensor) in enumerate(zip(self.loop.program.inputs, leaves, strict=True)):
+            known = self.loop.program.values[value]
+            shape = (steps, *known.sizes(batch)) if i < a else known.sizes(batch)
+            if tuple(tensor.shape) != shape or tensor.dtype != known.dtype or tensor.device.type != "cpu":
+                raise ValueError(
+                    f"a loop's input must be {known.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                )
+
+
+def _dense(tensor: Tensor, leading: int) -> Tensor:
+    """The tensor, copied if the entries of a row do not lie one after the other."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[leading:]), reversed(tensor.stride()[leading:]), strict=True):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def _row_stride(tensor: Tensor, sequence: bool) -> int:
+    return tensor.stride(int(sequence)) if tensor.dim() > int(sequence) else 0
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * max(len(tensors), 1))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _machine_lines() -> str:
+    """The vector width and the block of rows for this processor, as the compiler knows it."""
+    return (
+        "#if defined(__AVX512F__)\n#define VECTOR_BYTES 64\n#define ROW_BLOCK 12\n"
+        "#elif defined(__AVX__)\n#define VECTOR_BYTES 32\n#define ROW_BLOCK 6\n"
+        "#else\n#define VECTOR_BYTES 16\n#define ROW_BLOCK 4\n#endif\n"
+    )

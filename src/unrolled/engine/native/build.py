@@ -1,0 +1,115 @@
+"""Building: C source to a loaded library, by the system's compiler and through a cache on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+__all__ = ["BuildError", "compiler", "library"]
+
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_MOST_FILES = 512
+
+
+class BuildError(Exception):
+    """No compiler, or one that failed; the message has its command and what it said."""
+
+
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """The system's C compiler with the flags that it takes here.
+
+    Raises:
+        BuildError: if there is none.
+    """
+    found = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        raise BuildError("there is no C compiler (cc, gcc or clang)")
+    for native in (("-march=native",), ()):
+        command = (found, *_FLAGS, *native)
+        probe = subprocess.run(
+            [*command, "-x", "c", "-", "-o", os.devnull], input=b"int x;", capture_output=True, check=False
+        )
+        if probe.returncode == 0:
+            return command
+    raise BuildError(f"{' '.join(command)} cannot compile an empty file: {probe.stderr.decode(errors='replace')}")
+
+
+@functools.cache
+def machine() -> str:
+    """What compiled code depends on beside its source: compiler, flags, processor."""
+    command = compiler()
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
+    # What -march=native means here is told by the macros it defines.
+    macros = subprocess.run([*command, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, check=False).stdout
+    return hashlib.sha256(
+        b"\0".join([version, macros, " ".join(command).encode(), platform.machine().encode()])
+    ).hexdigest()
+
+
+def library(source: str) -> ctypes.CDLL:
+    """Load a library built from this source, building it if it is not in the cache.
+
+    Raises:
+        BuildError: if the compiler fails.
+    """
+    key = hashlib.sha256(f"{machine()}\0{source}".encode()).hexdigest()[:40]
+    built, mark = cache_directory() / f"{key}.so", cache_directory() / f"{key}.sha256"
+    if not _intact(built, mark):
+        _build(source, built, mark)
+    return ctypes.CDLL(str(built))
+
+
+@functools.cache
+def cache_directory() -> Path:
+    """A directory that is the user's own and that only they can write to; a temporary one if there is none."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(os.environ.get("UNROLLED_CACHE") or base / "unrolled")
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"others may write to {path}")
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        warnings.warn(f"compiled loops are not kept between runs: {error}", stacklevel=2)
+        return Path(tempfile.mkdtemp(prefix="unrolled-"))
+
+
+def _intact(built: Path, mark: Path) -> bool:
+    try:
+        return mark.read_text() == hashlib.sha256(built.read_bytes()).hexdigest()
+    except OSError:
+        return False
+
+
+def _build(source: str, built: Path, mark: Path) -> None:
+    """Compile into files of our own and move them into place: another process may do the same at the same time."""
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        made = Path(folder, "loop.so")
+        command = [*compiler(), "-x", "c", "-", "-o", str(made), "-lm", "-lpthread"]
+        run = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
+        if run.returncode:
+            raise BuildError(f"{' '.join(command)} failed: {run.stderr.decode(errors='replace')[:2000]}")
+        digest = Path(folder, "digest")
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        made.replace(built)
+        digest.replace(mark)
+    _forget_oldest(built.parent)
+
+
+def _forget_oldest(folder: Path) -> None:
+    built = sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime)
+    for path in built[:-_MOST_FILES]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".sha256").unlink(missing_ok=True)

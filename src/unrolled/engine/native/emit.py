@@ -1,0 +1,340 @@
+"""Emission: a scheduled loop as plain C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from math import prod
+
+import torch
+
+from unrolled.engine.native.lower import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, View, contiguous, lower
+from unrolled.engine.native.scalars import ELEMENTWISE, literal
+from unrolled.engine.native.schedule import Scheduled, local, schedule
+from unrolled.plan.loops import LoopProgram
+
+__all__ = ["Source", "emit"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loop in C, and what a caller has to know to call it.
+
+    Attributes:
+        text: the C source; its entry is `ur_loop`.
+        real: the dtype of its numbers.
+        matrices: for each packed matrix its position among the fixed values, K and N.
+        scratch: bytes of scratch memory per row.
+        flops: floating-point operations per row and step, roughly.
+    """
+
+    text: str
+    real: torch.dtype
+    matrices: tuple[tuple[int, int, int], ...]
+    scratch: int
+    flops: int
+
+
+def emit(loop: LoopProgram) -> Source:
+    """Write a loop as C.
+
+    Raises:
+        UnsupportedError: if it has an operation that this engine does not emit.
+    """
+    lowered = lower(loop)
+    return _Emitter(loop, lowered, schedule(lowered)).source()
+
+
+_ENTRY = """
+typedef struct {
+  void *const *leaves;
+  const int64_t *by_step, *by_row;
+  void *const *emitted;
+  const real *const *packed;
+  char *scratch;
+  int64_t steps, batch, reverse, first, last, begin, end;
+} task;
+
+static void walk(const task *w) {
+  const int64_t batch = w->batch, begin = w->begin, end = w->end, rows = end - begin;
+  (void)batch; (void)rows;
+%(setup)s
+  for (int64_t i = w->first; i < w->last; ++i) {
+    const int64_t t = w->reverse ? w->steps - 1 - i : i;
+    const int64_t before = w->reverse ? t + 1 : t - 1;
+    (void)t; (void)before;
+%(step)s
+  }
+}
+
+static void *walk_in_thread(void *w) { walk((const task *)w); return 0; }
+
+int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, void *const *emitted,
+            const real *const *packed, char *scratch, int64_t scratch_per_row, int64_t steps, int64_t batch,
+            int64_t reverse, int64_t first, int64_t last, int64_t threads) {
+  task tasks[64];
+  pthread_t started[64];
+  if (threads > 64) threads = 64;
+  if (threads > batch) threads = batch;
+  int64_t begin = 0;
+  int alive = 0;
+  for (int64_t n = 0; n < threads; ++n) {
+    int64_t end = begin + (batch - begin + threads - n - 1) / (threads - n);
+    tasks[n] = (task){leaves, by_step, by_row, emitted, packed, scratch + begin * scratch_per_row,
+                      steps, batch, reverse, first, last, begin, end};
+    begin = end;
+    if (n + 1 < threads && pthread_create(&started[alive], 0, walk_in_thread, &tasks[n]) == 0) ++alive;
+    else walk(&tasks[n]);
+  }
+  for (int n = 0; n < alive; ++n) pthread_join(started[n], 0);
+  return 0;
+}
+
+void ur_pack(real *packed, const real *matrix, int64_t K, int64_t N, int64_t by_row, int64_t by_column) {
+  pack(packed, matrix, K, N, by_row, by_column);
+}
+
+int64_t ur_panel(void) { return PANEL; }
+"""
+
+
+class _Emitter:
+    def __init__(self, loop: LoopProgram, lowered: Lowered, scheduled: Scheduled) -> None:
+        self.loop, self.lowered, self.scheduled = loop, lowered, scheduled
+        self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
+        self.matrices: dict[int, tuple[int, int, int]] = {}
+        self.scratch = 0
+        self.flops = 0
+        self.next_home = self._next_homes()
+
+    def source(self) -> Source:
+        body = [line for kernel in self.scheduled.kernels for line in self.kernel(kernel.nodes)]
+        setup, step = self.memory()
+        kernels = resources.files("unrolled.engine.native").joinpath("kernels.c").read_text(encoding="utf-8")
+        real = self.lowered.real
+        head = f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{kernels}"
+        text = head + _ENTRY % {"setup": _indented(setup, 1), "step": _indented([*step, *body], 2)}
+        return Source(text, real, tuple(self.matrices.values()), self.scratch, self.flops)
+
+    # -- memory
+
+    def _next_homes(self) -> list[int]:
+        """For each state the emitted tensor that the next one is."""
+        emitted = list(self.loop.emitted)
+        return [emitted.index(value) for value in self.loop.next_states]
+
+    def memory(self) -> tuple[list[str], list[str]]:
+        """Pointers: those for the whole walk, and those that move with t."""
+        setup: list[str] = []
+        step: list[str] = []
+        for node in self.lowered.nodes:
+            name, kind = self.names[node], _c_type(node)
+            if isinstance(node, Leaf):
+                self._leaf(node, name, kind, setup, step)
+            elif node in self.scheduled.homes:
+                home = self.scheduled.homes[node]
+                if home is not None:
+                    start = f"({kind} *)w->emitted[{home}] + (t * batch + begin) * {node.size}"
+                    step.append(f"{kind} *const {name} = {start};")
+                else:
+                    setup.append(f"{kind} *const {name} = ({kind} *)(w->scratch + {self.scratch} * rows);")
+                    self.scratch += -(-node.size * _width(node, self.lowered.real) // 64) * 64
+        return setup, step
+
+    def _leaf(self, node: Leaf, name: str, kind: str, setup: list[str], step: list[str]) -> None:
+        a, b, _ = self.loop.counts
+        place = {"sequence": 0, "fixed": a, "state": a + b}[node.kind] + node.position
+        base, rows = f"(const {kind} *)w->leaves[{place}]", f"w->by_row[{place}]"
+        if node.kind == "fixed":
+            at = f" + begin * {rows}" if node.rows else ""
+            setup.append(f"const {kind} *const {name} = {base}{at};")
+            setup.append(f"const int64_t {name}_row = {rows if node.rows else 0}; (void){name}; (void){name}_row;")
+        elif node.kind == "sequence":
+            setup.append(f"const int64_t {name}_row = {rows};")
+            step.append(f"const {kind} *const {name} = {base} + t * w->by_step[{place}] + begin * {name}_row;")
+        else:
+            home = self.next_home[node.position]
+            later = f"(const {kind} *)w->emitted[{home}] + (before * batch + begin) * {node.size}"
+            step.append(f"const int64_t {name}_row = i ? {node.size} : {rows};")
+            step.append(f"const {kind} *const {name} = i ? {later} : {base} + begin * {name}_row;")
+            step.append(f"(void){name}; (void){name}_row;")
+
+    def row_stride(self, node: Node) -> str:
+        return f"{self.names[node]}_row" if isinstance(node, Leaf) else str(node.size)
+
+    # -- kernels
+
+    def kernel(self, nodes: Sequence[Node]) -> Iterator[str]:
+        first = nodes[0]
+        if isinstance(first, Product):
+            yield self.product(first)
+        elif isinstance(first, Reduce):
+            yield from self.reduce(first)
+        else:
+            yield from self.loop_over_entries([node for node in nodes if isinstance(node, Compute)])
+
+    def product(self, node: Product) -> str:
+        K, N = node.matrix.dims
+        self.matrices.setdefault(node.matrix.position, (node.matrix.position, K, N))
+        index = list(self.matrices).index(node.matrix.position)
+        row = node.row
+        x = f"{self.names[row.node]} + {row.offset}"
+        self.flops += 2 * K * N
+        return (
+            f"product({self.names[node]}, {node.size}, {x}, {self.row_stride(row.node)}, w->packed[{index}], "
+            f"rows, {K}, {N});"
+        )
+
+    def reduce(self, node: Reduce) -> Iterator[str]:
+        view = node.source
+        kept = len(node.dims)
+        inner_dims, inner_strides = view.dims[kept:], view.strides[kept:]
+        yield "for (int64_t b = 0; b < rows; ++b) {"
+        yield f"  const real *x = {self.names[view.node]} + b * {self.row_stride(view.node)} + {view.offset};"
+        yield f"  real *y = {self.names[node]} + b * {node.size};"
+        index = _index(view.strides[:kept])
+        yield from _nest(node.dims, self._reduction(node, inner_dims, inner_strides, index))
+        yield "}"
+        self.flops += view.node.size
+
+    def _reduction(self, node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], index: str) -> list[str]:
+        out = f"y[{_index(contiguous(node.dims))}]"
+        if node.name == "sum" and strides == contiguous(dims):
+            return [f"{out} = sum_of(x + {index}, {prod(dims)});"]
+        at = _index(strides, "j")
+        start, step = {
+            "sum": ("0", f"total + x[{index} + {at}]"),
+            "amax": ("-INFINITY", f"larger(total, x[{index} + {at}])"),
+            "amin": ("INFINITY", f"smaller(total, x[{index} + {at}])"),
+        }[node.name]
+        return [f"real total = {start};", *_nest(dims, [f"total = {step};"], "j"), f"{out} = total;"]
+
+    def loop_over_entries(self, nodes: list[Compute]) -> Iterator[str]:
+        dims = nodes[0].dims
+        views = [view for node in nodes for view in self._from_memory(node)]
+        flat = all(_pattern(view, dims) is not None for view in views) and all(
+            not isinstance(node, Copy) or node.target.strides == contiguous(dims) for node in nodes
+        )
+        shape = (prod(dims),) if flat else dims
+        reads = {self._key(view): f"a{number}" for number, view in enumerate(dict.fromkeys(views))}
+        yield "for (int64_t b = 0; b < rows; ++b) {"
+        constants: list[str] = []
+        inside: list[str] = []
+        for view in dict.fromkeys(views):
+            self._read(view, dims, flat, reads, constants, inside)
+        for node in nodes:
+            self._write(node, dims, flat, reads, constants, inside)
+        yield from _indented(constants, 1).splitlines()
+        yield from ("  " + line for line in _nest(shape, inside))
+        yield "}"
+        self.flops += prod(dims) * len(nodes)
+
+    def _from_memory(self, node: Compute) -> list[View]:
+        return [v for v in node.views if not self._in_register(v, node)]
+
+    def _in_register(self, view: View, reader: Node) -> bool:
+        levels = self.scheduled.levels
+        return local(view, reader) and levels[view.node] == levels[reader]
+
+    def _key(self, view: View) -> View:
+        return view
+
+    def _read(
+        self,
+        view: View,
+        dims: tuple[int, ...],
+        flat: bool,
+        reads: dict[View, str],
+        constants: list[str],
+        inside: list[str],
+    ) -> None:
+        name, kind = reads[view], _c_type(view.node)
+        row = f"{self.names[view.node]} + b * {self.row_stride(view.node)} + {view.offset}"
+        strides = _broadcast(view, dims)
+        if not any(strides):
+            constants.append(f"const {kind} {name} = *({row});")
+            return
+        constants.append(f"const {kind} *const {name}_at = {row};")
+        index = "i0" if flat else _index(strides)
+        inside.append(f"const {kind} {name} = {name}_at[{index}];")
+
+    def _write(
+        self,
+        node: Compute,
+        dims: tuple[int, ...],
+        flat: bool,
+        reads: dict[View, str],
+        constants: list[str],
+        inside: list[str],
+    ) -> None:
+        name = self.names[node]
+        arguments = [
+            (f"{self.names[a.node]}_v" if self._in_register(a, node) else reads[a])
+            if isinstance(a, View)
+            else literal(a)
+            for a in node.arguments
+        ]
+        expression = ELEMENTWISE[node.name].expression.format(*arguments, type=_c_type(node))
+        inside.append(f"const {_register_type(node)} {name}_v = {expression};")
+        if isinstance(node, Copy):
+            target = node.target
+            row = f"{self.names[target.node]} + b * {target.node.size} + {target.offset}"
+            strides = target.strides
+        elif node in self.scheduled.homes:
+            row, strides = f"{name} + b * {node.size}", contiguous(dims)
+        else:
+            return
+        constants.append(f"{_c_type(node)} *const {name}_to = {row};")
+        inside.append(f"{name}_to[{'i0' if flat else _index(strides)}] = ({_c_type(node)}){name}_v;")
+
+
+def _c_type(node: Node) -> str:
+    return "unsigned char" if node.dtype == torch.bool else "real"
+
+
+def _register_type(node: Node) -> str:
+    return "int" if node.dtype == torch.bool else "real"
+
+
+def _width(node: Node, real: torch.dtype) -> int:
+    return 1 if node.dtype == torch.bool else real.itemsize
+
+
+def _broadcast(view: View, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """A view's strides along the dimensions of a loop that it is broadcast to."""
+    missing = len(dims) - len(view.dims)
+    return (0,) * missing + tuple(
+        0 if have == 1 else stride for have, stride in zip(view.dims, view.strides, strict=True)
+    )
+
+
+def _pattern(view: View, dims: tuple[int, ...]) -> str | None:
+    """'one' or 'all' for a view that a flat loop can read; None for another."""
+    strides = _broadcast(view, dims)
+    if not any(strides):
+        return "one"
+    same = all(s == c for s, c, n in zip(strides, contiguous(dims), dims, strict=True) if n != 1)
+    return "all" if same else None
+
+
+def _index(strides: Sequence[int], letter: str = "i") -> str:
+    terms = [f"{letter}{d} * {s}" if s != 1 else f"{letter}{d}" for d, s in enumerate(strides) if s]
+    return " + ".join(terms) or "0"
+
+
+def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i") -> list[str]:
+    """Nested loops around some lines."""
+    if not dims:
+        return ["{", *("  " + line for line in body), "}"]
+    lines: list[str] = []
+    for d, n in enumerate(dims):
+        if d == len(dims) - 1 and letter == "i":
+            lines.append("  " * d + "#pragma GCC ivdep")
+        lines.append("  " * d + f"for (int64_t {letter}{d} = 0; {letter}{d} < {n}; ++{letter}{d}) {{")
+    lines += ["  " * len(dims) + line for line in body]
+    return lines + ["  " * d + "}" for d in reversed(range(len(dims)))]
+
+
+def _indented(lines: Sequence[str], depth: int) -> str:
+    return "\n".join("  " * depth + line for line in lines)

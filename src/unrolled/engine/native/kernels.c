@@ -1,0 +1,262 @@
+/* What every emitted loop begins with: the type of numbers, their functions, and the product of rows with a matrix.
+
+   The functions are free of branches, so that the compiler turns loops over them into vector instructions. They hand
+   NaN on, and are good to about two units in the last place. Coefficients: Cephes (S. Moshier). */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+#if REAL_IS_FLOAT
+typedef float real;
+typedef int32_t bits;
+#define ABS fabsf
+#define SQRT sqrtf
+#define SIN sinf
+#define COS cosf
+#define ERF erff
+#define EXPM1 expm1f
+#define FLOOR floorf
+#define CEIL ceilf
+#define RINT rintf
+#define POW powf
+#else
+typedef double real;
+typedef int64_t bits;
+#define ABS fabs
+#define SQRT sqrt
+#define SIN sin
+#define COS cos
+#define ERF erf
+#define EXPM1 expm1
+#define FLOOR floor
+#define CEIL ceil
+#define RINT rint
+#define POW pow
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE real from_bits(bits b) { real r; memcpy(&r, &b, sizeof r); return r; }
+INLINE bits to_bits(real r) { bits b; memcpy(&b, &r, sizeof b); return b; }
+
+#if REAL_IS_FLOAT
+INLINE real power_of_two(bits n) { return from_bits((bits)((uint32_t)(n + 127) << 23)); }
+
+INLINE real ur_exp(real x) {
+  real c = x < -104.0f ? -104.0f : x;
+  c = c > 89.0f ? 89.0f : c;
+  real shifted = c * 1.44269504088896341f + 12582912.0f;
+  bits n = (bits)((uint32_t)to_bits(shifted) - (uint32_t)to_bits(12582912.0f));
+  real k = shifted - 12582912.0f;
+  real r = c - k * 0.693359375f - k * -2.12194440e-4f;
+  real p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  bits half = n >> 1;
+  return p * power_of_two(half) * power_of_two(n - half);
+}
+
+INLINE real ur_tanh(real x) {
+  real z = x * x;
+  real p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  real near = p * z * x + x;
+  real a = ABS(x);
+  real far = 1.0f - 2.0f / (ur_exp(2.0f * a) + 1.0f);
+  far = x < 0.0f ? -far : far;
+  return a < 0.625f ? near : far;
+}
+
+INLINE real ur_log(real x) {
+  real scaled = x < 1.17549435e-38f ? x * 8388608.0f : x;
+  bits b = to_bits(scaled);
+  bits e = ((b >> 23) & 255) - 126;
+  real m = from_bits((b & 0x807fffff) | 0x3f000000);
+  e = x < 1.17549435e-38f ? e - 23 : e;
+  bits low = m < 0.707106781186547524f;
+  e -= low;
+  m = low ? m + m - 1.0f : m - 1.0f;
+  real z = m * m, k = (real)e;
+  real p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  real y = p * m * z - 2.12194440e-4f * k - 0.5f * z;
+  real result = m + y + 0.693359375f * k;
+  result = x == INFINITY ? x : result;
+  result = x == 0.0f ? -INFINITY : result;
+  return x < 0.0f || x != x ? NAN : result;
+}
+#else
+INLINE real power_of_two(bits n) { return from_bits((bits)((uint64_t)(n + 1023) << 52)); }
+
+INLINE real ur_exp(real x) {
+  real c = x < -746.0 ? -746.0 : x;
+  c = c > 710.0 ? 710.0 : c;
+  real shifted = c * 1.4426950408889634073599 + 6755399441055744.0;
+  bits n = (bits)((uint64_t)to_bits(shifted) - (uint64_t)to_bits(6755399441055744.0));
+  real k = shifted - 6755399441055744.0;
+  real r = c - k * 6.93145751953125e-1 - k * 1.42860682030941723212e-6;
+  real z = r * r;
+  real p = ((1.26177193074810590878e-4 * z + 3.02994407707441961300e-2) * z + 9.99999999999999999910e-1) * r;
+  real q = ((3.00198505138664455042e-6 * z + 2.52448340349684104192e-3) * z + 2.27265548208155028766e-1) * z + 2.0;
+  real e = 1.0 + 2.0 * (p / (q - p));
+  bits half = n >> 1;
+  return e * power_of_two(half) * power_of_two(n - half);
+}
+
+INLINE real ur_tanh(real x) {
+  real z = x * x;
+  real p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  real q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  real near = x + x * z * (p / q);
+  real a = ABS(x);
+  real far = 1.0 - 2.0 / (ur_exp(2.0 * a) + 1.0);
+  far = x < 0.0 ? -far : far;
+  return a < 0.625 ? near : far;
+}
+
+INLINE real ur_log(real x) { return log(x); }
+#endif
+
+INLINE real ur_sigmoid(real x) { return 1 / (1 + ur_exp(-x)); }
+
+INLINE real ur_log1p(real x) {
+#if REAL_IS_FLOAT
+  /* W. Kahan: log(1 + x) times the factor that undoes the rounding of 1 + x. */
+  real u = 1 + x, d = u - 1;
+  real l = ur_log(u) * (x / (d == 0 ? 1 : d));
+  l = d == 0 ? x : l;
+  return u == INFINITY ? u : l;
+#else
+  return log1p(x);
+#endif
+}
+
+INLINE real ur_pow(real x, real e) {
+  return e == 2 ? x * x : e == 3 ? x * x * x : e == 1 ? x : e == (real)0.5 ? SQRT(x) : e == -1 ? 1 / x : POW(x, e);
+}
+
+INLINE real ur_clamp(real x, real low, real high) {
+  x = x < low ? low : x; /* a bound that is not there is NaN, and compares false */
+  return x > high ? high : x;
+}
+
+/* Products. A matrix [K, N] is packed once a call into panels of PANEL columns, so that a panel is read from one end to
+   the other. A block of rows is multiplied with a panel in registers. */
+
+#ifndef LANES
+#define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#endif
+#define PANEL (2 * LANES)
+typedef real lanes __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+static void pack(real *packed, const real *matrix, int64_t K, int64_t N, int64_t by_row, int64_t by_column) {
+  for (int64_t n0 = 0; n0 < N; n0 += PANEL)
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t n = n0; n < n0 + PANEL; ++n) *packed++ = n < N ? matrix[k * by_row + n * by_column] : 0;
+}
+
+#define BLOCK(ROWS)                                                                                           \
+  static void block_##ROWS(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, \
+                           int64_t K, int64_t columns) {                                                      \
+    lanes sum[ROWS][2];                                                                                       \
+    for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = (lanes){0};                                        \
+    for (int64_t k = 0; k < K; ++k) {                                                                         \
+      lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);       \
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {                                               \
+        real f = x[r * x_by_row + k];                                                                         \
+        sum[r][0] += f * a;                                                                                   \
+        sum[r][1] += f * b;                                                                                   \
+      }                                                                                                       \
+    }                                                                                                         \
+    if (columns == PANEL) {                                                                                   \
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {                                               \
+        *(lanes *)(out + r * out_by_row) = sum[r][0];                                                         \
+        *(lanes *)(out + r * out_by_row + LANES) = sum[r][1];                                                 \
+      }                                                                                                       \
+    } else {                                                                                                  \
+      for (int r = 0; r < ROWS; ++r) memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));    \
+    }                                                                                                         \
+  }
+BLOCK(1) BLOCK(2) BLOCK(3) BLOCK(4) BLOCK(5) BLOCK(6) BLOCK(7) BLOCK(8)
+#if ROW_BLOCK > 8
+BLOCK(9) BLOCK(10) BLOCK(11) BLOCK(12)
+#endif
+
+typedef void (*block_function)(real *, int64_t, const real *, int64_t, const real *, int64_t, int64_t);
+static const block_function blocks[] = {0, block_1, block_2, block_3, block_4, block_5, block_6, block_7, block_8,
+#if ROW_BLOCK > 8
+                                        block_9, block_10, block_11, block_12
+#endif
+};
+
+/* One or two rows keep too few sums in flight to hide the latency of an addition: four partial sums each. */
+static void single(real *out, const real *x, const real *packed, int64_t K, int64_t columns) {
+  lanes s[4][2];
+  for (int i = 0; i < 4; ++i) s[i][0] = s[i][1] = (lanes){0};
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4)
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) {
+      const real *p = packed + (k + i) * PANEL;
+      s[i][0] += x[k + i] * *(const lanes *)p;
+      s[i][1] += x[k + i] * *(const lanes *)(p + LANES);
+    }
+  for (; k < K; ++k) {
+    s[0][0] += x[k] * *(const lanes *)(packed + k * PANEL);
+    s[0][1] += x[k] * *(const lanes *)(packed + k * PANEL + LANES);
+  }
+  lanes sum[2] = {(s[0][0] + s[1][0]) + (s[2][0] + s[3][0]), (s[0][1] + s[1][1]) + (s[2][1] + s[3][1])};
+  memcpy(out, sum, (size_t)columns * sizeof(real));
+}
+
+static void product(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, int64_t rows,
+                    int64_t K, int64_t N) {
+  for (int64_t n = 0; n < N; n += PANEL, packed += K * PANEL) {
+    int64_t columns = N - n < PANEL ? N - n : PANEL;
+    if (rows <= 2) {
+      for (int64_t r = 0; r < rows; ++r) single(out + r * out_by_row + n, x + r * x_by_row, packed, K, columns);
+      continue;
+    }
+    int64_t pieces = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    for (int64_t piece = 0, r = 0; piece < pieces; ++piece) {
+      int64_t many = (rows - r + pieces - piece - 1) / (pieces - piece);
+      blocks[many](out + r * out_by_row + n, out_by_row, x + r * x_by_row, x_by_row, packed, K, columns);
+      r += many;
+    }
+  }
+}
+
+/* Reductions along a run of entries. */
+
+INLINE real sum_of(const real *x, int64_t n) {
+  lanes s[2] = {{0}, {0}};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    s[0] += *(const lanes *)(x + i);
+    s[1] += *(const lanes *)(x + i + LANES);
+  }
+  s[0] += s[1];
+  real total = 0;
+  for (int l = 0; l < LANES; ++l) total += s[0][l];
+  for (; i < n; ++i) total += x[i];
+  return total;
+}
+
+/* NaN wins, as in torch. */
+INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
+INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
