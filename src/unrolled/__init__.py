@@ -5,11 +5,22 @@ from unrolled._copies import Copies, Copy, copies
 from unrolled._draw import draw
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._unroll import Unrolled, unroll
-from unrolled.cells import Cell, GRUCell, LSTMCell, RNNCell, as_cell
+from unrolled.cells import (
+    Cell,
+    GRUCell,
+    LayerNormLSTMCell,
+    LSTMCell,
+    MinGRUCell,
+    PeepholeLSTMCell,
+    RNNCell,
+    SLSTMCell,
+    as_cell,
+)
 from unrolled.errors import (
     CellError,
     ConfigError,
     DataError,
+    DivergedError,
     GradientError,
     InputError,
     OptionError,
@@ -26,6 +37,10 @@ __all__ = [
     "RNNCell",
     "LSTMCell",
     "GRUCell",
+    "PeepholeLSTMCell",
+    "LayerNormLSTMCell",
+    "MinGRUCell",
+    "SLSTMCell",
     "as_cell",
     # unrolled networks
     "unroll",
@@ -50,5 +65,6 @@ __all__ = [
     "GradientError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "RunError",
 ]

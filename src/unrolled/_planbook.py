@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from unrolled.bptt.run import run_plan
 from unrolled.bptt.segment import LoopRunner
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
+from unrolled.engine.choice import Runner
 from unrolled.plan.guards import Traces, fingerprint
+from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.tape import UnrecordableError
@@ -27,9 +30,10 @@ _MOST_PLANS = 32
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, or why there is none."""
+    """A plan, or none; the engine that is taken, and why no faster one."""
 
     plan: StepPlan | None
+    engine: str
     why: str
 
 
@@ -37,16 +41,17 @@ class PlanBook:
     """The plans of one unrolled network.
 
     Args:
-        runner: the engine's way of running loops, with which new plans are checked.
+        engine: 'auto', 'eager' or 'native'.
     """
 
-    def __init__(self, runner: LoopRunner) -> None:
-        self._runner = runner
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self.runner = Runner(use_native=engine != "eager")
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
-        return {"_runner": self._runner, "_entries": OrderedDict()}
+        return {"_engine": self._engine, "runner": Runner(self.runner.use_native), "_entries": OrderedDict()}
 
     def look_up(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
         """The plan for a call, made now if there is none yet.
@@ -60,11 +65,11 @@ class PlanBook:
         given = [*leaves(inputs), *leaves(state), *(leaves(context) if context is not None else [])]
         why = why_not_recorded([*given, *cell.parameters(), *cell.buffers()])
         if why is not None:
-            return Decision(None, why)
+            return Decision(None, "reference", why)
         try:
             key = (fingerprint(cell), _shapes(inputs, 2), _shapes(state, 1), _shapes(context, 1))
         except UnrecordableError as error:
-            return Decision(None, str(error))
+            return Decision(None, "reference", str(error))
         if key not in self._entries:
             self._entries[key] = self._decide(cell, inputs, state, context)
             while len(self._entries) > _MOST_PLANS:
@@ -76,10 +81,29 @@ class PlanBook:
         batch = sequence.sizes(inputs)[1]
         try:
             plan = _recorded(cell, first, state, context, batch)
-            _compare(plan, cell, inputs, state, context, self._runner)
+            slower = self.runner.why_not_native(_training_loops(plan), sequence.device_of(inputs))
+            _compare(plan, cell, inputs, state, context, self.runner)
         except UnrecordableError as error:
-            return Decision(None, str(error))
-        return Decision(plan, "recorded, and two steps of it agree with the cell")
+            return self._told(Decision(None, "reference", str(error)))
+        if slower:
+            return self._told(Decision(plan, "eager", "; ".join(slower)))
+        return Decision(plan, "native", "every loop is emitted as C")
+
+    def _told(self, decision: Decision) -> Decision:
+        """Say it where another engine was asked for by name than the one that is taken."""
+        if self._engine not in ("auto", decision.engine):
+            warnings.warn(
+                f"engine={self._engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
+                stacklevel=2,
+            )
+        return decision
+
+
+def _training_loops(plan: StepPlan) -> list[LoopProgram]:
+    """The loops of a training step, forward and backward."""
+    forward = [planned.loop for planned in plan.planned.values()]
+    backward = [loop for planned in plan.planned.values() for loop in planned.backward.loops if loop is not None]
+    return forward + backward
 
 
 def _shapes(tree: Tree, leading: int) -> Any:
@@ -128,8 +152,9 @@ def _compare(plan: StepPlan, cell: nn.Module, inputs: Tree, state: Tree, context
             truth = _tensors(reference.run(CheckedStep(cell, context), sample, start), cell, sample, start)
     finally:
         traces.undo()
+    scale = max([_largest(tensor) for tensor in truth], default=0.0)
     for ours, theirs in zip(planned, truth, strict=True):
-        if not _close(ours, theirs):
+        if not _close(ours, theirs, scale):
             raise UnrecordableError("its recording does not give the numbers of the cell itself")
 
 
@@ -151,12 +176,17 @@ def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tr
     return [*found, *grads]
 
 
-def _close(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Equal up to rounding: a fault of recording is far larger."""
+def _largest(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None or not tensor.numel() else float(tensor.detach().abs().nan_to_num().max())
+
+
+def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
+    """Equal up to rounding, that of the largest numbers included: a fault of recording is far larger."""
     if ours is None or theirs is None:
         other = theirs if ours is None else ours
         return other is None or not other.any()
     if not ours.is_floating_point():
         return torch.equal(ours, theirs)
-    bound = torch.finfo(ours.dtype).eps ** 0.5 * max(float(theirs.detach().abs().nan_to_num().max()), 1e-30)
+    eps = torch.finfo(ours.dtype).eps
+    bound = eps**0.5 * _largest(theirs) + 100 * eps * scale
     return torch.allclose(ours, theirs, rtol=0.0, atol=bound, equal_nan=True)

@@ -12,13 +12,13 @@ from unrolled._planbook import PlanBook
 from unrolled.bptt.run import run_plan
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
-from unrolled.engine import eager, reference
+from unrolled.engine import reference
 from unrolled.errors import OptionError
 from unrolled.trees import Tree
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
 
-ENGINES = ("auto", "reference", "eager")
+ENGINES = ("auto", "reference", "eager", "native")
 """The engines there are; 'auto' takes the fastest that can run the cell."""
 
 
@@ -38,7 +38,7 @@ class Unrolled(nn.Module):
         self.cell = cell
         self.batch_first = batch_first
         self.engine = engine
-        self._plans = PlanBook(eager.run_loop)
+        self._plans = PlanBook(engine)
 
     def forward(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> tuple[Tree, Tree]:
         """Run the unrolled network over a sequence.
@@ -64,7 +64,7 @@ class Unrolled(nn.Module):
         if self.engine != "reference":
             plan = self._plans.look_up(self.cell, inputs, state, context).plan
             if plan is not None:
-                return run_plan(plan, self.cell, inputs, state, context, eager.run_loop)
+                return run_plan(plan, self.cell, inputs, state, context, self._plans.runner)
         return reference.run(CheckedStep(self.cell, context), inputs, state)
 
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:

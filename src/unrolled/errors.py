@@ -6,6 +6,7 @@ __all__ = [
     "CellError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "GradientError",
     "InputError",
     "OptionError",
@@ -45,6 +46,10 @@ class ConfigError(UnrolledError, ValueError):
 
 class DataError(UnrolledError, ValueError):
     """A text that cannot be trained on: missing, empty, binary, not UTF-8 or too short."""
+
+
+class DivergedError(UnrolledError, ArithmeticError):
+    """A training whose loss or gradient is no longer a finite number."""
 
 
 class RunError(UnrolledError, OSError):

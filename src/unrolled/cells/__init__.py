@@ -3,7 +3,22 @@
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.base import Cell
 from unrolled.cells.gru import GRUCell
+from unrolled.cells.layer_norm_lstm import LayerNormLSTMCell
 from unrolled.cells.lstm import LSTMCell
+from unrolled.cells.min_gru import MinGRUCell
+from unrolled.cells.peephole import PeepholeLSTMCell
 from unrolled.cells.rnn import RNNCell
+from unrolled.cells.slstm import SLSTMCell, SLSTMState
 
-__all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell", "as_cell"]
+__all__ = [
+    "Cell",
+    "GRUCell",
+    "LSTMCell",
+    "LayerNormLSTMCell",
+    "MinGRUCell",
+    "PeepholeLSTMCell",
+    "RNNCell",
+    "SLSTMCell",
+    "SLSTMState",
+    "as_cell",
+]

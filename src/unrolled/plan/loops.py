@@ -179,13 +179,14 @@ def _split(loop: LoopProgram, joint: Program, marks: _Marks) -> tuple[LoopProgra
     inputs, tangents = joint.inputs[:count], joint.inputs[count:]
     outputs, grads = joint.outputs[: len(loop.program.outputs)], joint.outputs[len(loop.program.outputs) :]
     forward = Program(joint.values, inputs, joint.ops, outputs).pruned()
-    early = set(forward.ops)
+    a, b, _ = loop.counts
+    constants = _constants(forward, set(inputs[a : a + b]))
+    # What is made of fixed values only is made again, once, rather than kept of every step.
+    early = {op for op in forward.ops if not constants.issuperset(op.inputs)}
     late = tuple(op for op in Program(joint.values, joint.inputs, joint.ops, grads).pruned().ops if op not in early)
     made = {v for op in late for v in op.outputs}
     read = [v for v in dict.fromkeys(v for op in late for v in op.inputs) if v not in made and v not in tangents]
     read += [v for v in grads if v >= 0 and v not in made and v not in tangents and v not in read]
-    a, b, _ = loop.counts
-    constants = set(inputs[a : a + b]) | _constants(forward, set(inputs[a : a + b]))
     kept = tuple(v for v in read if v not in constants)
     fixed = tuple(v for v in read if v in constants)
     emitted = outputs[: len(loop.emitted)]

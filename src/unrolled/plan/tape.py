@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unrolled.plan.decompose import decomposition
 from unrolled.plan.program import Ref, refs_of
 
 __all__ = ["Event", "Tape", "UnrecordableError"]
@@ -94,10 +95,18 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         _refuse_unrecordable(func)
+        simpler = decomposition(func)
+        if simpler is not None:
+            with self:
+                return simpler(*args, **kwargs)
         recorded, named = self._numbered(args), {name: self._numbered(arg) for name, arg in kwargs.items()}
         if func._schema.is_mutable:
             self._refuse_foreign_write(func, recorded)
         result = func(*args, **kwargs)
+        if func in _FILLED:
+            # Only the shape of what it was given counts: nothing is read, and nothing need be kept.
+            recorded, named = _as_full(func, args, result)
+            func = torch.ops.aten.full.default
         if func is torch.ops.aten.lift_fresh.default:
             self.fresh.update(refs_of(recorded))
         if func._schema.is_mutable:
@@ -175,6 +184,20 @@ class Tape(TorchDispatchMode):
 
 # Views of the very same elements: a later look-up of that memory must find the newer value, whose shape is the same.
 _SAME_MEMORY = (torch.ops.aten.alias.default, torch.ops.aten.view.default, torch.ops.aten.lift_fresh.default)
+
+
+_ATEN = torch.ops.aten
+_FILLED = {
+    **dict.fromkeys((_ATEN.new_zeros.default, _ATEN.zeros_like.default, _ATEN.zeros.default), 0),
+    **dict.fromkeys((_ATEN.new_ones.default, _ATEN.ones_like.default, _ATEN.ones.default), 1),
+    **dict.fromkeys((_ATEN.new_full.default, _ATEN.full_like.default), None),
+}
+
+
+def _as_full(func: Any, args: tuple[Any, ...], made: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `aten.full` that make the same tensor."""
+    number = _FILLED[func] if _FILLED[func] is not None else args[-1]
+    return (tuple(made.shape), number), {"dtype": made.dtype, "device": made.device}
 
 
 def _place(tensor: Tensor) -> Place:

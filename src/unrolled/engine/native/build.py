@@ -34,8 +34,9 @@ def compiler() -> tuple[str, ...]:
     found = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if found is None:
         raise BuildError("there is no C compiler (cc, gcc or clang)")
+    more = tuple(os.environ.get("UNROLLED_CFLAGS", "").split())  # `make sanitize` asks for checks this way
     for native in (("-march=native",), ()):
-        command = (found, *_FLAGS, *native)
+        command = (found, *_FLAGS, *native, *more)
         probe = subprocess.run(
             [*command, "-x", "c", "-", "-o", os.devnull], input=b"int x;", capture_output=True, check=False
         )

@@ -169,6 +169,10 @@ def lower(loop: LoopProgram) -> Lowered:
     for op in loop.program.ops:
         lowering.run(op)
     views = lowering.views
+    for value in loop.emitted:
+        rows, dims = _without_rows(loop.program.values[value])
+        if not rows or (views[value].dtype, views[value].dims) != (loop.program.values[value].dtype, dims):
+            raise UnsupportedError(f"to keep a {loop.program.values[value]} of every step")
     return Lowered(
         lowering.nodes, [views[v] for v in loop.emitted], [views[v] for v in loop.next_states], lowering.real
     )
@@ -488,10 +492,12 @@ class _Lowering:
             view = self.given(op, 0)
             keywords = dict(op.kwargs)
             dims = self._dims(op, view, self.given(op, 1, keywords.get("dim")))
+            if view.dtype == torch.bool:
+                view = self.compute("cast", view)
             result = self.reduced("sum" if name == "mean" else name, view, dims)
             if name == "mean":
                 result = self.compute("mul", result, 1.0 / prod(view.dims[d] for d in dims))
-            return [View(result.node, self.shape_of(op), contiguous(self.shape_of(op)))]
+            return [self._shaped(op, 0, result)]
 
         return rule
 
@@ -511,7 +517,28 @@ class _Lowering:
     def do_amin(self) -> Callable[[Op], list[View]]:
         return self._reduction("amin")
 
+    def do_max(self, op: Op) -> list[View]:
+        if len(op.outputs) != 2 or op.outputs[1] >= 0:
+            raise UnsupportedError("the place of a maximum")
+        view = self.given(op, 0)
+        return [self._shaped(op, 0, self.reduced("amax", view, self._dims(op, view, op.args[1])))]
+
+    def do_var(self, op: Op) -> list[View]:
+        return [self._shaped(op, 0, self._moments(op)[0])]
+
+    def do_std(self, op: Op) -> list[View]:
+        return [self._shaped(op, 0, self.compute("sqrt", self._moments(op)[0]))]
+
     def do_var_mean(self, op: Op) -> list[View]:
+        return [self._shaped(op, output, moment) for output, moment in enumerate(self._moments(op))]
+
+    def _shaped(self, op: Op, output: int, view: View) -> View:
+        """A whole node in the shape that the operation gives it."""
+        dims = self.shape_of(op, output)
+        return View(view.node, dims, contiguous(dims))
+
+    def _moments(self, op: Op) -> tuple[View, View]:
+        """Variance and mean, with the dimensions kept."""
         view, keywords = self.given(op, 0), dict(op.kwargs)
         dims = self._dims(op, view, self.given(op, 1, keywords.get("dim")))
         count = prod(view.dims[d] for d in dims)
@@ -520,12 +547,7 @@ class _Lowering:
         apart = self.compute("sub", view, mean)
         total = self.reduced("sum", self.compute("mul", apart, apart), dims)
         scale = 1.0 / (count - correction) if count > correction else float("nan")
-        results = (self.compute("mul", total, scale), mean)
-        return [
-            View(r.node, self.shape_of(op, i), contiguous(self.shape_of(op, i)))
-            for i, r in enumerate(results)
-            if op.outputs[i] >= 0 or True
-        ]
+        return self.compute("mul", total, scale), mean
 
     def do_softmax(self, op: Op) -> list[View]:
         view = self.given(op, 0)

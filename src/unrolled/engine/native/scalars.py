@@ -68,6 +68,8 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "maximum": Elementwise("(({0} > {1}) | ({0} != {0}) ? {0} : {1})"),
     "minimum": Elementwise("(({0} < {1}) | ({0} != {0}) ? {0} : {1})"),
     "where": Elementwise("({0} ? {1} : {2})"),
+    "masked_fill": Elementwise("({1} ? {2} : {0})"),
+    "lerp": Elementwise("({2} < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))"),
     "gt": Elementwise("({0} > {1})"),
     "ge": Elementwise("({0} >= {1})"),
     "lt": Elementwise("({0} < {1})"),

@@ -1,0 +1,61 @@
+"""Which engine runs a loop: the fastest that can, and why no faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from unrolled.engine import eager, native
+from unrolled.plan.loops import LoopProgram
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Runs loops by the native engine where it can, else by the eager one.
+
+    Args:
+        use_native: False to run all loops by the eager engine.
+    """
+
+    def __init__(self, use_native: bool) -> None:
+        self.use_native = use_native
+        self._refused: dict[LoopProgram, str] = {}
+
+    def why_not_native(self, loops: Iterable[LoopProgram], device: torch.device) -> list[str]:
+        """Prepare some loops; for those that the native engine cannot run, why (each reason once)."""
+        if not self.use_native:
+            return ["the eager engine was asked for"]
+        if device.type != "cpu":
+            return [f"the native engine runs on the CPU, and this is on {device}"]
+        reasons = [self._refusal(loop) for loop in loops]
+        return list(dict.fromkeys(reason for reason in reasons if reason))
+
+    def _refusal(self, loop: LoopProgram) -> str:
+        if loop not in self._refused:
+            try:
+                native.prepare(loop)
+                self._refused[loop] = ""
+            except native.UnsupportedError as error:
+                self._refused[loop] = f"the native engine does not emit {error}"
+            except native.BuildError as error:
+                self._refused[loop] = str(error)
+        return self._refused[loop]
+
+    def __call__(
+        self,
+        loop: LoopProgram,
+        sequences: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        states: Sequence[Tensor],
+        *,
+        steps: int,
+        batch: int,
+        reverse: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Walk through time; see `bptt.segment.LoopRunner`."""
+        on_cpu = states[0].device.type == "cpu"
+        run = native.run_loop if self.use_native and on_cpu and not self._refusal(loop) else eager.run_loop
+        return run(loop, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
