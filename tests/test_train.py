@@ -1,9 +1,13 @@
 """The main job on a small real text: it learns, it can be stopped, and bad input is told apart."""
 
+import hashlib
+import io
 import json
 import math
 import os
 import pydoc_data.topics
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from unrolled.cli import main
-from unrolled.errors import ConfigError, DataError, OptionError, RunError
+from unrolled.errors import ConfigError, DataError, DivergedError, OptionError, RunError
 from unrolled.train.baselines import context_model_bits, entropy_bits, xz_bits
-from unrolled.train.config import TrainConfig, read_config
+from unrolled.train.config import CELLS, TrainConfig
+from unrolled.train.config_file import read_config
 from unrolled.train.loop import bits_per_character, train
 from unrolled.train.model import CharacterModel
 from unrolled.train.run import create_run, load_run
@@ -27,6 +32,7 @@ from unrolled.train.windows import each_window, window_count
 TOPICS = pydoc_data.topics.topics
 SMALL = "\n".join(TOPICS[name] for name in ("for", "while", "if", "with", "try", "function", "class"))
 QUICK = {"hidden_size": 64, "embedding_size": 16, "window": 32, "batch": 16, "epochs": 4, "learning_rate": 1e-2}
+TINY = {"hidden_size": 4, "embedding_size": 4, "window": 16, "batch": 4, "epochs": 1}
 
 
 class Silent:
@@ -44,11 +50,25 @@ def text_file(tmp_path):
     return path
 
 
+@pytest.fixture
+def short_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(SMALL[:3000], encoding="utf-8")
+    return path
+
+
 def command(capsys, *arguments):
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return ended.value.code, captured.out, captured.err
+
+
+def untrained_run(path):
+    config, vocabulary = TrainConfig(out=str(path), hidden_size=8), Vocabulary.of(SMALL)
+    run = create_run(config)
+    run.save_model(CharacterModel(config, len(vocabulary)), vocabulary)
+    return run
 
 
 def flags(**options):
@@ -92,7 +112,7 @@ def test_the_same_seed_gives_the_same_model_and_a_loaded_run_the_same_score(cell
 
 
 def test_the_state_is_carried_from_window_to_window(monkeypatch, tmp_path):
-    split = split_text(SMALL, batch=4, window=8)
+    split = split_text(SMALL[:6000], batch=4, window=8)
     received, returned = [], []
     forward = CharacterModel.forward
 
@@ -127,7 +147,7 @@ def test_an_interrupted_run_is_usable_and_the_command_ends_with_130(text_file, t
     job = subprocess.Popen([sys.executable, "-m", "unrolled", *arguments], stdout=subprocess.PIPE)
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    while not (metrics.exists() and '"update"' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
     printed = job.communicate(timeout=60)[0].decode()
@@ -137,6 +157,181 @@ def test_an_interrupted_run_is_usable_and_the_command_ends_with_130(text_file, t
     assert len("".join(sample(model, vocabulary, length=5, temperature=1.0, seed=0))) == 5
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_interrupted_before_its_first_update_is_usable(short_file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.lr_scheduler, "LambdaLR", interrupt)
+        code, printed, _ = command(capsys, "train", short_file, *flags(out=out, **TINY))
+    assert code == 130
+    assert f"next: unrolled sample {out}" in printed
+    _, model, vocabulary = load_run(out)
+    assert len("".join(sample(model, vocabulary, length=5, temperature=1.0, seed=0))) == 5
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_interrupted_before_there_is_a_model_leaves_nothing(existed, short_file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    if existed:
+        out.mkdir()
+    monkeypatch.setattr(Vocabulary, "of", interrupt)
+    code, printed, _ = command(capsys, "train", short_file, *flags(out=out, **TINY))
+    assert code == 130
+    assert f"interrupted before there was a model; what was written to {out} is removed" in printed
+    assert "next:" not in printed
+    assert out.exists() == existed
+    assert list(tmp_path.glob("run/*")) == []
+
+
+def test_a_discarded_run_leaves_what_is_not_its_own(tmp_path):
+    run = untrained_run(tmp_path / "run")
+    (run.path / "mine").write_text("precious")
+    run.discard()
+    assert [path.name for path in run.path.iterdir()] == ["mine"]
+
+
+def test_an_interrupt_while_the_command_is_being_imported_ends_with_130(capsys, monkeypatch):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "unrolled.train.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "unrolled.train.commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert command(capsys, "--help") == (130, "", "")
+
+
+def test_a_training_that_diverges_is_stopped_and_told(short_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    code, _, error = command(capsys, "train", short_file, *flags(out=out, **TINY, learning_rate=1e38))
+    assert code == 2
+    assert re.search(r"training diverged at update \d: loss inf, gradient norm \S+, which must be finite", error)
+    assert "lower --learning-rate (it is 1e+38) or --clip (it is 1)" in error
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+    assert all(tensor.isfinite().all() for tensor in load_file(out / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_training_that_diverges_keeps_the_model_of_the_last_epoch(in_training, tmp_path, monkeypatch):
+    saved = []
+
+    class Keeping(Silent):
+        def epoch_ended(self, epoch):
+            saved.append((tmp_path / "run" / "model.safetensors").read_bytes())
+
+    forward = CharacterModel.forward
+
+    def poisoned(self, characters, state=None):
+        logits, state = forward(self, characters, state)
+        return logits * math.nan if saved and self.training == in_training else logits, state
+
+    monkeypatch.setattr(CharacterModel, "forward", poisoned)
+    config = TrainConfig(out=str(tmp_path / "run"), **{**TINY, "epochs": 3})
+    told = r"at update \d+: loss nan, gradient norm nan" if in_training else "at the validation of epoch 2: .* nan"
+    with pytest.raises(DivergedError, match=told):
+        train(config, split_text(SMALL[:3000], batch=4, window=16), create_run(config), Keeping())
+    assert saved == [(tmp_path / "run" / "model.safetensors").read_bytes()]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_model_that_gives_no_chances_is_not_drawn_from(temperature):
+    model = CharacterModel(TrainConfig(hidden_size=8), 4).eval()
+    with torch.no_grad():
+        model.head.bias[1] = math.nan
+    with pytest.raises(DivergedError, match="largest logit must be finite to draw from, got nan"):
+        next(sample(model, Vocabulary("abc"), "a", length=1, temperature=temperature, seed=0))
+
+
+def test_metrics_hold_no_figure_that_json_lacks(tmp_path):
+    run = create_run(TrainConfig(out=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.log(kind="update", loss=math.nan)
+
+
+def test_a_run_records_its_text_and_its_config_makes_another_run(short_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command(capsys, "train", short_file, *flags(out="first", **TINY))
+    assert json.loads((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()[0]) == {
+        "kind": "text",
+        "file": str(short_file),
+        "characters": 3000,
+        "sha256": hashlib.sha256(short_file.read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+    }
+    code, *_ = command(capsys, "train", short_file, "--config", "first/config.json")
+    assert code == 0
+    (second,) = (tmp_path / "runs").iterdir()
+    assert (second / "config.json").read_text() == (tmp_path / "first" / "config.json").read_text()
+    one, other = (load_file(path / "model.safetensors") for path in (tmp_path / "first", second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_path_is_printed_as_it_is_and_quoted_in_the_next_command(short_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = "o[bold]x:smile: y"
+    _, printed, _ = command(capsys, "train", short_file, *flags(out=out, **TINY))
+    assert f"written: {out} (" in printed
+    assert f"next: unrolled sample {shlex.quote(out)} --prompt 'The '" in printed
+    code, _, error = command(capsys, "train", short_file, *flags(out=out, **TINY))
+    assert code == 2
+    assert f"the run directory {out} is not empty" in error
+
+
+def test_the_sample_at_the_end_starts_like_a_sentence_if_the_text_has_such_letters(tmp_path, capsys):
+    path = tmp_path / "text"
+    for text, wanted in ((SMALL, True), (SMALL.lower(), False)):
+        path.write_text(text[:3000], encoding="utf-8")
+        _, printed, _ = command(capsys, "train", path, *flags(out=tmp_path / str(wanted), **TINY))
+        assert ("(temperature 0.7)\nThe " in printed) == wanted
+        assert ("--prompt 'The '" in printed) == wanted
+
+
+def test_a_text_too_short_for_a_baseline_is_scored_without_it(tmp_path, capsys):
+    path = tmp_path / "text"
+    path.write_text(SMALL[:60], encoding="utf-8")
+    code, *_ = command(capsys, "train", path, *flags(out=tmp_path / "run", **{**TINY, "batch": 1}))
+    assert code == 0
+    test = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(test) == {"kind", "bits", "order-2 character model", "xz -9e"}
+
+
+def test_output_that_the_terminal_cannot_encode_does_not_end_the_command(tmp_path, capsys, monkeypatch):
+    path, out = tmp_path / "text", tmp_path / "röun"
+    path.write_text("日本語 für " * 200, encoding="utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    for arguments in (["train", path, *flags(out=out, **TINY)], ["sample", out, "--prompt", "日本", "--length", 3]):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert ended.value.code == 0
+    printed = shown.buffer.getvalue().decode("ascii")
+    assert "r?un (config.json" in printed
+    assert printed.splitlines()[-1].startswith("??")
+
+
+def test_nobody_reading_on_is_no_error(tmp_path):
+    run = untrained_run(tmp_path / "run")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "unrolled", "sample", str(run.path), "--prompt", "The ", "--length", "0"]
+    # Buffered, as it is in a pipe by default: what is so short is written out only at the end.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=buffered)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+@pytest.mark.slow
+def test_two_epochs_on_the_built_in_text_score_better_than_two_characters_of_context(tmp_path, capsys):
+    command(capsys, "train", *flags(out=tmp_path / "run", epochs=2))
+    test = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert test["kind"] == "test"
+    assert test["bits"] < min(2.4, test["order-2 character model"])
+
+
 def test_bits_per_character_is_the_mean_of_minus_log2_of_each_chance():
     config = TrainConfig(hidden_size=5, embedding_size=3)
     model = CharacterModel(config, 4).eval()
@@ -144,6 +339,12 @@ def test_bits_per_character_is_the_mean_of_minus_log2_of_each_chance():
     logits, _ = model(numbers[:-1].unsqueeze(1))
     chances = logits.squeeze(1).softmax(-1)[range(6), numbers[1:]]
     assert math.isclose(bits_per_character(model, numbers, config), -chances.log2().mean().item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_name_of_a_cell_makes_that_cell(cell):
+    config = TrainConfig(cell=cell, hidden_size=5, embedding_size=3)
+    assert type(CharacterModel(config, 4).rnn.cell) is CELLS[cell]
 
 
 def test_a_context_model_by_hand():
@@ -173,6 +374,16 @@ def test_sampling_at_temperature_0_takes_the_likeliest_and_never_the_unknown():
         model.head.bias[7] = 1e3
     written = "".join(sample(model, vocabulary, length=4, temperature=0, seed=0))
     assert written == vocabulary.decode(7) * 4
+
+
+def test_the_smallest_temperatures_take_the_likeliest_as_0_does():
+    vocabulary = Vocabulary.of(SMALL)
+    model = CharacterModel(TrainConfig(hidden_size=8), len(vocabulary)).eval()
+    wanted, *written = (
+        "".join(sample(model, vocabulary, length=20, temperature=temperature, seed=0))
+        for temperature in (0, 1e-42, 5e-324)
+    )
+    assert written == [wanted, wanted]
 
 
 @pytest.mark.parametrize(
@@ -210,13 +421,32 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
         ({"epochs": True}, "epochs must be of type int"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"dropout": 1.0}, "dropout must be below 1"),
+        ({"learning_rate": 10**400}, "learning_rate must be above 0.0 and finite"),
+        ({"seed": 2**63}, "seed must be below 9223372036854775808"),
         ({"device": "abacus"}, "device must be one that torch has here"),
+        ({"device": "meta"}, "device must be one that computes, got 'meta'"),
         ({"hidden": 3}, "unknown options: hidden"),
     ],
 )
 def test_a_bad_option_is_refused(options, told):
     with pytest.raises(ConfigError, match=told):
         TrainConfig.from_mapping(options, source="test")
+
+
+@pytest.mark.parametrize("flag", [("--seed", "99999999999999999999"), ("--device", "meta")])
+def test_a_bad_flag_is_refused_before_anything_is_written(flag, text_file, tmp_path, capsys):
+    code, _, error = command(capsys, "train", text_file, "--out", tmp_path / "run", *flag)
+    assert code == 2
+    assert error.startswith(f"unrolled: {flag[0][2:]} must be")
+    assert not (tmp_path / "run").exists()
+
+
+def test_yaml_as_people_write_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# mine\ncell: gru\nlearning_rate: 4e-3\nclip: 1E+1  # large\ndropout: .5\nepochs: 12\nout: 2e\n")
+    wanted = {"cell": "gru", "learning_rate": 0.004, "clip": 10.0, "dropout": 0.5, "epochs": 12, "out": "2e"}
+    assert read_config(path) == wanted
+    assert TrainConfig.from_mapping(read_config(path), source="test").learning_rate == 0.004
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
@@ -238,6 +468,9 @@ def test_options_come_from_a_file_and_flags_go_first(suffix, text_file, tmp_path
         ("c.json", "{", "cannot be read"),
         ("c.yaml", "- 1", "must hold one mapping"),
         ("c.yaml", "!!python/object/apply:os.getcwd []", "cannot be read"),
+        ("c.yaml", "seed: 2024-13-45", "cannot be read"),
+        ("c.json", '{"epochs": 1, "epochs": 2}', "got 'epochs' twice"),
+        ("c.yaml", "epochs: 1\ncell: rnn\nepochs: 2\n", "got 'epochs' twice"),
     ],
 )
 def test_a_config_file_is_data_only(name, content, told, tmp_path):
@@ -281,10 +514,7 @@ def test_an_interrupted_write_leaves_the_model_before(tmp_path, monkeypatch):
     run.save_model(CharacterModel(config, 4), vocabulary)
     before = load_file(run.path / "model.safetensors")
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(run.path), "replace", interrupted)
+    monkeypatch.setattr(type(run.path), "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run.save_model(CharacterModel(config, 4), vocabulary)
     monkeypatch.undo()
@@ -298,13 +528,22 @@ def test_an_interrupted_write_leaves_the_model_before(tmp_path, monkeypatch):
         ({"temperature": -1.0, "length": 3}, OptionError),
         ({"temperature": float("nan"), "length": 3}, OptionError),
         ({"temperature": 1.0, "length": -3}, OptionError),
+        ({"temperature": 1.0, "length": 3, "seed": 99999999999999999999}, OptionError),
+        ({"temperature": 1.0, "length": 3, "seed": -1}, OptionError),
         ({"temperature": 1.0, "length": 3, "prompt": "a€"}, DataError),
     ],
 )
 def test_a_sample_that_cannot_be_drawn_is_refused(options, error):
     model = CharacterModel(TrainConfig(hidden_size=8), 4).eval()
     with pytest.raises(error):
-        list(sample(model, Vocabulary("abc"), seed=0, **options))
+        sample(model, Vocabulary("abc"), **{"seed": 0, **options})  # refused when called, not when first read
+
+
+def test_a_prompt_that_is_refused_is_not_printed(tmp_path, capsys):
+    run = untrained_run(tmp_path / "run")
+    code, printed, error = command(capsys, "sample", run.path, "--prompt", "日本")
+    assert (code, printed) == (2, "")
+    assert "the prompt has characters that the model never saw in training: '日本'" in error
 
 
 def test_the_command_without_arguments_shows_its_help():

@@ -26,8 +26,16 @@ class Baseline:
 
 
 def baselines(split: Split) -> list[Baseline]:
-    """Scores of character models of order 2 and 3 and of `xz -9e`, given the training (and validation) text."""
-    orders = [Baseline(f"order-{order} character model", context_model_bits(split, order)) for order in (2, 3)]
+    """Scores of character models of order 2 and 3 and of `xz -9e`, given the training (and validation) text.
+
+    A test text of three characters or fewer has no score of order 3, one of two has none of order 2 either.
+    """
+    longest = min(len(split.validation), len(split.test)) - 1  # a longer context would have nothing to predict
+    orders = [
+        Baseline(f"order-{order} character model", context_model_bits(split, order))
+        for order in (2, 3)
+        if order <= longest
+    ]
     return [*orders, Baseline("xz -9e", xz_bits(split))]
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from unrolled.cells import GRUCell, LSTMCell, RNNCell
 from unrolled.errors import ConfigError
 
-__all__ = ["CELLS", "TrainConfig", "read_config"]
+__all__ = ["CELLS", "SEEDS", "TrainConfig"]
 
-CELLS = ("rnn", "lstm", "gru")
+CELLS = {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell}
+"""The cells that can be trained, by the names they have in flags and files."""
+
+SEEDS = 2**63
+"""A seed is below this: torch's generators take no larger ones."""
 
 
 def _option(default: Any, help: str, **checks: Any) -> Any:
@@ -47,7 +51,7 @@ class TrainConfig:
     dropout: float = _option(
         0.1, "share of the cell's outputs dropped before the head, in training", least=0.0, below=1.0
     )
-    seed: int = _option(0, "seed of initialisation, dropout and sampling", least=0)
+    seed: int = _option(0, "seed of initialisation, dropout and sampling", least=0, below=SEEDS)
     device: str = _option("cpu", "where to train: cpu, cuda, cuda:1, ...")
     out: str | None = _option(None, "run directory to make; by default a new one in runs/")
 
@@ -57,8 +61,9 @@ class TrainConfig:
         _check_device(self.device)
 
     def to_json(self) -> str:
-        """The options as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The options as a JSON object, all but `out`: a saved config is where it says, and another run can use it."""
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name != "out"}
+        return json.dumps(options, indent=2) + "\n"
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str) -> TrainConfig:
@@ -93,7 +98,7 @@ def _check(option: dataclasses.Field[Any], value: Any) -> None:
         refuse(f"one of {', '.join(rules['choices'])}")
     if "least" in rules and not value >= rules["least"]:
         refuse(f"at least {rules['least']}")
-    if "above" in rules and not rules["above"] < value < float("inf"):
+    if "above" in rules and not rules["above"] < value <= sys.float_info.max:
         refuse(f"above {rules['above']} and finite")
     if "below" in rules and not value < rules["below"]:
         refuse(f"below {rules['below']}")
@@ -101,30 +106,7 @@ def _check(option: dataclasses.Field[Any], value: Any) -> None:
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(1, device=device)
+        if torch.empty(1, device=device).is_meta:
+            raise ConfigError(f"device must be one that computes, got {device!r}; use cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device must be one that torch has here, got {device!r}: {error}") from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read options from a JSON or YAML file, as data only.
-
-    Args:
-        path: a `.json`, `.yaml` or `.yml` file that holds one mapping.
-
-    Returns:
-        The mapping, not yet checked against the options.
-
-    Raises:
-        ConfigError: if the file cannot be read or holds no mapping.
-    """
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"a config file ends in .json, .yaml or .yml, got {path.name!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config file {path} must hold one mapping of options, got a {type(values).__name__}")
-    return values

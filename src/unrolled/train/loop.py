@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unrolled.errors import DivergedError
 from unrolled.train.config import TrainConfig
 from unrolled.train.model import CharacterModel
 from unrolled.train.run import Run
@@ -18,7 +19,7 @@ from unrolled.train.text import Split, Vocabulary
 from unrolled.train.windows import each_window, window_count
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Epoch", "Update", "Watcher", "bits_per_character", "train"]
+__all__ = ["Epoch", "Update", "Watcher", "bits_per_character", "check_finite", "train"]
 
 _STREAM = 4096  # characters a stream of an evaluation has at least: below, cold starts would show in the score
 
@@ -57,7 +58,8 @@ class Watcher(Protocol):
 def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tuple[CharacterModel, Vocabulary]:
     """Train a character model by BPTT, its state carried from window to window.
 
-    Every update is written to the run's metrics; the model is saved after every epoch and when interrupted.
+    Every update is written to the run's metrics; the model is saved before the first update, after every epoch and
+    when interrupted.
 
     Args:
         config: the options.
@@ -69,40 +71,38 @@ def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tupl
         The trained model and its characters.
 
     Raises:
+        DivergedError: at the first loss or gradient norm that is not finite; the model saved last stays.
         KeyboardInterrupt: after saving, if the user interrupts.
     """
     torch.manual_seed(config.seed)
     vocabulary = Vocabulary.of(split.train)
     numbers = vocabulary.encode(split.train).to(config.device)
     validation = vocabulary.encode(split.validation).to(config.device)
+    total = window_count(len(numbers), config.batch, config.window) * config.epochs
     model = CharacterModel(config, len(vocabulary)).to(config.device)
-    per_epoch = window_count(len(numbers), config.batch, config.window)
-    total = per_epoch * config.epochs
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _cycle(done / total))
     number = 0
     try:
+        run.save_model(model, vocabulary)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _cycle(done / total))
         for epoch in range(1, config.epochs + 1):
             state, losses, lengths = None, 0.0, 0
             model.train()
             for characters, following in each_window(numbers, config.batch, config.window):
                 started = time.perf_counter()
-                loss, state = _loss(model, characters, following, state)
-                optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                loss, norm, state = _backward(model, characters, following, state, config.clip)
+                check_finite(f"update {number + 1}", config, run, {"loss": loss, "gradient norm": norm})
                 optimizer.step()
                 schedule.step()
-                state = map_leaves(Tensor.detach, state)
                 number += 1
                 speed = characters.numel() / (time.perf_counter() - started)
-                update = Update(number, total, float(loss.detach()), float(norm), speed)
-                run.log(kind="update", number=number, loss=update.loss, grad_norm=update.grad_norm)
-                watcher.updated(update)
-                losses, lengths = losses + update.loss * len(characters), lengths + len(characters)
-            train_bits = losses / lengths / math.log(2)
-            ended = Epoch(epoch, config.epochs, train_bits, bits_per_character(model, validation, config))
-            run.log(kind="epoch", number=epoch, train_bits=ended.train_bits, validation_bits=ended.validation_bits)
+                run.log(kind="update", number=number, loss=loss, grad_norm=norm)
+                watcher.updated(Update(number, total, loss, norm, speed))
+                losses, lengths = losses + loss * len(characters), lengths + len(characters)
+            bits = bits_per_character(model, validation, config)
+            check_finite(f"the validation of epoch {epoch}", config, run, {"bits per character": bits})
+            ended = Epoch(epoch, config.epochs, losses / lengths / math.log(2), bits)
+            run.log(kind="epoch", number=epoch, train_bits=ended.train_bits, validation_bits=bits)
             run.save_model(model, vocabulary)
             watcher.epoch_ended(ended)
     except KeyboardInterrupt:
@@ -115,6 +115,31 @@ def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tupl
 def _cycle(done: float) -> float:
     """Learning rate over its peak: up during the first twentieth, then down along a cosine, to a hundredth."""
     return min(done / 0.05 + 0.01, 0.505 + 0.495 * math.cos(math.pi * min(done, 1.0)))
+
+
+def _backward(
+    model: CharacterModel, characters: Tensor, following: Tensor, state: Tree, clip: float
+) -> tuple[float, float, Tree]:
+    """Give the parameters a window's gradients, clipped; return loss, norm before clipping, and the state after it."""
+    loss, state = _loss(model, characters, following, state)
+    model.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return float(loss.detach()), float(norm), map_leaves(Tensor.detach, state)
+
+
+def check_finite(where: str, config: TrainConfig, run: Run, figures: dict[str, float]) -> None:
+    """Stop a training that came to NaN or infinity: no later update could mend it.
+
+    Raises:
+        DivergedError: if one of the figures is not finite.
+    """
+    if not all(map(math.isfinite, figures.values())):
+        told = ", ".join(f"{name} {figure:g}" for name, figure in figures.items())
+        raise DivergedError(
+            f"training diverged at {where}: {told}, which must be finite; lower --learning-rate (it is "
+            f"{config.learning_rate:g}) or --clip (it is {config.clip:g}); {run.path} keeps the model saved last"
+        )
 
 
 def _loss(model: CharacterModel, characters: Tensor, following: Tensor, state: Tree) -> tuple[Tensor, Tree]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from unrolled._unroll import unroll
-from unrolled.cells import GRUCell, LSTMCell, RNNCell
-from unrolled.train.config import TrainConfig
+from unrolled.train.config import CELLS, TrainConfig
 from unrolled.trees import Tree
 
 __all__ = ["CharacterModel"]
-
-_CELLS = {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell}
 
 
 class CharacterModel(nn.Module):
@@ -32,7 +29,7 @@ class CharacterModel(nn.Module):
     def __init__(self, config: TrainConfig, characters: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, config.embedding_size)
-        self.rnn = unroll(_CELLS[config.cell](config.embedding_size, config.hidden_size))
+        self.rnn = unroll(CELLS[config.cell](config.embedding_size, config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, characters)
 

@@ -12,7 +12,12 @@ from rich.table import Table
 from unrolled.train.baselines import Baseline
 from unrolled.train.loop import Epoch, Update
 
-__all__ = ["ProgressBar", "score_table"]
+__all__ = ["ProgressBar", "score_table", "terminal"]
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """A console that prints what it is given: nothing in a path or a text is markup, an emoji code or a number."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 class ProgressBar:
@@ -24,7 +29,7 @@ class ProgressBar:
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
-            TextColumn("[bold]training"),
+            TextColumn("training", style="bold", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[figures]}"),
             TimeRemainingColumn(),

@@ -19,18 +19,36 @@ from unrolled.train.text import Vocabulary
 __all__ = ["Run", "create_run", "load_run"]
 
 _CONFIG, _METRICS, _MODEL = "config.json", "metrics.jsonl", "model.safetensors"
+_UNFINISHED = ".part"
 
 
 class Run:
-    """A run directory that exists."""
+    """A run directory that exists.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: where it is.
+        made: whether it was made for this run, so that it may be removed with it.
+    """
+
+    def __init__(self, path: Path, *, made: bool = False) -> None:
+        self.path, self._made = path, made
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model was saved."""
+        return (self.path / _MODEL).is_file()
+
+    def discard(self) -> None:
+        """Remove what the run wrote, and the directory if it was made for it and holds nothing else."""
+        for name in (_CONFIG, _METRICS, _MODEL, _MODEL + _UNFINISHED):
+            (self.path / name).unlink(missing_ok=True)
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def log(self, **figures: Any) -> None:
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl; a figure that JSON does not have (NaN, infinity) is refused."""
         with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(figures, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -43,7 +61,7 @@ class Run:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + _UNFINISHED)
     unfinished.write_bytes(content)
     unfinished.replace(path)
 
@@ -56,6 +74,7 @@ def create_run(config: TrainConfig) -> Run:
     """
     path = Path(config.out) if config.out else _new_name(Path("runs"))
     try:
+        made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
             raise RunError(f"the run directory {path} is not empty; name a new one with --out, nothing is overwritten")
@@ -66,7 +85,7 @@ def create_run(config: TrainConfig) -> Run:
         raise RunError(
             f"the run directory {path} cannot be written: {error.strerror}; name another with --out"
         ) from error
-    return Run(path)
+    return Run(path, made=made)
 
 
 def _new_name(parent: Path) -> Path:

@@ -1,0 +1,93 @@
+"""The commands: their flags are derived from the config, their work is done elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from unrolled.errors import UnrolledError
+from unrolled.train.config import TrainConfig
+from unrolled.train.config_file import read_config
+from unrolled.train.job import run_job
+from unrolled.train.progress import terminal
+from unrolled.train.run import load_run
+from unrolled.train.sampling import sample as write_on
+
+__all__ = ["app", "run_command"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Unroll recurrent networks: train one on text, and use it.",
+)
+
+
+def train(file: Path | None, config: Path | None, **flags: Any) -> None:
+    """Train a character language model by BPTT on FILE, any UTF-8 text (default: the text inside Python)."""
+    values = read_config(config) if config else {}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    run_job(TrainConfig.from_mapping(values, source=str(config or "the command")), file, terminal())
+
+
+def _with_config_flags(command: Any) -> Any:
+    """Give the command one flag for each option; a flag that is not used leaves the config file's value."""
+    hints = get_type_hints(TrainConfig)
+    parameters = [
+        _parameter("file", Annotated[Path | None, typer.Argument(help="UTF-8 text", show_default=False)]),
+        _parameter("config", Annotated[Path | None, typer.Option(help="JSON or YAML file of options; flags go first")]),
+    ]
+    for option in dataclasses.fields(TrainConfig):
+        default = "" if option.default is None else f" [default: {option.default}]"
+        flag = typer.Option(help=option.metadata["help"] + default, show_default=False)
+        parameters.append(_parameter(option.name, Annotated[hints[option.name] | None, flag]))
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+app.command()(_with_config_flags(train))
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="run directory of `unrolled train`")],
+    prompt: Annotated[str, typer.Option(help="text to go on from")] = "",
+    temperature: Annotated[float, typer.Option(help="1 follows the model's chances, 0 takes the likeliest")] = 0.7,
+    length: Annotated[int, typer.Option(help="characters to write")] = 300,
+    seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
+) -> None:
+    """Let a trained model write."""
+    _, model, vocabulary = load_run(run)
+    # Called before anything is printed: it refuses what it must refuse here, not with the first character.
+    written = write_on(model, vocabulary, prompt, length=length, temperature=temperature, seed=seed)
+    sys.stdout.write(prompt)
+    for character in written:
+        sys.stdout.write(character)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def run_command(arguments: list[str] | None) -> int:
+    """Run the command on its arguments (None: the process's own); tell what is refused; return the exit code."""
+    try:
+        return app(args=arguments, prog_name="unrolled", standalone_mode=False) or 0
+    except UnrolledError as error:
+        terminal(stderr=True).print(f"unrolled: {error}", style="red", soft_wrap=True)
+        return 2
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        error.show()  # type: ignore[attr-defined]  # click's own usage errors
+        return error.exit_code
