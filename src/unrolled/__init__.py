@@ -5,6 +5,7 @@ from unrolled._copies import Copies, Copy, copies
 from unrolled._draw import draw
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._unroll import Unrolled, unroll
+from unrolled._verify import Check, Verification, verify
 from unrolled.cells import (
     Cell,
     GRUCell,
@@ -54,6 +55,10 @@ __all__ = [
     "copies",
     "Copies",
     "Copy",
+    # every engine against the reference
+    "verify",
+    "Verification",
+    "Check",
     # pictures
     "draw",
     # errors

@@ -42,16 +42,22 @@ class PlanBook:
 
     Args:
         engine: 'auto', 'eager' or 'native'.
+        quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
     """
 
-    def __init__(self, engine: str) -> None:
-        self._engine = engine
+    def __init__(self, engine: str, *, quiet: bool = False) -> None:
+        self._engine, self._quiet = engine, quiet
         self.runner = Runner(use_native=engine != "eager")
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
-        return {"_engine": self._engine, "runner": Runner(self.runner.use_native), "_entries": OrderedDict()}
+        return {
+            "_engine": self._engine,
+            "_quiet": self._quiet,
+            "runner": Runner(self.runner.use_native),
+            "_entries": OrderedDict(),
+        }
 
     def look_up(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
         """The plan for a call, made now if there is none yet.
@@ -91,7 +97,7 @@ class PlanBook:
 
     def _told(self, decision: Decision) -> Decision:
         """Say it where another engine was asked for by name than the one that is taken."""
-        if self._engine not in ("auto", decision.engine):
+        if not self._quiet and self._engine not in ("auto", decision.engine):
             warnings.warn(
                 f"engine={self._engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
                 stacklevel=2,

@@ -14,6 +14,7 @@ from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
 from unrolled.engine import reference
 from unrolled.errors import OptionError
+from unrolled.plan.report import Plan, report
 from unrolled.trees import Tree
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
@@ -31,14 +32,16 @@ class Unrolled(nn.Module):
         engine: what runs the copies.
     """
 
-    def __init__(self, cell: nn.Module, *, batch_first: bool = False, engine: str = "auto") -> None:
+    def __init__(
+        self, cell: nn.Module, *, batch_first: bool = False, engine: str = "auto", quiet: bool = False
+    ) -> None:
         super().__init__()
         if engine not in ENGINES:
             raise OptionError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         self.cell = cell
         self.batch_first = batch_first
         self.engine = engine
-        self._plans = PlanBook(engine)
+        self._plans = PlanBook(engine, quiet=quiet)
 
     def forward(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> tuple[Tree, Tree]:
         """Run the unrolled network over a sequence.
@@ -66,6 +69,26 @@ class Unrolled(nn.Module):
             if plan is not None:
                 return run_plan(plan, self.cell, inputs, state, context, self._plans.runner)
         return reference.run(CheckedStep(self.cell, context), inputs, state)
+
+    def plan(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Plan:
+        """How a call with these arguments will be run: what runs where, and why; bytes and FLOPs.
+
+        Takes what the call takes, and raises what it raises. The plan is made if there is none yet.
+
+        Example:
+            >>> import torch, unrolled as ur
+            >>> plan = ur.unroll(ur.GRUCell(3, 4), engine="eager").plan(torch.randn(10, 2, 3))
+            >>> plan.engine, plan.loops
+            ('eager', 1)
+        """
+        inputs, state = self.prepared(inputs, state, context)
+        T, B = sequence.sizes(inputs)
+        if self.engine == "reference":
+            return Plan(name_of(self.cell), T, B, "reference", "it was asked for")
+        decision = self._plans.look_up(self.cell, inputs, state, context)
+        if decision.plan is None:
+            return Plan(name_of(self.cell), T, B, decision.engine, decision.why)
+        return report(decision.plan, name_of(self.cell), T, B, decision.engine, decision.why)
 
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""

@@ -17,6 +17,7 @@ from unrolled.train.job import run_job
 from unrolled.train.progress import terminal
 from unrolled.train.run import load_run
 from unrolled.train.sampling import sample as write_on
+from unrolled.train.verifying import verify_cells, verify_run
 
 __all__ = ["app", "run_command"]
 
@@ -75,6 +76,18 @@ def sample(
         sys.stdout.write(character)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command("verify")
+def verify_command(
+    run: Annotated[Path | None, typer.Argument(help="run directory; without it, all cells of this package")] = None,
+) -> None:
+    """Compare every engine with the reference, values and gradients; exit with 1 on a mismatch."""
+    passed = True
+    for name, found in verify_run(run) if run else verify_cells():
+        print(f"{name}\n{found}\n", flush=True)
+        passed = passed and found.passed
+    raise typer.Exit(0 if passed else 1)
 
 
 def run_command(arguments: list[str] | None) -> int:

@@ -1,0 +1,188 @@
+"""Verification: every engine that can run a network here against the reference, values and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unrolled._layers import TorchLayer
+from unrolled._unroll import ENGINES, Unrolled
+from unrolled.errors import OptionError
+from unrolled.trees import Tree, flatten, map_leaves, paths
+
+__all__ = ["Check", "Verification", "verify"]
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""How far an engine may be off, relative to the largest entry."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One engine in one precision.
+
+    Attributes:
+        engine: the engine that was asked for.
+        ran: the engine that ran.
+        dtype: the precision.
+        error: the largest deviation from the reference, relative to the largest entry of the tensor it is in.
+        bound: how large it may be there.
+        where: the value or gradient with the largest error in relation to its bound.
+    """
+
+    engine: str
+    ran: str
+    dtype: torch.dtype
+    error: float
+    bound: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether it kept within the bound; NaN does not."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of a network; true if all passed. `print` it for a table."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine gave the reference's numbers."""
+        return all(check.passed for check in self.checks)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        rows = [("engine", "ran", "dtype", "largest error", "bound", "where", "")]
+        for c in self.checks:
+            dtype = str(c.dtype).removeprefix("torch.")
+            verdict = "ok" if c.passed else "MISMATCH"
+            rows.append((c.engine, c.ran, dtype, f"{c.error:.1e}", f"{c.bound:.0e}", c.where, verdict))
+        widths = [max(len(row[column]) for row in rows) for column in range(7)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def verify(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Verification:
+    """Compare every engine that can run this network with the reference: outputs, states and all gradients.
+
+    Copies of the network are run in float64 and float32; `.grad`, buffers and random state stay as they are. Where the
+    reference itself moves further when its inputs change by one unit in the last place (a chaotic cell, a spike at its
+    threshold), the bound is three times that movement.
+
+    Args:
+        rnn: what `unroll` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
+        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
+        state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
+        context: what a cell with a third argument receives at every step.
+
+    Returns:
+        One check for each engine and precision.
+
+    Raises:
+        OptionError: if `rnn` is no unrolled network.
+        InputError: as the call itself does.
+
+    Example:
+        >>> import unrolled as ur
+        >>> bool(verify(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3)))
+        True
+    """
+    if isinstance(rnn, TorchLayer):
+        rnn, inputs, state = rnn.prepared(inputs, state)
+    if not isinstance(rnn, Unrolled):
+        raise OptionError(f"verify takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
+    with torch.random.fork_rng():
+        return Verification(tuple(_checks(rnn, inputs, state, context)))
+
+
+def _checks(rnn: Unrolled, inputs: Tree, state: Tree, context: Tree) -> Iterator[Check]:
+    for dtype in BOUNDS:
+        given = tuple(map_leaves(lambda x, to=dtype: _leaf(x, to), tree) for tree in (inputs, state, context))
+        truth = _run(rnn, "reference", dtype, given)[1]
+        nudged = _run(rnn, "reference", dtype, tuple(map_leaves(_nudged, tree) for tree in given))[1]
+        movement = [_error(a, b) for (_, a), (_, b) in zip(nudged, truth, strict=True)]
+        bounds = [max(BOUNDS[dtype], 3 * moved) for moved in movement]
+        for engine in ENGINES:
+            if engine not in ("auto", "reference"):
+                ran, found = _run(rnn, engine, dtype, given)
+                yield _worst(engine, ran, dtype, found, truth, bounds)
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach().clone()
+    return tensor.detach().to(dtype, copy=True).requires_grad_()
+
+
+def _nudged(tensor: Tensor) -> Tensor:
+    """The next number in every entry, up and down in turn."""
+    if not tensor.is_floating_point():
+        return tensor
+    values = tensor.detach()
+    away = torch.full_like(values, float("inf"))
+    away.view(-1)[::2] = float("-inf")
+    return torch.nextafter(values, away).requires_grad_()
+
+
+def _run(rnn: Unrolled, engine: str, dtype: torch.dtype, given: Sequence[Tree]) -> tuple[str, list[tuple[str, Tensor]]]:
+    """The engine that ran, and every value and gradient by its name."""
+    cell = copy.deepcopy(rnn.cell).to(dtype)
+    network = Unrolled(cell, batch_first=rnn.batch_first, engine=engine, quiet=True).train(rnn.training)
+    inputs, state, context = (map_leaves(lambda x: x.detach().requires_grad_(x.requires_grad), tree) for tree in given)
+    outputs, last = network(inputs, state, context=context)
+    found = [*_named("outputs", outputs), *_named("state", last)]
+    loss = sum((_weights(tensor) * tensor).sum() for _, tensor in found if tensor.requires_grad)
+    by = [
+        *_named("inputs.grad", inputs),
+        *_named("initial state.grad", state),
+        *_named("context.grad", context),
+        *((f"{name}.grad", parameter) for name, parameter in cell.named_parameters()),
+    ]
+    by = [(name, tensor) for name, tensor in by if tensor.requires_grad]
+    if isinstance(loss, Tensor) and by:
+        grads = torch.autograd.grad(loss, [tensor for _, tensor in by], allow_unused=True)
+        found += [(n, torch.zeros_like(x) if g is None else g) for (n, x), g in zip(by, grads, strict=True)]
+    return network.plan(inputs, state, context=context).engine, [(name, tensor.detach()) for name, tensor in found]
+
+
+def _named(title: str, tree: Tree) -> list[tuple[str, Tensor]]:
+    tensors, structure = flatten(tree)
+    return [(title + path, tensor) for path, tensor in zip(paths(structure), tensors, strict=True)]
+
+
+def _weights(tensor: Tensor) -> Tensor:
+    """A loss that takes something else of every entry."""
+    return torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view(tensor.shape)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    """The largest difference over the largest entry; infinite where NaN or infinity stand elsewhere."""
+    if not truth.is_floating_point():
+        return 0.0 if torch.equal(found, truth) else float("inf")
+    if not torch.equal(found.isfinite(), truth.isfinite()):
+        return float("inf")
+    apart = float((found - truth).nan_to_num(0.0, 0.0, 0.0).abs().max()) if truth.numel() else 0.0
+    largest = float(truth.nan_to_num(0.0, 0.0, 0.0).abs().max()) if truth.numel() else 0.0
+    return apart / largest if largest else (0.0 if apart == 0 else float("inf"))
+
+
+def _worst(
+    engine: str,
+    ran: str,
+    dtype: torch.dtype,
+    found: Sequence[tuple[str, Tensor]],
+    truth: Sequence[tuple[str, Tensor]],
+    bounds: Sequence[float],
+) -> Check:
+    errors = [_error(ours, theirs) for (_, ours), (_, theirs) in zip(found, truth, strict=True)]
+    ratios = [error / bound for error, bound in zip(errors, bounds, strict=True)]
+    worst = max(range(len(errors)), key=lambda i: (errors[i] != errors[i], ratios[i]))
+    return Check(engine, ran, dtype, errors[worst], bounds[worst], truth[worst][0])

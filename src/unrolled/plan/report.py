@@ -1,0 +1,150 @@
+"""What a plan says to a person: each operation with its place and the reason, and what a step costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from unrolled.plan.colour import Loop, Stage
+from unrolled.plan.plan import StepPlan
+from unrolled.plan.program import Op, Program, Ref
+from unrolled.trees import paths
+
+__all__ = ["Plan", "PlannedOperation", "report"]
+
+PLACES = ("once", "before", "through", "after")
+
+
+@dataclass(frozen=True)
+class PlannedOperation:
+    """One operation of the step: what it makes, where it runs, and why not elsewhere."""
+
+    name: str
+    result: str
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an unrolled network will be run; `print` it.
+
+    Attributes:
+        cell: the cell's name.
+        T: copies.
+        B: batch size.
+        engine: what runs it.
+        why: why this engine and no faster one.
+        operations: the step's operations, in order; none where the step could not be recorded.
+        loops: how many loops walk through time.
+        kept_bytes: what a backward pass keeps of one step, in bytes.
+        flops: floating-point operations of one step by place.
+    """
+
+    cell: str
+    T: int
+    B: int
+    engine: str
+    why: str
+    operations: tuple[PlannedOperation, ...] = ()
+    loops: int = 0
+    kept_bytes: int = 0
+    flops: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{self.cell}, {self.T} copies, batch {self.B}: engine {self.engine} ({self.why})"
+        if not self.operations:
+            return f"{head}\nevery copy is run by itself: nothing could be moved"
+        return "\n".join([head, "", *self._table(), "", *self._costs()])
+
+    def _table(self) -> list[str]:
+        rows = [("operation", "result", "place", "why there"), *map(_cells, self.operations)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+        ]
+
+    def _costs(self) -> list[str]:
+        total = max(sum(count for _, count in self.flops), 1)
+        shares = ", ".join(f"{place} {count:,} ({count / total:.0%})" for place, count in self.flops)
+        return [
+            f"{self.loops} loop{'s' if self.loops != 1 else ''} through time",
+            f"kept for the backward pass: {self.kept_bytes:,} bytes per step, {self.kept_bytes * self.T:,} in all",
+            f"floating-point operations per step: {shares}",
+        ]
+
+
+def _cells(operation: PlannedOperation) -> tuple[str, str, str, str]:
+    return operation.name, operation.result, operation.place, operation.reason
+
+
+def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> Plan:
+    """Say what a plan does, for so many copies and rows."""
+    program = plan.recording.program
+    operations = tuple(
+        PlannedOperation(op.name, _result(program, op), place, _reason(plan, number, place))
+        for number, (op, place) in enumerate(zip(program.ops, plan.places, strict=True))
+    )
+    flops = Counter[str]()
+    for op, place in zip(program.ops, plan.places, strict=True):
+        flops[place] += _flops(program, op, B)
+    loops = [stage for stage in plan.stages if isinstance(stage, Loop)]
+    costs = tuple((place, flops[place]) for place in PLACES if flops[place])
+    return Plan(cell, T, B, engine, why, operations, len(loops), _kept(plan, B), costs)
+
+
+def _result(program: Program, op: Op) -> str:
+    made = [program.values[v] for v in op.outputs if v >= 0]
+    text = str(made[0]) if made else "nothing"
+    return text if len(made) == 1 else f"{len(made)} x {text}"
+
+
+def _reason(plan: StepPlan, number: int, place: str) -> str:
+    mapped = f"; step by step, as {plan.coupled[number]}" if number in plan.coupled and place != "through" else ""
+    if place == "once":
+        return "depends on parameters and context only"
+    if place == "before":
+        return f"feeds a loop, but depends on no state of it{mapped}"
+    if place == "after":
+        return f"no later state needs it{mapped}"
+    return f"on the way from {_leaves_of(plan, number)} to the next one"
+
+
+def _leaves_of(plan: StepPlan, number: int) -> str:
+    names = paths(plan.recording.structures[1], "state")
+    stage = _loop_of(plan.stages, number)
+    return ", ".join(names[leaf] for leaf in stage.leaves)
+
+
+def _loop_of(stages: Sequence[Stage], number: int) -> Loop:
+    return next(stage for stage in stages if isinstance(stage, Loop) and number in stage.ops)
+
+
+def _kept(plan: StepPlan, rows: int) -> int:
+    """Bytes of all that the backward of the loops reads of one step."""
+    total = 0
+    for planned in plan.planned.values():
+        values = planned.backward.program.values
+        total += sum(values[v].bytes(rows) for v in planned.backward.kept)
+    return total
+
+
+_MOVES_ONLY = frozenset(
+    """
+    t transpose permute view _unsafe_view reshape expand unsqueeze squeeze slice select split split_with_sizes
+    unsafe_split cat stack clone detach alias full slice_backward select_backward
+    """.split()
+)
+
+
+def _flops(program: Program, op: Op, rows: int) -> int:
+    if op.name.removeprefix("aten.").split(".")[0] in _MOVES_ONLY:
+        return 0
+    made = sum(prod(program.values[v].sizes(rows)) for v in op.outputs if v >= 0)
+    if op.name.removeprefix("aten.").split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):
+        left = op.args[-2] if len(op.args) == 2 else op.args[1]
+        if isinstance(left, Ref):
+            return 2 * made * program.values[left.value].sizes(rows)[-1]
+    return made

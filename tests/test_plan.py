@@ -1,0 +1,135 @@
+"""What a plan says, and that verification finds what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import unrolled as ur
+from problems import PROBLEMS
+from unrolled.bptt import run as bptt_run
+from unrolled.train.commands import run_command
+
+T, B, I, H = 6, 4, 3, 5  # noqa: E741
+
+
+class TwoLayers(nn.Module):
+    """Two layers written by hand, a head, and a skip that no state needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = ur.LSTMCell(I, H), ur.GRUCell(H, H), nn.Linear(H, 2)
+
+    def initial_state(self, batch_size, device=None, dtype=None):
+        made = {"device": device, "dtype": dtype}
+        return self.first.initial_state(batch_size, **made), self.second.initial_state(batch_size, **made)
+
+    def forward(self, input, state):
+        hidden, first = self.first(input, state[0])
+        hidden, second = self.second(hidden, state[1])
+        return self.head(hidden), (first, second)
+
+
+def places_of(plan, name):
+    return [operation.place for operation in plan.operations if operation.name == name]
+
+
+def test_a_two_layer_cell_has_two_loops_and_the_second_layers_projection_lies_between_them():
+    plan = ur.unroll(TwoLayers()).plan(torch.randn(T, B, I))
+    assert plan.loops == 2
+    assert places_of(plan, "aten.addmm") == ["before", "through", "before", "through", "after"]
+    assert places_of(plan, "aten.t") == ["once"] * 5
+
+
+def test_flops_and_bytes_are_those_of_the_cell():
+    plan = ur.unroll(ur.RNNCell(I, H)).plan(torch.randn(T, B, I))
+    flops = dict(plan.flops)
+    assert flops["before"] == 2 * B * I * H
+    assert flops["through"] == 2 * B * H * H + B * H + B * H  # product, sum, tanh
+    assert plan.kept_bytes == 2 * B * H * 4  # the state received and the one handed on
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager", "native"])
+def test_a_plan_prints_every_operation_with_its_place_and_a_reason(engine):
+    plan = ur.unroll(TwoLayers(), engine=engine).plan(torch.randn(T, B, I))
+    lines = str(plan).splitlines()
+    assert "TwoLayers, 6 copies, batch 4" in lines[0]
+    table = lines[3 : 3 + len(plan.operations)]
+    for line, operation in zip(table, plan.operations, strict=True):
+        assert line.split()[0] == operation.name
+        assert line.endswith(operation.reason)
+        assert operation.reason
+
+
+def test_plans_of_the_same_call_are_equal_and_hold_no_tensor():
+    rnn, inputs = ur.unroll(ur.GRUCell(I, H)), torch.randn(T, B, I)
+    assert rnn.plan(inputs) == rnn.plan(inputs)
+    assert rnn.plan(inputs) != rnn.plan(inputs[:2])
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        (lambda x, s: (x, s * torch.rand(())), "random"),
+        (lambda x, s: (x, s if float(x.sum()) > 0 else s + 1), "depends on the numbers"),
+        (lambda x, s: (x, s * torch.tensor([1.0, 2.0, 3.0])), "Python numbers"),
+    ],
+    ids=["random", "branch", "constant"],
+)
+def test_what_cannot_be_recorded_runs_on_the_reference_and_the_plan_says_why(cell, told):
+    rnn = ur.unroll(cell)
+    plan = rnn.plan(torch.randn(T, B, I), torch.zeros(B, I))
+    assert plan.engine == "reference"
+    assert told in plan.why
+    assert told in str(plan)
+
+
+def test_an_engine_asked_for_by_name_that_cannot_run_says_so():
+    with pytest.warns(UserWarning, match="eager.*reference.*random"):
+        ur.unroll(lambda x, s: (x, s * torch.rand(())), engine="eager")(torch.randn(T, B, I), torch.zeros(B, I))
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
+def test_every_problem_is_verified(name):
+    problem = PROBLEMS[name](torch.float64)
+    rnn = problem.unrolled()
+    found = ur.verify(rnn, problem.inputs, context=problem.context)
+    assert found, str(found)
+    assert {check.engine for check in found.checks} == {"eager", "native"}
+
+
+def test_verification_leaves_grad_buffers_and_random_state_untouched():
+    cell = ur.LSTMCell(I, H)
+    cell.weight_ih.grad = torch.ones_like(cell.weight_ih)
+    torch.manual_seed(3)
+    ur.verify(ur.unroll(cell), torch.ones(T, B, I))
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(2))
+    assert torch.equal(cell.weight_ih.grad, torch.ones_like(cell.weight_ih))
+    assert cell.weight_hh.grad is None
+
+
+def test_verification_finds_an_engine_that_is_wrong(monkeypatch):
+    right = bptt_run.run_plan
+
+    def wrong(*arguments):
+        outputs, state = right(*arguments)
+        return outputs * 1.001, state
+
+    monkeypatch.setattr("unrolled._unroll.run_plan", wrong)
+    found = ur.verify(ur.unroll(ur.GRUCell(I, H)), torch.randn(T, B, I))
+    assert not found
+    assert "MISMATCH" in str(found)
+
+
+def test_the_command_verifies_a_run_and_ends_with_1_on_a_mismatch(monkeypatch, capsys):
+    assert run_command(["verify"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("RNNCell", "LSTMCell", "GRUCell", "SLSTMCell"):
+        assert name in printed
+    right = bptt_run.run_plan
+    monkeypatch.setattr("unrolled._unroll.run_plan", lambda *a: (right(*a)[0] * 2, right(*a)[1]))
+    assert run_command(["verify"]) == 1
+    assert "MISMATCH" in capsys.readouterr().out
