@@ -133,3 +133,21 @@ def test_the_command_verifies_a_run_and_ends_with_1_on_a_mismatch(monkeypatch, c
     monkeypatch.setattr("unrolled._unroll.run_plan", lambda *a: (right(*a)[0] * 2, right(*a)[1]))
     assert run_command(["verify"]) == 1
     assert "MISMATCH" in capsys.readouterr().out
+
+
+class Twins(nn.Module):
+    """Two states that begin apart and become the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(I + 2 * H, H)
+
+    def forward(self, input, state):
+        one, other = state
+        both = torch.tanh(self.linear(torch.cat([input, one, other], dim=-1)))
+        return one * other, (both, both)
+
+
+def test_two_states_that_become_one_value_keep_their_own_beginnings():
+    state = torch.randn(B, H), torch.randn(B, H)
+    assert ur.verify(ur.unroll(Twins()), torch.randn(T, B, I), state)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.bptt.run import run_plan
-from unrolled.bptt.segment import LoopRunner
+from unrolled.bptt.walk import LoopRunner
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.choice import Runner

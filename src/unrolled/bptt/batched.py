@@ -18,6 +18,8 @@ __all__ = ["Batched", "Entry"]
 Entry: TypeAlias = Tensor | Timed | Summed
 """What is known of a value over a segment: a tensor where it is the same at every step."""
 
+Affine: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+
 
 class Batched:
     """Runs operations of a step over a segment.
@@ -29,6 +31,8 @@ class Batched:
         steps: T.
         batch: B.
         sums: values that are wanted added up over all steps, and may be as soon as the rows are contracted.
+        affine: a product of large matrices, `(x, y, bias) -> x @ y + bias`, if an engine has one of its own; it
+            returns None for those that it leaves to torch.
     """
 
     def __init__(
@@ -39,9 +43,11 @@ class Batched:
         steps: int,
         batch: int,
         sums: frozenset[int] = frozenset(),
+        affine: Affine | None = None,
     ) -> None:
         self.program, self.rows, self.coupled = program, rows, coupled
         self.steps, self.batch, self.sums = steps, batch, sums
+        self.affine = affine
 
     def run(self, ops: Sequence[int], env: MutableMapping[int, Entry]) -> None:
         """Run some operations; their results are added to `env`."""
@@ -66,7 +72,20 @@ class Batched:
 
     def _on_folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Any]:
         tensors = {v: e.folded(self.rows[v]) if isinstance(e, Timed) else e for v, e in entries.items()}
+        result = self._affine(op, tensors)
+        if result is not None:
+            return (result,)
         return run_op(op, tensors, self.steps * self.batch)
+
+    def _affine(self, op: Op, tensors: Mapping[int, Any]) -> Tensor | None:
+        """A product by the engine's own kernel, if it has one and takes it."""
+        if self.affine is None or op.kwargs or op.name not in ("aten.mm", "aten.addmm"):
+            return None
+        given = [tensors[v] for v in op.inputs]
+        bias = given[0] if len(given) == 3 else None
+        if bias is not None and bias.dim() != 1:
+            return None
+        return self.affine(given[-2], given[-1], bias)
 
     def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         results = zip(op.outputs, self._on_folded(op, entries), strict=False)

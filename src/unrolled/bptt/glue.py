@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from unrolled.bptt.batched import Batched, Entry
-from unrolled.bptt.segment import LoopRunner, Stages, over_time
-from unrolled.bptt.timed import Timed, shifted
+from unrolled.bptt.segment import Stages, over_time
+from unrolled.bptt.timed import Timed
+from unrolled.bptt.walk import LoopRunner, Walk, shifted
 from unrolled.plan.interpret import compiled
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import PlannedLoop
@@ -31,6 +32,10 @@ class LoopUnderAutograd:
     planned: dict[LoopProgram, PlannedLoop]
     runner: LoopRunner
 
+    def affine(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A product, as the runner does it."""
+        return self.runner.affine(x, y, bias)
+
     def __call__(
         self,
         loop: LoopProgram,
@@ -41,14 +46,20 @@ class LoopUnderAutograd:
         steps: int,
         batch: int,
         reverse: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> Walk:
         """Run a loop; see `LoopRunner`."""
         given = (*sequences, *fixed, *states)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
             return self.runner(loop, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
         call = _Call(self.planned[loop], self.runner, steps, batch)
         results = _LoopFunction.apply(call, *given)
-        return list(results[: len(loop.emitted)]), list(results[len(loop.emitted) :])
+        emitted = results[: len(loop.emitted)]
+        places = [loop.emitted.index(value) for value in loop.next_states]
+        return Walk(
+            emitted,
+            results[len(loop.emitted) :],
+            lambda state: shifted(states[state], emitted[places[state]], reverse=False),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class _Call:
     steps: int
     batch: int
 
-    def forward(self, given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, given: Sequence[Tensor]) -> Walk:
         loop = self.planned.loop
         a, b, _ = loop.counts
         return self.runner(
@@ -69,7 +80,9 @@ class _Call:
         """The gradients of the loop's inputs, from the values it kept and the gradients of its results."""
         planned, back = self.planned, self.planned.backward
         emitted, last = grads[: planned.emits], grads[planned.emits :]
-        batched = Batched(back.program, planned.rows, planned.coupled, self.steps, self.batch, planned.sums)
+        batched = Batched(
+            back.program, planned.rows, planned.coupled, self.steps, self.batch, planned.sums, self.runner.affine
+        )
         a, b, _ = planned.loop.counts
         state_grads = [back.program.outputs[a + b + leaf] for leaf in back.states]
         stages = Stages(
@@ -118,9 +131,11 @@ class _LoopFunction(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        emitted, last = call.forward(given)
-        ctx.save_for_backward(*given, *emitted)
-        shown = (*emitted[: call.planned.emits], *last)
+        walk = call.forward(given)
+        kept = set(call.planned.backward.kept)
+        received = [walk.received(n) if v in kept else None for n, v in enumerate(call.planned.loop.states)]
+        ctx.save_for_backward(*given, *walk.emitted, *received)
+        shown = (*walk.emitted[: call.planned.emits], *walk.last)
         ctx.mark_non_differentiable(*(tensor for tensor in shown if not tensor.is_floating_point()))
         return shown
 
@@ -128,13 +143,12 @@ class _LoopFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         loop = call.planned.loop
-        given, emitted = ctx.saved_tensors[: len(loop.program.inputs)], ctx.saved_tensors[len(loop.program.inputs) :]
+        saved = ctx.saved_tensors
+        given = saved[: len(loop.program.inputs)]
         if torch.is_grad_enabled():
             return (None, *_differentiable_backward(call, given, grads))
-        values = dict(zip(loop.program.inputs, given, strict=True))
-        values |= dict(zip(loop.emitted, emitted, strict=True))
-        for state, following in zip(loop.states, loop.next_states, strict=True):
-            values[state] = shifted(values[state], values[following], reverse=False)
+        values = dict(zip((*loop.program.inputs, *loop.emitted), saved, strict=False))
+        values |= dict(zip(loop.states, saved[len(saved) - len(loop.states) :], strict=True))
         return (None, *call.backward(values, grads))
 
 

@@ -7,8 +7,9 @@ from torch import nn
 from unrolled import sequence
 from unrolled.bptt.batched import Batched, Entry
 from unrolled.bptt.glue import LoopUnderAutograd
-from unrolled.bptt.segment import LoopRunner, Stages, over_time
+from unrolled.bptt.segment import Stages, over_time
 from unrolled.bptt.timed import Timed
+from unrolled.bptt.walk import LoopRunner
 from unrolled.plan.plan import StepPlan
 from unrolled.trees import Tree, leaves, unflatten
 
@@ -42,7 +43,7 @@ def run_plan(
         plan.loops,
         recording.state,
         recording.next_state,
-        Batched(recording.program, plan.rows, plan.coupled, T, B),
+        Batched(recording.program, plan.rows, plan.coupled, T, B, affine=runner.affine),
         LoopUnderAutograd(plan.planned, runner),
     )
     last = stages.run(env, leaves(state))

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from unrolled.bptt.batched import Batched, Entry
-from unrolled.bptt.timed import Summed, Timed, shifted, spread
+from unrolled.bptt.timed import Summed, Timed, spread
+from unrolled.bptt.walk import LoopRunner, shifted
 from unrolled.plan.colour import Held, Loop, Shift, Stage, Steps
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["LoopRunner", "Stages", "over_time"]
-
-
-class LoopRunner(Protocol):
-    """Runs one loop over a segment: what an engine is asked for."""
-
-    def __call__(
-        self,
-        loop: LoopProgram,
-        sequences: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        states: Sequence[Tensor],
-        *,
-        steps: int,
-        batch: int,
-        reverse: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Walk through time; return what was emitted, `[T, ...]` each, and the last states."""
-        ...
+__all__ = ["Stages", "over_time"]
 
 
 def over_time(entry: Entry, steps: int) -> Tensor:
@@ -68,6 +50,14 @@ class Stages:
         self.stages, self.loops = stages, loops
         self.state, self.next_state = state, next_state
         self.batched, self.runner, self.reverse = batched, runner, reverse
+        inside = {
+            v: stage for stage in stages if isinstance(stage, Loop) for v in [state[leaf] for leaf in stage.leaves]
+        }
+        # States that are read outside of the loop that hands them on.
+        self.read = {v for v in batched.program.outputs if v in inside}
+        for stage in stages:
+            for n in stage.ops if isinstance(stage, Steps | Loop) else ():
+                self.read.update(v for v in batched.program.ops[n].inputs if inside.get(v, stage) is not stage)
 
     def run(self, env: MutableMapping[int, Entry], initial: Sequence[Tensor]) -> list[Tensor]:
         """Run all stages.
@@ -106,7 +96,7 @@ class Stages:
         self, stage: Loop, loop: LoopProgram, env: MutableMapping[int, Entry], initial: Sequence[Tensor]
     ) -> dict[int, Tensor]:
         steps = self.batched.steps
-        emitted, last = self.runner(
+        walk = self.runner(
             loop,
             [over_time(env[v], steps) for v in loop.sequences],
             [env[v] for v in loop.fixed],
@@ -115,9 +105,8 @@ class Stages:
             batch=self.batched.batch,
             reverse=self.reverse,
         )
-        env.update({v: Timed(tensor, steps) for v, tensor in zip(loop.emitted, emitted, strict=True)})
-        for leaf, first in zip(stage.leaves, loop.next_states, strict=True):
-            entries = env[first]
-            if isinstance(entries, Timed):
-                env[self.state[leaf]] = Timed(shifted(initial[leaf], entries.stacked(), reverse=self.reverse), steps)
-        return dict(zip(stage.leaves, last, strict=True))
+        env.update({v: Timed(tensor, steps) for v, tensor in zip(loop.emitted, walk.emitted, strict=True)})
+        for number, leaf in enumerate(stage.leaves):
+            if self.state[leaf] in self.read:
+                env[self.state[leaf]] = Timed(walk.received(number), steps)
+        return dict(zip(stage.leaves, walk.last, strict=True))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-__all__ = ["Summed", "Timed"]
+__all__ = ["Summed", "Timed", "spread"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,3 @@ class Summed:
 def spread(tensor: Tensor, steps: int) -> Tensor:
     """A value that is the same at every step, as `[T, ...]`, without memory for it."""
     return tensor.expand(steps, *tensor.shape)
-
-
-def shifted(first: Tensor, entries: Tensor, *, reverse: bool) -> Tensor:
-    """What each copy receives if it is what the copy before it (after it, in reverse) made."""
-    if reverse:
-        return torch.cat([entries[1:], first.unsqueeze(0)])
-    return torch.cat([first.unsqueeze(0), entries[:-1]])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from unrolled.bptt.walk import Walk
 from unrolled.engine import eager, native
 from unrolled.plan.loops import LoopProgram
 
@@ -44,6 +45,10 @@ class Runner:
                 self._refused[loop] = str(error)
         return self._refused[loop]
 
+    def affine(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`x @ y + bias` by the native kernel; None where torch is left to do it."""
+        return native.affine(x, y, bias) if self.use_native and native.worthwhile(x, y) else None
+
     def __call__(
         self,
         loop: LoopProgram,
@@ -54,8 +59,8 @@ class Runner:
         steps: int,
         batch: int,
         reverse: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Walk through time; see `bptt.segment.LoopRunner`."""
+    ) -> Walk:
+        """Walk through time; see `bptt.walk.LoopRunner`."""
         on_cpu = states[0].device.type == "cpu"
         run = native.run_loop if self.use_native and on_cpu and not self._refusal(loop) else eager.run_loop
         return run(loop, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unrolled.bptt.walk import Walk, shifted
 from unrolled.plan.interpret import compiled
 from unrolled.plan.loops import LoopProgram
 
@@ -22,22 +23,9 @@ def run_loop(
     steps: int,
     batch: int,
     reverse: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Walk through time, one step of the loop's program after another.
-
-    Args:
-        loop: the program.
-        sequences: `[T, ...]` each.
-        fixed: what is the same at every step.
-        states: what the first step receives.
-        steps: T.
-        batch: B.
-        reverse: whether to begin with the last step.
-
-    Returns:
-        What was emitted, `[T, ...]` each, and the states after the last step walked.
-    """
-    step = compiled(loop.program)
+) -> Walk:
+    """Walk through time, one step of the loop's program after another; see `bptt.walk.LoopRunner`."""
+    step, first = compiled(loop.program), states
     many = len(loop.emitted)
     columns = [tensor.unbind(0) for tensor in sequences]
     emitted: list[Tensor] = []
@@ -48,4 +36,5 @@ def run_loop(
         for kept, result in zip(emitted, results, strict=False):
             kept[t].copy_(result)
         states = results[many:]
-    return emitted, list(states)
+    places = [loop.emitted.index(value) for value in loop.next_states]
+    return Walk(emitted, states, lambda state: shifted(first[state], emitted[places[state]], reverse=reverse))

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unrolled.bptt.walk import Walk
 from unrolled.engine.native.bind import NativeLoop
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.lower import UnsupportedError
+from unrolled.engine.native.products import affine, worthwhile
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["BuildError", "NativeLoop", "UnsupportedError", "prepare", "run_loop"]
+__all__ = ["BuildError", "NativeLoop", "UnsupportedError", "affine", "prepare", "run_loop", "worthwhile"]
 
 _LOOPS: dict[LoopProgram, NativeLoop] = {}
 
@@ -37,6 +39,6 @@ def run_loop(
     steps: int,
     batch: int,
     reverse: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Walk through time in C; see `engine.eager.run_loop` for what is given and returned."""
+) -> Walk:
+    """Walk through time in C; see `bptt.walk.LoopRunner`."""
     return prepare(loop)(sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from unrolled.engine.native.build import library
+from unrolled.bptt.walk import Walk, shifted
+from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
 from unrolled.plan.loops import LoopProgram
 
@@ -24,8 +25,7 @@ class NativeLoop:
     def __init__(self, loop: LoopProgram) -> None:
         self.loop = loop
         self.source: Source = emit(loop)
-        lines = _machine_lines()
-        self._library = library(lines + self.source.text)
+        self._library = library(machine_lines() + self.source.text)
         self._panel = int(self._library.ur_panel())
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
 
@@ -38,15 +38,15 @@ class NativeLoop:
         steps: int,
         batch: int,
         reverse: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Walk through time; see `engine.eager.run_loop`."""
+    ) -> Walk:
+        """Walk through time; see `bptt.walk.LoopRunner`."""
         leaves = [
             *(_dense(tensor, 2) for tensor in sequences),
             *(tensor.contiguous() for tensor in fixed),
             *(_dense(tensor, 1) for tensor in states),
         ]
         self._check(leaves, steps, batch)
-        emitted = self._emitted(steps, batch)
+        emitted, received = self._emitted(states, steps, batch, reverse=reverse)
         packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
         a = len(sequences)
@@ -67,7 +67,7 @@ class NativeLoop:
         self._walk(arguments, steps, batch)
         last = 0 if reverse else steps - 1
         places = [self.loop.emitted.index(value) for value in self.loop.next_states]
-        return emitted, [emitted[place][last].clone() for place in places]
+        return Walk(emitted, [emitted[place][last].clone() for place in places], received)
 
     def _walk(self, arguments: tuple[object, ...], steps: int, batch: int) -> None:
         threads = torch.get_num_threads() if batch * self.source.flops * steps > 2_000_000 else 1
@@ -80,9 +80,35 @@ class NativeLoop:
             self._seconds_per_row = max((time.perf_counter() - started) / (until - done) / batch, 1e-10)
             done = until
 
-    def _emitted(self, steps: int, batch: int) -> list[Tensor]:
+    def _emitted(
+        self, states: Sequence[Tensor], steps: int, batch: int, *, reverse: bool
+    ) -> tuple[list[Tensor], Callable[[int], Tensor]]:
+        """Memory for what is emitted, and what every step receives.
+
+        A next state's memory has room for the first one too: what the steps receive is then the same memory, one
+        place aside.
+        """
         values = self.loop.program.values
-        return [torch.empty((steps, *values[v].sizes(batch)), dtype=values[v].dtype) for v in self.loop.emitted]
+        first = {self.loop.emitted.index(v): state for v, state in zip(self.loop.next_states, states, strict=True)}
+        rooms = [
+            torch.empty((steps + (place in first), *values[v].sizes(batch)), dtype=values[v].dtype)
+            for place, v in enumerate(self.loop.emitted)
+        ]
+        for place, state in first.items():
+            rooms[place][-1 if reverse else 0] = state
+        early, late = slice(0, steps), slice(1, steps + 1)
+        emitted = [room[early if reverse else late] if place in first else room for place, room in enumerate(rooms)]
+        places = [self.loop.emitted.index(v) for v in self.loop.next_states]
+        aside = late if reverse else early
+
+        def received(number: int) -> Tensor:
+            place = places[number]
+            if first[place] is states[number]:
+                return rooms[place][aside]
+            # Two states that become the same value do not begin as the same one.
+            return shifted(states[number], emitted[place], reverse=reverse)
+
+        return emitted, received
 
     def _packed(self, matrix: Tensor, K: int, N: int) -> Tensor:
         packed = torch.empty(-(-N // self._panel) * self._panel * K, dtype=matrix.dtype)
@@ -123,12 +149,3 @@ def _row_stride(tensor: Tensor, sequence: bool) -> int:
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * max(len(tensors), 1))(*(tensor.data_ptr() for tensor in tensors))
-
-
-def _machine_lines() -> str:
-    """The vector width and the block of rows for this processor, as the compiler knows it."""
-    return (
-        "#if defined(__AVX512F__)\n#define VECTOR_BYTES 64\n#define ROW_BLOCK 12\n"
-        "#elif defined(__AVX__)\n#define VECTOR_BYTES 32\n#define ROW_BLOCK 6\n"
-        "#else\n#define VECTOR_BYTES 16\n#define ROW_BLOCK 4\n#endif\n"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,10 +15,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
-__all__ = ["BuildError", "compiler", "library"]
+__all__ = ["BuildError", "compiler", "library", "machine_lines"]
 
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-_MOST_FILES = 512
+_MOST_FILES = 2048
 
 
 class BuildError(Exception):
@@ -57,6 +58,15 @@ def machine() -> str:
     ).hexdigest()
 
 
+def machine_lines() -> str:
+    """The vector width and the block of rows for this processor, as the compiler knows it."""
+    return (
+        "#if defined(__AVX512F__)\n#define VECTOR_BYTES 64\n#define ROW_BLOCK 12\n"
+        "#elif defined(__AVX__)\n#define VECTOR_BYTES 32\n#define ROW_BLOCK 6\n"
+        "#else\n#define VECTOR_BYTES 16\n#define ROW_BLOCK 4\n#endif\n"
+    )
+
+
 def library(source: str) -> ctypes.CDLL:
     """Load a library built from this source, building it if it is not in the cache.
 
@@ -65,9 +75,16 @@ def library(source: str) -> ctypes.CDLL:
     """
     key = hashlib.sha256(f"{machine()}\0{source}".encode()).hexdigest()[:40]
     built, mark = cache_directory() / f"{key}.so", cache_directory() / f"{key}.sha256"
-    if not _intact(built, mark):
-        _build(source, built, mark)
-    return ctypes.CDLL(str(built))
+    for _ in range(2):  # another process may forget a file between the look and the load
+        if not _intact(built, mark):
+            _build(source, built, mark)
+        try:
+            os.utime(built)  # used last, forgotten last
+            return ctypes.CDLL(str(built))
+        except OSError as error:
+            failure = error
+            mark.unlink(missing_ok=True)
+    raise BuildError(f"the library {built} cannot be loaded: {failure}")
 
 
 @functools.cache
@@ -106,11 +123,13 @@ def _build(source: str, built: Path, mark: Path) -> None:
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         made.replace(built)
         digest.replace(mark)
-    _forget_oldest(built.parent)
+    with contextlib.suppress(FileNotFoundError):  # another process forgets too
+        _forget_oldest(built.parent)
 
 
 def _forget_oldest(folder: Path) -> None:
-    built = sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime)
-    for path in built[:-_MOST_FILES]:
+    with os.scandir(folder) as entries:
+        found = [(entry.stat().st_mtime, Path(entry.path)) for entry in entries if entry.name.endswith(".so")]
+    for _, path in sorted(found)[:-_MOST_FILES]:
         path.unlink(missing_ok=True)
         path.with_suffix(".sha256").unlink(missing_ok=True)

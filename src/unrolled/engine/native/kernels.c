@@ -260,3 +260,104 @@ INLINE real sum_of(const real *x, int64_t n) {
 /* NaN wins, as in torch. */
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
+
+/* Products of large matrices, for what is hoisted out of a loop: out[M, N] = x[M, K] y[K, N] (+ bias[N]). K is cut into
+   pieces, so that a panel of y stays in the first cache and a block of x in the second. Threads own rows of out. */
+
+#define DEPTH 256
+#define ROWS_AT_ONCE (8 * ROW_BLOCK)
+
+typedef struct {
+  real *out;
+  const real *x, *y, *bias;
+  int64_t begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column;
+  real *packed;
+} part;
+
+static void few_rows(real *out, int64_t out_by_row, const real *x, int64_t by_row, int64_t by_k, const real *packed,
+                     int64_t rows, int64_t K, int64_t columns, const real *bias) {
+  lanes sum[ROW_BLOCK][2];
+  for (int64_t r = 0; r < rows; ++r) {
+    real start[PANEL] = {0};
+    memcpy(start, bias ? bias : out + r * out_by_row, (size_t)columns * sizeof(real));
+    memcpy(sum[r], start, sizeof start);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);
+    for (int64_t r = 0; r < rows; ++r) {
+      real f = x[r * by_row + k * by_k];
+      sum[r][0] += f * a;
+      sum[r][1] += f * b;
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));
+}
+
+INLINE void full_block(real *out, int64_t out_by_row, const real *x, int64_t by_row, int64_t by_k, const real *packed,
+                       int64_t K, const real *bias) {
+  lanes sum[ROW_BLOCK][2];
+  _Pragma("GCC unroll 16") for (int r = 0; r < ROW_BLOCK; ++r) {
+    const real *start = bias ? bias : out + r * out_by_row;
+    sum[r][0] = *(const lanes *)start;
+    sum[r][1] = *(const lanes *)(start + LANES);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROW_BLOCK; ++r) {
+      real f = x[r * by_row + k * by_k];
+      sum[r][0] += f * a;
+      sum[r][1] += f * b;
+    }
+  }
+  _Pragma("GCC unroll 16") for (int r = 0; r < ROW_BLOCK; ++r) {
+    *(lanes *)(out + r * out_by_row) = sum[r][0];
+    *(lanes *)(out + r * out_by_row + LANES) = sum[r][1];
+  }
+}
+
+static void block_of(const part *p, int64_t m, int64_t many, int64_t n, int64_t k0, int64_t depth, const real *packed) {
+  int64_t columns = p->N - n < PANEL ? p->N - n : PANEL;
+  real *out = p->out + m * p->N + n;
+  const real *x = p->x + m * p->x_by_row + k0 * p->x_by_k, *bias = k0 ? 0 : p->bias + n;
+  if (many == ROW_BLOCK && columns == PANEL) {
+    if (p->x_by_k == 1) full_block(out, p->N, x, p->x_by_row, 1, packed, depth, bias);
+    else if (p->x_by_row == 1) full_block(out, p->N, x, 1, p->x_by_k, packed, depth, bias);
+    else full_block(out, p->N, x, p->x_by_row, p->x_by_k, packed, depth, bias);
+  } else {
+    few_rows(out, p->N, x, p->x_by_row, p->x_by_k, packed, many, depth, columns, bias);
+  }
+}
+
+static void *multiply_part(void *argument) {
+  const part *p = argument;
+  for (int64_t k0 = 0; k0 < p->K; k0 += DEPTH) {
+    int64_t depth = p->K - k0 < DEPTH ? p->K - k0 : DEPTH;
+    pack(p->packed, p->y + k0 * p->y_by_k, depth, p->N, p->y_by_k, p->y_by_column);
+    for (int64_t m0 = p->begin; m0 < p->end; m0 += ROWS_AT_ONCE) {
+      int64_t until = m0 + ROWS_AT_ONCE < p->end ? m0 + ROWS_AT_ONCE : p->end;
+      for (int64_t n = 0; n < p->N; n += PANEL)
+        for (int64_t m = m0; m < until; m += ROW_BLOCK)
+          block_of(p, m, until - m < ROW_BLOCK ? until - m : ROW_BLOCK, n, k0, depth, p->packed + n * depth);
+    }
+  }
+  return 0;
+}
+
+/* packed: room for threads x DEPTH x N, N rounded up to whole panels; bias: N numbers. */
+void ur_multiply(real *out, const real *x, const real *y, const real *bias, real *packed, int64_t M, int64_t K, int64_t N,
+                 int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads) {
+  part parts[64];
+  pthread_t started[64];
+  int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK, room = DEPTH * ((N + PANEL - 1) / PANEL * PANEL), begin = 0;
+  int alive = 0;
+  if (threads > 64) threads = 64;
+  if (threads > blocks) threads = blocks;
+  for (int64_t i = 0; i < threads; ++i) {
+    int64_t end = i + 1 == threads ? M : (blocks * (i + 1) / threads) * ROW_BLOCK;
+    parts[i] = (part){out, x, y, bias, begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column, packed + i * room};
+    begin = end;
+    if (i + 1 < threads && pthread_create(&started[alive], 0, multiply_part, &parts[i]) == 0) ++alive;
+    else multiply_part(&parts[i]);
+  }
+  for (int i = 0; i < alive; ++i) pthread_join(started[i], 0);
+}

@@ -1,0 +1,93 @@
+"""Products of large matrices by the native engine's own kernel: for what is hoisted out of loops.
+
+torch's BLAS takes a third to a half of what some processors can give; the kernel that the loops need anyway takes most
+of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrolled.engine.native.build import BuildError, library, machine_lines
+
+__all__ = ["affine", "worthwhile"]
+
+_DEPTH = 256
+_LEAST = 200_000  # multiplications below which a call costs more than it saves
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    kernels = resources.files("unrolled.engine.native").joinpath("kernels.c").read_text(encoding="utf-8")
+    head = f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n"
+    try:
+        return library(f"{head}{kernels}\nint64_t ur_panel(void) {{ return PANEL; }}\n")
+    except BuildError:
+        return None
+
+
+def worthwhile(x: Tensor, y: Tensor) -> bool:
+    """Whether a product `[M, K] [K, N]` is one for this kernel."""
+    fits = x.dim() == y.dim() == 2 and x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64)
+    large = fits and x.shape[0] * x.shape[1] * y.shape[1] >= _LEAST
+    return large and x.device.type == y.device.type == "cpu" and _library(x.dtype) is not None
+
+
+def affine(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ y + bias`, under autograd.
+
+    Args:
+        x: `[M, K]`.
+        y: `[K, N]`.
+        bias: `[N]`, or None.
+    """
+    product: Tensor = _Affine.apply(x, y, bias)
+    return product
+
+
+def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    (M, K), N = x.shape, y.shape[1]
+    if not worthwhile(x, y):
+        return x @ y if bias is None else torch.addmm(bias, x, y)
+    loaded = _library(x.dtype)
+    assert loaded is not None
+    threads = min(torch.get_num_threads(), max(1, M * K * N // 1_000_000))
+    panel = int(loaded.ur_panel())
+    packed = torch.empty(threads * _DEPTH * (-(-N // panel) * panel), dtype=x.dtype)
+    start = torch.zeros(N, dtype=x.dtype) if bias is None else bias.contiguous()
+    out = torch.empty((M, N), dtype=x.dtype)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, x, y, start, packed)]
+    sizes = (M, K, N, x.stride(0), x.stride(1), y.stride(0), y.stride(1), threads)
+    loaded.ur_multiply(*pointers, *map(ctypes.c_int64, sizes))
+    return out
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return _multiply(x, y, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        need_x, need_y, need_bias = ctx.needs_input_grad
+        # Under create_graph these are ordinary operations, with a backward of their own.
+        return (
+            affine(grad, y.t()) if need_x else None,
+            _contracted(x, grad) if need_y else None,
+            grad.sum(0) if need_bias else None,
+        )
+
+
+def _contracted(x: Tensor, grad: Tensor) -> Tensor:
+    """`x^T grad`, computed such that the side with more rows is the one that threads share."""
+    if x.shape[1] >= grad.shape[1]:
+        return affine(x.t(), grad)
+    return affine(grad.t(), x).t()
