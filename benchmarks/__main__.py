@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from itertools import chain
 
 import torch
 
-from benchmarks import horizon
+from benchmarks import horizon, networks, preparation
 from benchmarks.timing import refuse_busy_machine
 
 
@@ -15,8 +16,11 @@ def main() -> None:
     refuse_busy_machine()
     torch.set_num_threads(2)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians, in turn")
-    for target in horizon.targets():
+    missed = []
+    for target in chain(preparation.targets(), networks.targets(), horizon.targets()):
         print(target, flush=True)
+        missed += [target] if target.most is not None and not target.ratio <= target.most else []
+    print(f"\n{len(missed)} missed")
 
 
 main()

@@ -14,13 +14,15 @@ __all__ = ["Target", "in_turn", "refuse_busy_machine", "seconds"]
 
 @dataclass(frozen=True)
 class Target:
-    """A measured ratio, and the most that it should be."""
+    """A measured figure, and the most that it should be; None for one that only explains another."""
 
     name: str
     ratio: float
-    most: float
+    most: float | None
 
     def __str__(self) -> str:
+        if self.most is None:
+            return f"{self.name:<72} {self.ratio:>7.2f}"
         verdict = "met" if self.ratio <= self.most else "MISSED"
         return f"{self.name:<72} {self.ratio:>7.2f}  <= {self.most:<5} {verdict}"
 

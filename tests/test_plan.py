@@ -11,7 +11,7 @@ from problems import PROBLEMS
 from unrolled.bptt import run as bptt_run
 from unrolled.train.commands import run_command
 
-T, B, I, H = 6, 4, 3, 5  # noqa: E741
+T, B, I, H = 6, 4, 3, 5
 
 
 class TwoLayers(nn.Module):
