@@ -86,7 +86,7 @@ class _Call:
         a, b, _ = planned.loop.counts
         state_grads = [back.program.outputs[a + b + leaf] for leaf in back.states]
         stages = Stages(
-            back.stages, back.loops, self._state_tangents(), state_grads, batched, self.runner, reverse=True
+            back.stages, back.loops, self._state_tangents(), state_grads, batched, self.runner, back.read, reverse=True
         )
         env: dict[int, Entry] = {v: Timed(values[v], self.steps) for v in back.kept}
         env |= {v: values[v] for v in back.fixed}

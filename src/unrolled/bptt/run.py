@@ -45,6 +45,7 @@ def run_plan(
         recording.next_state,
         Batched(recording.program, plan.rows, plan.coupled, T, B, affine=runner.affine),
         LoopUnderAutograd(plan.planned, runner),
+        plan.read,
     )
     last = stages.run(env, leaves(state))
     outputs = [over_time(env[v], T) for v in recording.outputs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Stages:
         next_state: the values that replace them; -1 for none.
         batched: runs what is outside of loops.
         runner: runs the loops.
+        read: states of loops that are read outside of them.
         reverse: whether time goes from the last copy to the first.
     """
 
@@ -44,20 +45,14 @@ class Stages:
         next_state: Sequence[int],
         batched: Batched,
         runner: LoopRunner,
+        read: Collection[int],
         *,
         reverse: bool = False,
     ) -> None:
         self.stages, self.loops = stages, loops
         self.state, self.next_state = state, next_state
         self.batched, self.runner, self.reverse = batched, runner, reverse
-        inside = {
-            v: stage for stage in stages if isinstance(stage, Loop) for v in [state[leaf] for leaf in stage.leaves]
-        }
-        # States that are read outside of the loop that hands them on.
-        self.read = {v for v in batched.program.outputs if v in inside}
-        for stage in stages:
-            for n in stage.ops if isinstance(stage, Steps | Loop) else ():
-                self.read.update(v for v in batched.program.ops[n].inputs if inside.get(v, stage) is not stage)
+        self.read = read
 
     def run(self, env: MutableMapping[int, Entry], initial: Sequence[Tensor]) -> list[Tensor]:
         """Run all stages.

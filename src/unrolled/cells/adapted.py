@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +61,7 @@ def check_state_maker(make: State, name: str) -> None:
         StateError: saying how it must be.
     """
     try:
-        inspect.signature(make).bind(1, device=None, dtype=None)
+        inspect.Signature(_parameters_of(make)).bind(1, device=None, dtype=None)
     except TypeError as error:
         raise StateError(
             f"the initial state of {name} must be made by (batch_size, device=None, dtype=None) -> state: {error}"
@@ -221,6 +223,24 @@ def parameter_names(cell: nn.Module) -> dict[str, str]:
     return {name.removeprefix(prefix): name for name, _ in cell.named_parameters()}
 
 
+def _parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    """A function's parameters, those of a method without `self`."""
+    if isinstance(function, types.MethodType):
+        return _parameters_of(function.__func__)[1:]
+    return _read_signature(function) if isinstance(function, types.FunctionType) else _signature(function)
+
+
+def _signature(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    try:
+        return tuple(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise CellError(f"the signature of {function!r} cannot be read: {error}") from error
+
+
+# Signatures are asked for at every call and cost more than all the other checks together.
+_read_signature = functools.lru_cache(maxsize=512)(_signature)
+
+
 def context_use(cell: nn.Module) -> str:
     """Whether a cell 'requires', 'accepts' or 'refuses' a third argument, read from its signature."""
     function: Callable[..., Any] = cell.forward
@@ -232,10 +252,7 @@ def context_use(cell: nn.Module) -> str:
         if isinstance(function, _Function):
             leading = 3 if isinstance(function, _FunctionOfParameters) else 2
             function = function.function
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError) as error:
-        raise CellError(f"the signature of {type(cell).__name__} cannot be read: {error}") from error
+    parameters = _parameters_of(function)
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return "accepts"
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from unrolled.plan.program import Program, dependents
 
-__all__ = ["Held", "Loop", "Shift", "Stage", "Steps", "colour", "places"]
+__all__ = ["Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,16 @@ def colour(program: Program, state: Sequence[int], next_state: Sequence[int], in
         done.update(component)
         stages.append(graph.stage(component))
     return stages
+
+
+def read_outside(program: Program, stages: Sequence[Stage], state: Sequence[int]) -> frozenset[int]:
+    """The states of loops that are read outside of the loop that hands them on."""
+    home = {state[leaf]: stage for stage in stages if isinstance(stage, Loop) for leaf in stage.leaves}
+    found = {v for v in program.outputs if v in home}
+    for stage in stages:
+        for n in stage.ops if isinstance(stage, Steps | Loop) else ():
+            found.update(v for v in program.ops[n].inputs if home.get(v, stage) is not stage)
+    return frozenset(found)
 
 
 def places(program: Program, stages: Sequence[Stage]) -> list[str]:

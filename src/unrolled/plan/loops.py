@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unrolled.plan.colour import Loop, Stage, colour
+from unrolled.plan.colour import Loop, Stage, colour, read_outside
 from unrolled.plan.functions import RawProgram
 from unrolled.plan.interpret import compiled, run_op
 from unrolled.plan.merge import merge
@@ -78,6 +78,7 @@ class Backward:
         states: which of its states have one.
         stages: where each operation runs; time goes from the last copy to the first.
         loops: for each `Loop` of the stages its program.
+        read: gradients of states that are read outside of the loop that hands them on.
     """
 
     program: Program
@@ -87,6 +88,7 @@ class Backward:
     states: tuple[int, ...]
     stages: tuple[Stage, ...]
     loops: tuple[LoopProgram | None, ...]
+    read: frozenset[int]
 
 
 def cut_loop(
@@ -227,7 +229,8 @@ def _coloured(
         else None
         for stage in stages
     )
-    return Backward(program, kept, fixed, marks.emitted, marks.states, stages, loops)
+    read = read_outside(program, stages, of_states)
+    return Backward(program, kept, fixed, marks.emitted, marks.states, stages, loops, read)
 
 
 def _read_elsewhere(program: Program, loop: Loop, states: Sequence[int]) -> set[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unrolled.plan.colour import Loop, Stage, colour, places
+from unrolled.plan.colour import Loop, Stage, colour, places, read_outside
 from unrolled.plan.loops import Backward, LoopProgram, cut_loop, derive_backward, sample_values
 from unrolled.plan.program import dependents
 from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
@@ -59,6 +59,7 @@ class StepPlan:
         places: for each operation once, before, through or after.
         rows: where the rows of each value are.
         coupled: operations that are not proved to act row by row, and why.
+        read: states that are read outside of the loop that hands them on.
     """
 
     recording: Recording
@@ -68,6 +69,7 @@ class StepPlan:
     places: tuple[str, ...]
     rows: Mapping[int, int]
     coupled: Mapping[int, str]
+    read: frozenset[int]
 
 
 def plan_step(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, batch_size: int) -> StepPlan:
@@ -105,7 +107,8 @@ def _coloured(cell: nn.Module, recording: Recording, samples: Sequence[Sample]) 
         for stage in stages
     ]
     planned = {loop: _with_backward(loop, values, rows) for loop in cut if loop is not None}
-    return StepPlan(recording, stages, tuple(cut), planned, tuple(places(program, stages)), rows, coupled)
+    read = read_outside(program, stages, recording.state)
+    return StepPlan(recording, stages, tuple(cut), planned, tuple(places(program, stages)), rows, coupled, read)
 
 
 def _has_rows(value: Any) -> bool:

@@ -84,7 +84,7 @@ class Op:
             return self.target.name
         return str(self.target).removesuffix(".default")
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values that it reads, in order."""
         return tuple(refs_of((self.args, self.kwargs)))

@@ -19,6 +19,7 @@ from unrolled.engine.native.build import BuildError, library, machine_lines
 __all__ = ["affine", "worthwhile"]
 
 _DEPTH = 256
+_PER_THREAD = 8_000_000  # multiplications that are worth starting a thread for
 _LEAST = 200_000  # multiplications below which a call costs more than it saves
 
 
@@ -57,7 +58,7 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         return x @ y if bias is None else torch.addmm(bias, x, y)
     loaded = _library(x.dtype)
     assert loaded is not None
-    threads = min(torch.get_num_threads(), max(1, M * K * N // 1_000_000))
+    threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
     panel = int(loaded.ur_panel())
     packed = torch.empty(threads * _DEPTH * (-(-N // panel) * panel), dtype=x.dtype)
     start = torch.zeros(N, dtype=x.dtype) if bias is None else bias.contiguous()
