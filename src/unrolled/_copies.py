@@ -2,94 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
-from unrolled._doors import Listener, Passage, derivative, leads_to, pass_through, ways_past
+from unrolled._doors import Passage, derivative, leads_to, ways_past
 from unrolled._layers import TorchLayer
+from unrolled._network import Network, Shares
 from unrolled._unroll import Unrolled
-from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError, GradientError, OptionError
 from unrolled.trees import Tree, describe
 
 __all__ = ["Copies", "Copy", "copies"]
-
-
-class _Network:
-    """What all the copies of one unrolled network share."""
-
-    def __init__(self, cell: nn.Module, state: Tree, context: Tree, *, own_state: bool) -> None:
-        self.cell = cell
-        parameters = dict(cell.named_parameters())
-        self.paths = {name: path for name, path in parameter_names(cell).items() if parameters[path].requires_grad}
-        self.weights = {name: parameters[path] for name, path in self.paths.items()}
-        self.own_state = own_state
-        self.listener = Listener()
-        self.backwards = 0
-        self.norms: dict[int, dict[str, Tensor]] = {}
-        self.remembered: list[list[Tensor | None]] = []
-        (self.initial,) = self.through_door(state)
-        self.context = None if context is None else self.through_door(context)[0]
-
-    def remember(self, backward: Callable[[], None]) -> None:
-        """Run a backward pass and remember what flows; if it fails, what was remembered before stays."""
-        before = [(grads, list(grads)) for grads in self.remembered]
-        self.listener.listening = True
-        try:
-            backward()
-        except BaseException as error:
-            for grads, kept in before:
-                grads[:] = kept
-            if not isinstance(error, RuntimeError):
-                raise
-            raise GradientError(
-                "the backward pass failed; the copies' gradients are as before, .grad is as far as torch came. "
-                f"If the weights have changed since the run, run copies again. torch says: {error}"
-            ) from error
-        finally:
-            self.listener.listening = False
-        self.norms.clear()
-        self.backwards += 1
-
-    def through_door(self, *trees: Tree) -> list[Passage]:
-        """Lead trees through one door."""
-        passages = [Passage(tree) for tree in trees]
-        pass_through(self.listener, *passages)
-        self.remembered += [passage.grads for passage in passages]
-        return passages
-
-    def require_backward(self) -> None:
-        if not self.backwards:
-            raise GradientError("the copies have no gradients yet; call copies.backward(loss) first")
-
-
-class _Shares(Mapping[str, Tensor]):
-    """Parameter names to tensors that are computed when asked for."""
-
-    def __init__(self, network: _Network, title: str, compute: Callable[[str], Tensor]) -> None:
-        network.require_backward()
-        self._names, self._title, self._compute = tuple(network.weights), title, compute
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            known = ", ".join(self._names) or "none"
-            raise KeyError(f"{name!r} is not a trained parameter of the cell; these are: {known}")
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __repr__(self) -> str:
-        return f"{self._title}: {', '.join(self._names)}"
 
 
 class Copy:
@@ -103,7 +32,7 @@ class Copy:
 
     def __init__(
         self,
-        network: _Network,
+        network: Network,
         t: int,
         received: Passage,
         entered: Sequence[Passage],
@@ -154,7 +83,7 @@ class Copy:
     @property
     def weight_grad(self) -> Mapping[str, Tensor]:
         """This copy's own share of each parameter's gradient: name -> `[*shape]`."""
-        return _Shares(self._network, f"weight_grad of copy {self.t}", lambda name: self._shares([name])[name])
+        return Shares(self._network, f"weight_grad of copy {self.t}", lambda name: self._shares([name])[name])
 
     def _grads(self, passage: Passage) -> Tree:
         self._network.require_backward()
@@ -197,7 +126,7 @@ class Copies(Sequence[Copy]):
         [2, 3, 4]
     """
 
-    def __init__(self, network: _Network, members: Sequence[Copy], *, batch_first: bool) -> None:
+    def __init__(self, network: Network, members: Sequence[Copy], *, batch_first: bool) -> None:
         self._network = network
         self._members = tuple(members)
         self._batch_first = batch_first
@@ -269,7 +198,7 @@ class Copies(Sequence[Copy]):
 
         Over all copies, and with `initial_grad`, they add up to what the copies gave to `.grad`.
         """
-        return _Shares(self._network, "weight_grad", self._stacked_shares)
+        return Shares(self._network, "weight_grad", self._stacked_shares)
 
     def _stacked_shares(self, name: str) -> Tensor:
         weight = self._network.weights[name]
@@ -281,7 +210,7 @@ class Copies(Sequence[Copy]):
     @property
     def weight_grad_norm(self) -> Mapping[str, Tensor]:
         """The Euclidean norm of each copy's share: name -> `[T]`. One copy's shares are held at a time."""
-        return _Shares(
+        return Shares(
             self._network,
             "weight_grad_norm",
             self._norms,
@@ -303,7 +232,7 @@ class Copies(Sequence[Copy]):
             flowed = network.initial.flowed() if network.own_state else []
             return derivative(flowed, [network.weights[name]], "the initial state's share")[0]
 
-        return _Shares(network, "initial_grad", share)
+        return Shares(network, "initial_grad", share)
 
     def __repr__(self) -> str:
         name = name_of(self._network.cell)
@@ -325,7 +254,7 @@ class Copies(Sequence[Copy]):
 class _AliasedStep(CheckedStep):
     """A checked step of a cell whose parameters are replaced by one copy's own aliases of them."""
 
-    def __init__(self, network: _Network, aliases: Sequence[Tensor]) -> None:
+    def __init__(self, network: Network, aliases: Sequence[Tensor]) -> None:
         super().__init__(network.cell, None if network.context is None else network.context.tree)
         self._aliases = dict(zip(network.paths.values(), aliases, strict=True))
 
@@ -333,7 +262,7 @@ class _AliasedStep(CheckedStep):
         return torch.func.functional_call(self.cell, self._aliases, (input, state, *self.rest))
 
 
-def _recording(network: _Network, members: list[Copy]) -> Callable[[int, Tree, Tree], tuple[Tree, Tree]]:
+def _recording(network: Network, members: list[Copy]) -> Callable[[int, Tree, Tree], tuple[Tree, Tree]]:
     """A step for the reference engine that makes a copy of every call."""
 
     def step(t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
@@ -349,7 +278,7 @@ def _recording(network: _Network, members: list[Copy]) -> Callable[[int, Tree, T
     return step
 
 
-def _refuse_other_ways(network: _Network, t: int, entered: Sequence[Passage], left: Sequence[Passage]) -> None:
+def _refuse_other_ways(network: Network, t: int, entered: Sequence[Passage], left: Sequence[Passage]) -> None:
     """What reaches a copy by another way than through its door would be missing from its share, or be in another's."""
     doors = [*entered, network.context] if network.context is not None else entered
     beside, others = ways_past(doors, [tensor for passage in left for tensor in passage.raw])
@@ -402,7 +331,7 @@ def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
         raise OptionError(f"copies takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
     own_state = state is None
     inputs, state = rnn.prepared(inputs, state, context)
-    network = _Network(rnn.cell, state, context, own_state=own_state)
+    network = Network(rnn.cell, state, context, own_state=own_state)
     members: list[Copy] = []
     reference.run(_recording(network, members), inputs, network.initial.tree)
     return Copies(network, members, batch_first=rnn.batch_first)

@@ -9,7 +9,7 @@ from torch import Tensor
 from unrolled.bptt.walk import Walk
 from unrolled.engine.native.bind import NativeLoop
 from unrolled.engine.native.build import BuildError
-from unrolled.engine.native.lower import UnsupportedError
+from unrolled.engine.native.nodes import UnsupportedError
 from unrolled.engine.native.products import affine, worthwhile
 from unrolled.plan.loops import LoopProgram
 

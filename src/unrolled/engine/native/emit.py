@@ -9,7 +9,8 @@ from math import prod
 
 import torch
 
-from unrolled.engine.native.lower import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, View, contiguous, lower
+from unrolled.engine.native.lower import lower
+from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
 from unrolled.plan.loops import LoopProgram

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unrolled.engine.native.lower import Compute, Copy, Join, Leaf, Lowered, Node, Product, Reduce, View
+from unrolled.engine.native.nodes import Compute, Copy, Join, Leaf, Lowered, Node, Product, Reduce, View
 
 __all__ = ["Kernel", "Scheduled", "local", "schedule"]
 

@@ -1,0 +1,167 @@
+"""Nodes and views: a loop's program in terms of what a row of the batch holds.
+
+Every value is looked at through a `View` of some node's memory: an offset and one stride for each dimension that is not
+the batch. Slices, splits, selections, permutations and expansions are views and cost nothing. What is left are four
+kinds of node: leaves (what is given), element-wise computations, products with a fixed matrix, and reductions along
+dimensions of a row; and joins, whose pieces are written side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from unrolled.engine.native.scalars import Scalar
+from unrolled.plan.program import Size, Value
+
+__all__ = [
+    "Compute",
+    "Copy",
+    "Join",
+    "Leaf",
+    "Lowered",
+    "Node",
+    "Product",
+    "Reduce",
+    "UnsupportedError",
+    "View",
+    "contiguous",
+    "without_rows",
+]
+
+
+class UnsupportedError(Exception):
+    """An operation that this engine does not emit; the message names it."""
+
+
+@dataclass(eq=False)
+class Node:
+    """Something that holds numbers for each row.
+
+    Attributes:
+        dims: its shape without the batch.
+        dtype: of its entries.
+    """
+
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Entries per row."""
+        return prod(self.dims)
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return ()
+
+
+@dataclass(eq=False)
+class Leaf(Node):
+    """A sequence, a fixed value or a state, by its position among them; `rows` is False for one without a batch."""
+
+    kind: str = ""
+    position: int = 0
+    rows: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """Some entries of a node: entry `(i, j, ...)` is at `offset + i * strides[0] + j * strides[1] + ...`."""
+
+    node: Node
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the node itself, entry by entry."""
+        return self.offset == 0 and self.dims == self.node.dims and self.strides == contiguous(self.dims)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its entries."""
+        return self.node.dtype
+
+
+@dataclass(eq=False)
+class Compute(Node):
+    """An element-wise computation; its arguments are views, broadcast as in torch, and numbers."""
+
+    name: str = ""
+    arguments: tuple[View | Scalar, ...] = ()
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [argument for argument in self.arguments if isinstance(argument, View)]
+
+
+@dataclass(eq=False)
+class Product(Node):
+    """A row times a fixed matrix `[K, N]`."""
+
+    row: View = None  # type: ignore[assignment]
+    matrix: Leaf = None  # type: ignore[assignment]
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.row]
+
+
+@dataclass(eq=False)
+class Reduce(Node):
+    """A sum, maximum or minimum along the last dimensions of a view: `inner` entries for each one left."""
+
+    name: str = ""
+    source: View = None  # type: ignore[assignment]
+    inner: int = 1
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.source]
+
+
+@dataclass(eq=False)
+class Join(Node):
+    """Pieces written side by side; they are `Copy` nodes that point here."""
+
+    pieces: list[Copy] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Copy(Compute):
+    """A computation whose result is written into a part of a join."""
+
+    target: View = None  # type: ignore[assignment]
+
+
+@dataclass
+class Lowered:
+    """A lowered loop: all nodes in order, the views that are emitted, the views that are the next states."""
+
+    nodes: list[Node]
+    emitted: list[View]
+    next_states: list[View]
+    real: torch.dtype
+
+
+def contiguous(dims: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides."""
+    return tuple(prod(dims[i + 1 :]) for i in range(len(dims)))
+
+
+def without_rows(value: Value) -> tuple[bool, tuple[int, ...]]:
+    """Whether a value has rows, and its shape without them."""
+    rows = bool(value.shape) and value.shape[0] == Size(1, 0)
+    dims = value.shape[1:] if rows else value.shape
+    if any(isinstance(n, Size) for n in dims):
+        raise UnsupportedError(f"a value of shape {value}, whose batch is not its first dimension")
+    return rows, dims  # type: ignore[return-value]
