@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types layers pytest slow bench clean
+.PHONY: train test lint types layers pytest slow bench fuzz sanitize clean
 
 train: .venv/.installed
 	$(BIN)/unrolled train
@@ -27,6 +27,17 @@ slow: .venv/.installed-test
 
 bench: .venv/.installed-test
 	$(BIN)/python -m benchmarks
+
+fuzz: .venv/.installed-test
+	UNROLLED_FUZZ=5000 $(BIN)/pytest -n 2 tests/test_random_cells.py
+
+# The emitted C under AddressSanitizer and UBSan; their libraries have to be there before Python is.
+SANITIZERS := $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell gcc -print-file-name=$(name)))
+sanitize: .venv/.installed-test
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+	CC=gcc UNROLLED_CACHE=$$cache LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	UNROLLED_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
+	$(BIN)/pytest -n 2 -k native tests/test_engines.py tests/test_random_cells.py
 
 clean:
 	rm -rf .venv build dist

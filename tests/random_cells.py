@@ -1,0 +1,288 @@
+"""An engine against the reference, on given cells and on random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import unrolled as ur
+from matching import BOUNDS, assert_match
+from problems import uneven_loss
+from unrolled._planbook import Decision
+from unrolled.trees import Tree, leaves, map_leaves
+
+ENGINES = ("eager", "native")
+
+__all__ = ["ENGINES", "RandomCell", "assert_as_reference", "decision", "gradients", "recipes", "unrolled"]
+
+
+def unrolled(cell: nn.Module, engine: str, **options: Any) -> ur.Unrolled:
+    """An unrolled cell whose plans may fall back without a warning: what is taken is asked of `decision`."""
+    rnn = ur.unroll(cell, engine=engine, **options)
+    rnn._plans._told = lambda found: found
+    return rnn
+
+
+def decision(cell: nn.Module, inputs: Tree, engine: str, state: Tree = None, context: Tree = None) -> Decision:
+    """Which plan and engine a call takes, and why."""
+    rnn = unrolled(cell, engine)
+    inputs, state = rnn.prepared(inputs, state, context)
+    return rnn._plans.look_up(cell, inputs, state, context)
+
+
+def _noisy(tensor: Tensor) -> Tensor:
+    """Off by one unit in the last place, up or down."""
+    if not tensor.is_floating_point():
+        return tensor
+    toward = torch.where(torch.rand_like(tensor) < 0.5, -torch.inf, torch.inf).to(tensor.dtype)
+    return torch.nextafter(tensor, toward)
+
+
+def _leaf(tensor: Tensor, wanted: bool) -> Tensor:
+    detached = tensor.detach()  # keeps the layout
+    return detached.requires_grad_() if wanted and detached.is_floating_point() else detached
+
+
+def _found(
+    rnn: nn.Module, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, loss: Callable[..., Tensor], wanted: bool
+) -> tuple[Tree, dict[str, Tensor | None]]:
+    inputs = map_leaves(lambda x: _leaf(x, wanted), inputs)
+    state = None if state is None else map_leaves(lambda x: _leaf(x, wanted), state)
+    context = None if context is None else map_leaves(lambda x: _leaf(x, wanted), context)
+    given = {"input": inputs, "state": state, "context": context}
+    asked = {
+        f"{name}{n}": leaf for name, tree in given.items() if tree is not None for n, leaf in enumerate(leaves(tree))
+    }
+    asked |= dict(cell.named_parameters())
+    asked = {name: leaf for name, leaf in asked.items() if leaf.requires_grad}
+    outputs, last = rnn(inputs, state, context=context)
+    values = map_leaves(lambda x: x.detach().clone(), {"outputs": outputs, "state": last})
+    total = loss(outputs, last)
+    if not asked or not total.requires_grad:
+        return values, dict.fromkeys(asked)
+    grads = torch.autograd.grad(total, list(asked.values()), allow_unused=True)
+    return values, dict(zip(asked, grads, strict=True))
+
+
+def gradients(cell: nn.Module, inputs: Tree, *, engine: str, loss: Callable[..., Tensor]) -> dict[str, Tensor | None]:
+    """The gradients of a loss by inputs and parameters, by name; None where it does not depend on them."""
+    return _found(unrolled(cell, engine), cell, inputs, None, None, loss, True)[1]
+
+
+def assert_as_reference(
+    cell: nn.Module,
+    inputs: Tree,
+    state: Tree = None,
+    *,
+    engine: str,
+    context: Tree = None,
+    loss: Callable[..., Tensor] = uneven_loss,
+    inputs_require_grad: bool = True,
+    rnn: nn.Module | None = None,
+    what: str = "",
+) -> None:
+    """Fail unless an engine gives the reference's values and all gradients; none counts as zeros."""
+    rest = (cell, inputs, state, context, loss, inputs_require_grad)
+    got = _numbers(_found(rnn or unrolled(cell, engine), *rest))
+    want = _numbers(_found(unrolled(cell, "reference"), *rest))
+    _drop_zeros(got, want)
+    try:
+        assert_match(got, want, what)
+    except AssertionError as error:
+        _assert_within_its_own_movement(got, want, rest, what, error)
+
+
+def _numbers(found: tuple[Tree, dict[str, Tensor | None]]) -> dict[str, Tensor]:
+    values = {f"value {n}": leaf for n, leaf in enumerate(leaves(found[0]))}
+    return values | {f"gradient by {name}": g for name, g in found[1].items() if g is not None}
+
+
+def _drop_zeros(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Take out the gradients that are zero but for rounding, in both: those have no largest entry to compare with."""
+    largest = max([t.abs().max().item() for t in want.values() if t.is_floating_point() and t.numel()], default=0.0)
+    for name in {*got, *want}:
+        pair = [group[name] for group in (got, want) if name in group]
+        if name.startswith("gradient") and all(
+            t.abs().max() <= 8 * torch.finfo(t.dtype).eps * largest for t in pair if t.numel()
+        ):
+            got.pop(name, None)
+            want.pop(name, None)
+
+
+def _assert_within_its_own_movement(
+    got: dict[str, Tensor], want: dict[str, Tensor], rest: tuple[Any, ...], what: str, error: AssertionError
+) -> None:
+    """A chaotic case: three times what the reference moves under noise of one unit in the last place is allowed."""
+    if got.keys() != want.keys():
+        raise AssertionError(f"{what}: {sorted(got)} is not {sorted(want)}") from error
+    bounds = {name: BOUNDS.get(tensor.dtype, 0.0) for name, tensor in want.items()}
+    for _ in range(3):
+        for name, moved in _numbers(_found_with_noise(*rest)).items():
+            if name in want and want[name].is_floating_point():
+                movement = (moved - want[name]).abs().max() / want[name].abs().max()
+                bounds[name] = max(bounds[name], 3 * movement.item())
+    for name, bound in bounds.items():
+        assert_match(got[name], want[name], f"{what} {name}", bound=bound)
+
+
+def _found_with_noise(
+    cell: nn.Module, inputs: Tree, state: Tree, context: Tree, loss: Callable[..., Tensor], wanted: bool
+) -> tuple[Tree, dict[str, Tensor | None]]:
+    kept = [parameter.detach().clone() for parameter in cell.parameters()]
+    try:
+        for parameter in cell.parameters():
+            parameter.data = _noisy(parameter.data)
+        trees = [tree if tree is None else map_leaves(_noisy, tree) for tree in (inputs, state, context)]
+        return _found(unrolled(cell, "reference"), cell, *trees, loss, wanted)
+    finally:
+        for parameter, before in zip(cell.parameters(), kept, strict=True):
+            parameter.data = before
+
+
+# -- random cells ----------------------------------------------------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    """A random cell: sizes, and for each operation its name and which of the values made before it reads."""
+
+    size: int
+    states: int
+    lines: tuple[tuple[str, int, int], ...]
+    kept: tuple[int, ...]
+    shown: int
+    steps: int
+    batch: int
+    seed: int
+
+
+def _roll(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 1:], x[:, :1]], -1)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2, -1)[::-1], -1)
+
+
+def _in_heads(x: Tensor, y: Tensor) -> Tensor:
+    q = torch.cat([x, y], -1).view(x.shape[0], 2, x.shape[1])
+    return (q.softmax(-1) * q.flip(1)).transpose(1, 2).reshape(x.shape[0], -1)[:, : x.shape[1]]
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return (x.unsqueeze(2) * y.unsqueeze(1)).mean(1)
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "weighted": lambda cell, x, y: F.linear(x, cell.shared) + y,
+    "weighted with bias": lambda cell, x, y: F.linear(x, cell.weight, cell.bias) * y,
+    "weighted turned": lambda cell, x, y: x @ cell.shared - y,
+    "scaled": lambda cell, x, y: cell.bias * x + y,
+    "gated": lambda cell, x, y: torch.sigmoid(cell.gate) * x + (1 - torch.sigmoid(cell.gate)) * y,
+    "add": lambda cell, x, y: x + y,
+    "sub": lambda cell, x, y: 0.5 - x - y,
+    "mul": lambda cell, x, y: x * y,
+    "div": lambda cell, x, y: x / (1 + y.abs()),
+    "lerp": lambda cell, x, y: torch.lerp(x, y, 0.3),
+    "maximum": lambda cell, x, y: torch.maximum(x, y),
+    "minimum": lambda cell, x, y: torch.minimum(x, y),
+    "where": lambda cell, x, y: torch.where(x > y, x, 0.5 * y),
+    "where not": lambda cell, x, y: torch.where(~(x > 0.1) & (y < 0.2), y, x),
+    "masked": lambda cell, x, y: x.masked_fill(y <= 0, 0.25),
+    "step": lambda cell, x, y: (x >= y).to(x.dtype) * x,
+    "tanh": lambda cell, x, y: torch.tanh(x + y),
+    "sigmoid": lambda cell, x, y: torch.sigmoid(x),
+    "relu": lambda cell, x, y: torch.relu(x),
+    "exp": lambda cell, x, y: torch.exp(-x * x),
+    "softplus": lambda cell, x, y: F.softplus(x),
+    "silu": lambda cell, x, y: F.silu(x),
+    "gelu": lambda cell, x, y: F.gelu(x),
+    "elu": lambda cell, x, y: F.elu(x),
+    "leaky": lambda cell, x, y: F.leaky_relu(x, 0.1),
+    "log1p": lambda cell, x, y: torch.log1p(x.abs()),
+    "sqrt": lambda cell, x, y: torch.sqrt(1 + x * x),
+    "rsqrt": lambda cell, x, y: torch.rsqrt(1 + x**2) * y,
+    "sin": lambda cell, x, y: torch.sin(x) + torch.cos(y),
+    "erf": lambda cell, x, y: torch.erf(x),
+    "clamp": lambda cell, x, y: x.clamp(-0.3, 0.4),
+    "cube": lambda cell, x, y: x**3,
+    "softmax": lambda cell, x, y: x.softmax(-1),
+    "log softmax": lambda cell, x, y: x.log_softmax(-1) / 4,
+    "layer norm": lambda cell, x, y: F.layer_norm(x + y, x.shape[1:], cell.bias, cell.gate, eps=0.1),
+    "mean": lambda cell, x, y: x - y.mean(-1, keepdim=True),
+    "sum": lambda cell, x, y: x * y.sum(-1, keepdim=True) / x.shape[1],
+    "sum without dim": lambda cell, x, y: x + (x * y).sum(-1).unsqueeze(-1) / x.shape[1],
+    "amax": lambda cell, x, y: x - y.amax(-1, keepdim=True),
+    "amin": lambda cell, x, y: x + y.amin(-1, keepdim=True),
+    "var": lambda cell, x, y: x * y.var(-1, unbiased=False, keepdim=True),
+    "norm": lambda cell, x, y: x / (1 + y.norm(dim=-1, keepdim=True)),
+    "roll": lambda cell, x, y: _roll(x) + y,
+    "swap": lambda cell, x, y: _swapped(x),
+    "heads": lambda cell, x, y: _in_heads(x, y),
+    "outer": lambda cell, x, y: _outer(x, y),
+    "stack": lambda cell, x, y: torch.stack([x, y, x * y], 1).mean(1),
+    "join": lambda cell, x, y: torch.cat([x, y], -1)[:, ::2],
+    "pad": lambda cell, x, y: F.pad(x[:, 1:], (1, 0)) + y,
+    "select": lambda cell, x, y: x[:, :1] * y,
+    "select last": lambda cell, x, y: x[:, -1].unsqueeze(1).expand_as(y) - y,
+    "detach": lambda cell, x, y: x.detach() * y,
+    "in place": lambda cell, x, y: (x * y).add_(x).mul_(0.5),
+    "zeros": lambda cell, x, y: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], -1) + y,
+    "product": lambda cell, x, y: F.linear(torch.cat([x, y], -1), cell.wide),
+    "gates": lambda cell, x, y: torch.prod(
+        torch.stack(F.linear(x, cell.tall, cell.tall[:, 0]).sigmoid().chunk(2, -1)), 0
+    ),
+    "heads of weights": lambda cell, x, y: torch.tanh(F.linear(y, cell.tall).view(len(x), 2, -1)).sum(1) * x,
+}
+
+
+class RandomCell(nn.Module):
+    """Some operations on an input and some states `[B, H]`, all one size; what it hands on is bounded by a tanh."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe, size = recipe, recipe.size
+        made = torch.Generator().manual_seed(recipe.seed)
+        for name, shape in {
+            "shared": (size, size),
+            "weight": (size, size),
+            "wide": (size, 2 * size),
+            "tall": (2 * size, size),
+            "bias": (size,),
+            "gate": (size,),
+        }.items():
+            numbers = torch.randn(shape, generator=made, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(numbers / (2 * shape[-1] ** 0.5 if len(shape) > 1 else 2)))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> tuple[Tensor, ...]:
+        many = self.recipe.states
+        return tuple(torch.full((batch_size, self.recipe.size), 0.1 * n, dtype=torch.float64) for n in range(many))
+
+    def forward(self, input: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        values = [input, *state]
+        for name, a, b in self.recipe.lines:
+            x, y = values[-1 - a % len(values)], values[-1 - b % len(values)]
+            values.append(OPERATIONS[name](self, x, y))
+        following = tuple(0.7 * torch.tanh(values[-1 - n % len(values)]) for n in self.recipe.kept)
+        return values[-1 - self.recipe.shown % len(values)], following
+
+
+@st.composite
+def recipes(draw: Any) -> Recipe:
+    """A strategy for random cells and what to run them on."""
+    states, place = draw(st.integers(1, 3)), st.integers(0, 20)
+    line = st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 5), place)
+    return Recipe(
+        draw(st.sampled_from([1, 2, 3, 5, 8, 9, 17])),
+        states,
+        tuple(draw(st.lists(line, min_size=2, max_size=12))),
+        tuple(draw(st.lists(place, min_size=states, max_size=states))),
+        draw(place),
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 7)),
+        draw(st.integers(0, 999)),
+    )
