@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import unrolled as ur
 from unrolled.trees import Tree, leaves
 
-T, B, I, H, S = 5, 2, 3, 4, 6  # noqa: E741
+T, B, I, H, S = 5, 2, 3, 4, 6
 
 
 class LinearCell(nn.Module):

@@ -63,10 +63,16 @@ def shapes_for(number: int) -> list[tuple[int, int, int]]:
     return [(T, next(batches), size) for size in sizes for T in LENGTHS]
 
 
+# One compilation an operation: minutes in all, so that `make slow` runs them.
+SLOWLY = ["eager", pytest.param("native", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CELLS)
 def test_every_engine_gives_the_values_and_all_gradients_of_the_reference(name, dtype):
     for T, B, size in shapes_for(list(CELLS).index(name)):
+        if size == 1 and name.startswith("LayerNorm"):
+            continue  # the norm of one number is 0 whatever it is: its gradients are rounding noise in every engine
         cell = CELLS[name](I, size).to(dtype)
         x = torch.randn(T, B, I, dtype=dtype)
         for engine in ENGINES:
@@ -602,7 +608,7 @@ def test_a_two_layer_cell_has_two_loops_and_its_products_with_inputs_in_none():
 SPECIAL = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "largest": 1.7e308}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SLOWLY)
 @pytest.mark.parametrize("number", SPECIAL)
 @pytest.mark.parametrize("name", [*[kind.__name__ for kind in KINDS], "RNNCell relu", "raw input"])
 def test_nan_and_infinity_come_out_where_the_reference_has_them(name, number, engine):
@@ -755,7 +761,7 @@ def _by_heads(x: Tensor) -> Tensor:
     return (torch.softmax(q @ q.transpose(1, 2), -1) @ q).flatten(1)[:, :H]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SLOWLY)
 @pytest.mark.parametrize("where", ["on state", "after"])
 @pytest.mark.parametrize("name", UNARY)
 def test_operations_one_by_one(name, where, engine):
@@ -770,7 +776,7 @@ def test_operations_one_by_one(name, where, engine):
             assert_as_reference(cell, x, state, engine=engine, rnn=fast, what=f"B={B}")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SLOWLY)
 @pytest.mark.parametrize("name", UNARY)
 def test_operations_one_by_one_on_numbers_that_are_none(name, engine):
     f = UNARY[name]

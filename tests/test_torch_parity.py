@@ -14,7 +14,7 @@ import unrolled as ur
 from matching import assert_match
 from unrolled.trees import Tree, leaves, map_leaves
 
-I, H = 3, 5  # noqa: E741
+I, H = 3, 5
 
 KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "RNN": (nn.RNN, {}),

@@ -16,11 +16,12 @@ from unrolled.bptt.walk import LoopRunner
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.choice import Runner
-from unrolled.plan.guards import Traces, fingerprint
+from unrolled.plan.guards import fingerprint
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.tape import UnrecordableError
+from unrolled.plan.twin import random_numbers_kept, scratch_of, twin_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves
 
 __all__ = ["Decision", "PlanBook"]
@@ -73,27 +74,45 @@ class PlanBook:
         if why is not None:
             return Decision(None, "reference", why)
         try:
-            key = (fingerprint(cell), _shapes(inputs, 2), _shapes(state, 1), _shapes(context, 1))
+            guards = (fingerprint(cell), _shapes(inputs, 2), _shapes(state, 1), _shapes(context, 1))
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
-        if key not in self._entries:
+        # A step may do something else for some batch sizes, which a recording at two others does not show.
+        key = (guards, sequence.sizes(inputs)[1])
+        known = self._entries.get(key)
+        if known is None or not _still_fits(known.plan, cell):
             self._entries[key] = self._decide(cell, inputs, state, context)
             while len(self._entries) > _MOST_PLANS:
                 self._entries.popitem(last=False)
         return self._entries[key]
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
-        first = map_leaves(lambda x: x[0], inputs)
-        batch = sequence.sizes(inputs)[1]
         try:
-            plan = _recorded(cell, first, state, context, batch)
-            slower = self.runner.why_not_native(_training_loops(plan), sequence.device_of(inputs))
-            _compare(plan, cell, inputs, state, context, self.runner)
+            with torch.inference_mode(False), random_numbers_kept():
+                inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
+                plan = self._recorded(cell, inputs, state, context)
+                slower = self.runner.why_not_native(_training_loops(plan), sequence.device_of(inputs))
+                _compare(plan, cell, inputs, state, context, self.runner)
         except UnrecordableError as error:
             return self._told(Decision(None, "reference", str(error)))
+        except Exception as error:  # a cell that fails is told by the reference, which names the copy
+            return self._told(Decision(None, "reference", f"planning it raised {type(error).__name__}: {error}"))
         if slower:
             return self._told(Decision(plan, "eager", "; ".join(slower)))
         return Decision(plan, "native", "every loop is emitted as C")
+
+    def _recorded(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> StepPlan:
+        """Record on a twin; twice if the step writes attributes: only if that changes nothing are they scratch."""
+        first, batch, twin = map_leaves(lambda x: x[0], inputs), sequence.sizes(inputs)[1], twin_of(cell)
+        plan = plan_step(twin, first, state, context, batch)
+        scratch = scratch_of(cell, twin)
+        if scratch:
+            again = plan_step(twin, first, state, context, batch)
+            scratch_of(cell, twin)
+            read = {external.attribute for external in plan.recording.externals}
+            if again.recording != plan.recording or read.intersection(scratch):
+                raise UnrecordableError(f"its step reads {scratch[0]}, which the step before it left")
+        return plan
 
     def _told(self, decision: Decision) -> Decision:
         """Say it where another engine was asked for by name than the one that is taken."""
@@ -103,6 +122,19 @@ class PlanBook:
                 stacklevel=2,
             )
         return decision
+
+
+def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
+    """Whether the tensors that a plan reads out of the cell are of the kind that was recorded."""
+    if plan is None:
+        return True
+    recording = plan.recording
+    values = recording.fixed[len(recording.fixed) - len(recording.externals) :]
+    return all(
+        (known := recording.program.values[value]).dtype == (tensor := external.fetch(cell)).dtype
+        and known.shape == tuple(tensor.shape)
+        for value, external in zip(values, recording.externals, strict=True)
+    )
 
 
 def _training_loops(plan: StepPlan) -> list[LoopProgram]:
@@ -120,44 +152,19 @@ def _shapes(tree: Tree, leading: int) -> Any:
     return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
 
 
-def _recorded(cell: nn.Module, input: Tree, state: Tree, context: Tree, batch: int) -> StepPlan:
-    """Record twice if the step leaves something in an attribute: only if that changes nothing is it scratch."""
-    traces = Traces(cell)
-    try:
-        plan = plan_step(cell, input, state, context, batch)
-        changed = traces.changed()
-        for name, before, now in changed:
-            if not (isinstance(now, Tensor) and (before is None or isinstance(before, Tensor))):
-                raise UnrecordableError(f"its step leaves something in the attribute {name} for the next one")
-        if changed:
-            again = plan_step(cell, input, state, context, batch)
-            if again.recording != plan.recording or _reads(plan, changed):
-                raise UnrecordableError(f"its step reads the attribute {changed[0][0]}, which the step before it left")
-        return plan
-    except UnrecordableError:
-        raise
-    except Exception as error:  # a cell that fails is told by the reference, which names the copy
-        raise UnrecordableError(f"recording it raised {type(error).__name__}: {error}") from error
-    finally:
-        traces.undo()
-
-
-def _reads(plan: StepPlan, changed: list[tuple[str, Any, Any]]) -> bool:
-    names = {name for name, _, _ in changed}
-    return any(external.attribute in names for external in plan.recording.externals)
-
-
 def _compare(plan: StepPlan, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, runner: LoopRunner) -> None:
     """Two real steps, values and gradients, by the plan and by the cell itself."""
-    traces = Traces(cell)
-    try:
-        with torch.enable_grad():
-            sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x])), inputs)
-            start = map_leaves(_leaf, state)
-            planned = _tensors(run_plan(plan, cell, sample, start, context, runner), cell, sample, start)
-            truth = _tensors(reference.run(CheckedStep(cell, context), sample, start), cell, sample, start)
-    finally:
-        traces.undo()
+    twin = twin_of(cell)
+    with torch.enable_grad():
+        sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x])), inputs)
+        start = map_leaves(_leaf, state)
+        planned = _tensors(run_plan(plan, twin, sample, start, context, runner), twin, sample, start)
+        truth = _tensors(reference.run(CheckedStep(twin, context), sample, start), twin, sample, start)
+    with torch.no_grad():
+        inferred = run_plan(plan, twin, sample, start, context, runner)
+    planned += [*leaves(inferred[0]), *leaves(inferred[1])]
+    truth += truth[: len(leaves(inferred[0])) + len(leaves(inferred[1]))]
+    scratch_of(cell, twin)
     scale = max([_largest(tensor) for tensor in truth], default=0.0)
     for ours, theirs in zip(planned, truth, strict=True):
         if not _close(ours, theirs, scale):
@@ -183,7 +190,9 @@ def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tr
 
 
 def _largest(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None or not tensor.numel() else float(tensor.detach().abs().nan_to_num().max())
+    if tensor is None or not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    return float(tensor.detach().abs().nan_to_num().max())
 
 
 def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:

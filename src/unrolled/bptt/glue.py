@@ -50,6 +50,7 @@ class LoopUnderAutograd:
         """Run a loop; see `LoopRunner`."""
         given = (*sequences, *fixed, *states)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+            loop = self.planned[loop].inference
             return self.runner(loop, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
         call = _Call(self.planned[loop], self.runner, steps, batch)
         results = _LoopFunction.apply(call, *given)

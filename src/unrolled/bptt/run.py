@@ -48,5 +48,7 @@ def run_plan(
         plan.read,
     )
     last = stages.run(env, leaves(state))
-    outputs = [over_time(env[v], T) for v in recording.outputs]
+    # Outputs and states are the caller's to write into: never memory that someone else reads.
+    outputs = [over_time(env[v], T).clone() for v in recording.outputs]
+    last = [tensor.clone() if tensor is given else tensor for tensor, given in zip(last, leaves(state), strict=True)]
     return unflatten(recording.structures[3], outputs), unflatten(recording.structures[1], last)

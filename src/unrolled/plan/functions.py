@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unrolled.plan.program import Ref
-from unrolled.plan.tape import Event, Tape, UnrecordableError, values_behind
+from unrolled.plan.tape import Event, Tape, UnrecordableError, tangent_like, values_behind
 
 __all__ = ["RawCustom", "RawProgram", "fold_functions"]
 
@@ -92,7 +92,7 @@ def _record_backward(
     tape: Tape, node: Any, outputs: list[int], sources: list[int | None]
 ) -> tuple[list[Event], list[int], list[int], dict[int, int]]:
     """Call the Function's backward with the tape running: its events, what it read, tangents, and gradients."""
-    given = [torch.ones_like(tape.tensors[value]).normal_() for value in outputs]
+    given = [tangent_like(tape.tensors[value]) for value in outputs]
     start, tape.in_backward = len(tape.events), True
     tangents = [tape.add(tensor) for tensor in given]
     try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unrolled.plan.tape import UnrecordableError
 
-__all__ = ["Traces", "fingerprint"]
+__all__ = ["fingerprint"]
 
 _PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
 _BY_IDENTITY = (
@@ -29,6 +29,7 @@ _BY_IDENTITY = (
     types.WrapperDescriptorType,
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _MOST_BYTES = 4096
 
@@ -39,6 +40,8 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     Raises:
         UnrecordableError: if it holds something that cannot be compared, or hooks, which must see every copy.
     """
+    if any(getattr(nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
+        raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
     freezer = _Freezer()
     return tuple([freezer.module(name, module) for name, module in cell.named_modules()])
 
@@ -67,17 +70,32 @@ class _Freezer:
         for base in kind.__mro__:
             if base is nn.Module:
                 break
-            found += [(key, value) for key, value in vars(base).items() if type(value) in (int, float, bool, str)]
-        forward = getattr(kind, "forward", None)
-        if isinstance(forward, types.FunctionType):
-            found.append(self.function(forward))
+            if base.__module__.startswith("unrolled."):
+                found.append(getattr(vars(base).get("forward"), "__code__", None))
+                continue
+            found += [(key, self.class_entry(value, key)) for key, value in vars(base).items() if key[:2] != "__"]
         return tuple(found)
+
+    def class_entry(self, value: Any, name: str) -> Any:
+        """A class's attribute: a plain value, or the code of a method or property."""
+        if isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        if isinstance(value, property):
+            value = value.fget
+        if isinstance(value, types.FunctionType):
+            return self.function(value)
+        return self.value(value, name) if isinstance(value, (*_PLAIN, tuple, list, dict)) else id(value)
 
     def value(self, value: Any, name: str) -> Any:
         if value is None or isinstance(value, _PLAIN):
-            return value if value == value else repr(value)
+            # 1, 1.0 and True are equal, 0.0 and -0.0 too: the type and the digits tell them apart.
+            return (type(value), repr(value)) if isinstance(value, float | int | complex) else value
         if isinstance(value, Tensor):
             return "a tensor"
+        if isinstance(value, list | dict | set):
+            if id(value) in self.seen:
+                return "seen before"
+            self.seen.add(id(value))
         if isinstance(value, tuple | list | set | frozenset):
             return (type(value), tuple([self.value(child, name) for child in value]))
         if isinstance(value, dict):
@@ -114,6 +132,7 @@ class _Freezer:
             self.value(cells, function.__name__),
             self.value(function.__defaults__, function.__name__),
             self.value(function.__kwdefaults__, function.__name__),
+            tuple([(key, repr(held)) for key, held in vars(function).items()]),
             inner,
         )
 
@@ -123,6 +142,17 @@ class _Freezer:
             simple = value is None or isinstance(value, (*_PLAIN, tuple, list, dict))
             if simple or isinstance(value, types.FunctionType):
                 yield (name, self.value(value, name))
+            elif not getattr(value, "__name__", "").startswith("torch"):
+                yield from self.attributes_of(value, function.__code__)
+
+    def attributes_of(self, thing: Any, code: types.CodeType) -> Iterator[Any]:
+        """Plain attributes of a module, class or object that a function may look up by name."""
+        held = getattr(thing, "__dict__", {})
+        for name in _names(code):
+            if isinstance(held.get(name), (*_PLAIN, tuple, list, dict)):
+                yield (name, self.value(held[name], name))
+            elif isinstance(held.get(name), types.FunctionType):
+                yield (name, held[name].__code__)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,30 +173,3 @@ def _is_empty(cell: types.CellType) -> bool:
 def _kind(tensor: Tensor | None) -> Any:
     """What of a parameter or buffer a program depends on."""
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor))
-
-
-class Traces:
-    """What running a cell leaves behind in its Python attributes; put back on request.
-
-    Args:
-        cell: the cell, before it is run.
-    """
-
-    def __init__(self, cell: nn.Module) -> None:
-        self._before = [(module, dict(vars(module))) for module in cell.modules()]
-
-    def changed(self) -> list[tuple[str, Any, Any]]:
-        """Name, value before and value now of every plain attribute that is another object than before."""
-        missing = object()
-        return [
-            (key, before.get(key), vars(module).get(key))
-            for module, before in self._before
-            for key in dict.fromkeys([*before, *vars(module)])
-            if before.get(key, missing) is not vars(module).get(key, missing)
-        ]
-
-    def undo(self) -> None:
-        """Give every module the attributes that it had."""
-        for module, before in self._before:
-            vars(module).clear()
-            vars(module).update(before)

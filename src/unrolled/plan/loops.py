@@ -18,7 +18,7 @@ from unrolled.plan.functions import RawProgram
 from unrolled.plan.interpret import compiled, run_op
 from unrolled.plan.merge import merge
 from unrolled.plan.program import Program
-from unrolled.plan.tape import Tape
+from unrolled.plan.tape import Tape, tangent_like
 
 __all__ = ["Backward", "LoopProgram", "cut_loop", "derive_backward"]
 
@@ -119,7 +119,7 @@ def cut_loop(
 
 def derive_backward(
     loop: LoopProgram, samples: Sequence[Mapping[int, Tensor]], rows: tuple[int, int]
-) -> tuple[LoopProgram, Backward]:
+) -> tuple[LoopProgram, LoopProgram, Backward]:
     """Record a loop's step backward.
 
     Args:
@@ -128,7 +128,8 @@ def derive_backward(
         rows: their batch sizes.
 
     Returns:
-        The loop, written anew so that it also emits what its backward reads, and the backward.
+        The loop, its operations written as simpler ones; the same loop if it also emits what its backward reads; and
+        the backward.
     """
     raw, marks = zip(*(_joint(loop, sample, n) for sample, n in zip(samples, rows, strict=True)), strict=True)
     joint = merge(raw[0], raw[1], rows)
@@ -145,14 +146,14 @@ class _Marks:
 
 def _joint(loop: LoopProgram, sample: Mapping[int, Tensor], rows: int) -> tuple[RawProgram, _Marks]:
     """Forward and backward of one step on one tape: inputs and tangents to outputs and gradients."""
-    tape = Tape()
+    tape = Tape(decompose=True)
     given = [_leaf(sample[v]) for v in loop.program.inputs]
     numbers = [tape.add(tensor) for tensor in given]
     with torch.enable_grad(), tape:
         outputs = compiled(loop.program)(rows, *given)
     out_numbers = [tape.number(tensor) for tensor in outputs]
     reached = [i for i, tensor in enumerate(outputs) if tensor is not None and tensor.requires_grad]
-    tangents = [torch.ones_like(outputs[i]).normal_() for i in reached]
+    tangents = [tangent_like(outputs[i]) for i in reached]
     tape.in_backward = True
     tangent_numbers = [tape.add(tensor) for tensor in tangents]
     asked = [i for i, tensor in enumerate(given) if tensor.requires_grad]
@@ -176,7 +177,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
-def _split(loop: LoopProgram, joint: Program, marks: _Marks) -> tuple[LoopProgram, Backward]:
+def _split(loop: LoopProgram, joint: Program, marks: _Marks) -> tuple[LoopProgram, LoopProgram, Backward]:
     count = len(loop.program.inputs)
     inputs, tangents = joint.inputs[:count], joint.inputs[count:]
     outputs, grads = joint.outputs[: len(loop.program.outputs)], joint.outputs[len(loop.program.outputs) :]
@@ -197,7 +198,11 @@ def _split(loop: LoopProgram, joint: Program, marks: _Marks) -> tuple[LoopProgra
     widened = LoopProgram(Program(joint.values, inputs, forward.ops, (*emitted, *more, *following)), loop.counts)
     program = Program(joint.values, (*kept, *fixed, *tangents), late, grads)
     split = len(marks.emitted)
-    return widened, _coloured(program, kept, fixed, tangents[:split], tangents[split:], loop, marks)
+    return (
+        LoopProgram(forward, loop.counts),
+        widened,
+        _coloured(program, kept, fixed, tangents[:split], tangents[split:], loop, marks),
+    )
 
 
 def _constants(forward: Program, fixed: set[int]) -> set[int]:

@@ -25,6 +25,7 @@ class PlannedLoop:
     """A loop and its way back.
 
     Attributes:
+        inference: its program where nothing is kept.
         loop: its program, which also emits what the backward reads.
         backward: its step backward.
         emits: how many of the emitted values are asked for by others than the backward.
@@ -33,6 +34,7 @@ class PlannedLoop:
         sums: the backward's values that may be added up over the steps early.
     """
 
+    inference: LoopProgram
     loop: LoopProgram
     backward: Backward
     emits: int
@@ -128,7 +130,7 @@ def _wanted(recording: Recording, loop: Loop) -> set[int]:
 
 
 def _with_backward(loop: LoopProgram, values: Sequence[Mapping[int, Tensor]], rows: Mapping[int, int]) -> PlannedLoop:
-    widened, backward = derive_backward(loop, values, ROWS)
+    inference, widened, backward = derive_backward(loop, values, ROWS)
     program = backward.program
     by_position = dict(zip(widened.program.inputs, loop.program.inputs, strict=True))
     seeds = {v: rows[by_position[v]] for v in widened.program.inputs if by_position[v] in rows}
@@ -142,4 +144,4 @@ def _with_backward(loop: LoopProgram, values: Sequence[Mapping[int, Tensor]], ro
     back_rows, coupled = find_rows(program, known)
     a, b, _ = loop.counts
     sums = summable(program, [v for v in program.outputs[a : a + b] if v >= 0])
-    return PlannedLoop(widened, backward, len(loop.emitted), back_rows, coupled, sums)
+    return PlannedLoop(inference, widened, backward, len(loop.emitted), back_rows, coupled, sums)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unrolled.plan.functions import RawProgram, fold_functions
 from unrolled.plan.merge import merge
 from unrolled.plan.program import Program
-from unrolled.plan.tape import Tape, UnrecordableError
+from unrolled.plan.tape import NumbersStayUnread, Tape, UnrecordableError
 from unrolled.trees import Structure, Tree, flatten, unflatten
 
 __all__ = ["External", "Recording", "Sample", "record_step", "sample_rows"]
@@ -140,11 +140,13 @@ def _run(
         for structure, leaves in zip(structures, (sample.inputs, sample.state, sample.context), strict=True)
         if structure is not None
     ]
-    with torch.enable_grad(), tape:
+    with torch.enable_grad(), NumbersStayUnread(), tape:
         output, state = cell(*arguments)
     leaves, output_structure = flatten(output)
     outputs = [tape.number(leaf) for leaf in (*leaves, *flatten(state)[0])]
     fold_functions(tape)
+    if any(not event.differentiable for event in tape.events):
+        raise UnrecordableError("it turns gradients off for a part of its step")
     externals = [_located(cell, tape, value) for value in tape.externals]
     return (
         RawProgram(tape.tensors, given + tape.externals, tape.events, outputs),

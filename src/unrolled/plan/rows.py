@@ -331,7 +331,19 @@ _reduced = _over(1, 2)
 
 _RULES: dict[str, Callable[[_Call], list[Place]]] = {
     **dict.fromkeys(
-        ("_to_copy", "clone", "detach", "alias", "zeros_like", "ones_like", "full_like", "empty_like", "fill", "copy"),
+        (
+            "_to_copy",
+            "to",
+            "clone",
+            "detach",
+            "alias",
+            "zeros_like",
+            "ones_like",
+            "full_like",
+            "empty_like",
+            "fill",
+            "copy",
+        ),
         lambda call: call.same(call.place(call.arg(0))),
     ),
     "mm": _mm,

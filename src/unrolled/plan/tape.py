@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrolled.plan.decompose import decomposition
 from unrolled.plan.program import Ref, refs_of
 
-__all__ = ["Event", "Tape", "UnrecordableError"]
+__all__ = ["Event", "NumbersStayUnread", "Tape", "UnrecordableError", "tangent_like"]
 
 Place = tuple[Any, ...]
 
@@ -43,8 +44,26 @@ class Event:
         return list(refs_of((self.args, tuple(self.kwargs.values()))))
 
 
+class NumbersStayUnread(TorchFunctionMode):
+    """Refuses what hands a tensor's numbers to Python, where the tape cannot see what becomes of them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _READERS:
+            raise UnrecordableError(f"what it does may depend on the numbers in its tensors ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
+_READERS = frozenset(["tolist", "numpy", "item", "__array__", "__repr__", "__format__", "__bool__", "data_ptr"])
+
+
 class Tape(TorchDispatchMode):
     """Notes every operation that runs while it is active.
+
+    Args:
+        decompose: whether operations that have simpler formulas are written down as these. Only under autograd that
+            has seen the operation itself: its derivative is not everywhere that of the formula.
 
     Attributes:
         events: the operations, in order.
@@ -54,8 +73,9 @@ class Tape(TorchDispatchMode):
         fresh: externals that the step made itself out of Python numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, decompose: bool = False) -> None:
         super().__init__()
+        self.decompose = decompose
         self.events: list[Event] = []
         self.tensors: list[Tensor] = []
         self.externals: list[int] = []
@@ -95,7 +115,7 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         _refuse_unrecordable(func)
-        simpler = decomposition(func)
+        simpler = decomposition(func) if self.decompose else None
         if simpler is not None:
             with self:
                 return simpler(*args, **kwargs)
@@ -235,6 +255,11 @@ def _functional(func: Any) -> Any:
     if functional is None or functional._schema.is_mutable:
         raise UnrecordableError(f"{func} has no functional counterpart")
     return functional
+
+
+def tangent_like(tensor: Tensor) -> Tensor:
+    """A gradient for a recording; it uses up no random numbers of the user's."""
+    return torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view(tensor.shape)
 
 
 def values_behind(node: Any, tensors: Sequence[Tensor]) -> list[int | None]:

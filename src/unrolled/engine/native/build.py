@@ -83,7 +83,7 @@ def library(source: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(built))
         except OSError as error:
             failure = error
-            mark.unlink(missing_ok=True)
+            _remove(mark)
     raise BuildError(f"the library {built} cannot be loaded: {failure}")
 
 
@@ -113,6 +113,15 @@ def _intact(built: Path, mark: Path) -> bool:
 
 def _build(source: str, built: Path, mark: Path) -> None:
     """Compile into files of our own and move them into place: another process may do the same at the same time."""
+    try:
+        _compile(source, built, mark)
+    except OSError as error:
+        raise BuildError(f"the library {built} cannot be built: {error}") from error
+    with contextlib.suppress(FileNotFoundError):  # another process forgets too
+        _forget_oldest(built.parent)
+
+
+def _compile(source: str, built: Path, mark: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder, "loop.so")
         command = [*compiler(), "-x", "c", "-", "-o", str(made), "-lm", "-lpthread"]
@@ -121,10 +130,11 @@ def _build(source: str, built: Path, mark: Path) -> None:
             raise BuildError(f"{' '.join(command)} failed: {run.stderr.decode(errors='replace')[:2000]}")
         digest = Path(folder, "digest")
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        for path in (built, mark):
+            if path.is_dir():
+                _remove(path)
         made.replace(built)
         digest.replace(mark)
-    with contextlib.suppress(FileNotFoundError):  # another process forgets too
-        _forget_oldest(built.parent)
 
 
 def _forget_oldest(folder: Path) -> None:
@@ -133,3 +143,11 @@ def _forget_oldest(folder: Path) -> None:
     for _, path in sorted(found)[:-_MOST_FILES]:
         path.unlink(missing_ok=True)
         path.with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove what stands where an entry should, be it a file or a directory."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

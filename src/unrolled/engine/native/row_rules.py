@@ -195,7 +195,8 @@ class ReductionRules(Rules):
         view, keywords = self.given(op, 0), dict(op.kwargs)
         dims = self._dims(op, view, self.given(op, 1, keywords.get("dim")))
         count = prod(view.dims[d] for d in dims)
-        correction = keywords.get("correction", 1)
+        # The older overloads take `unbiased` by position, the newer ones `correction` by name.
+        correction = int(op.args[2]) if len(op.args) > 2 else keywords.get("correction", 1)
         mean = self.compute("mul", self.reduced("sum", view, dims), 1.0 / count)
         apart = self.compute("sub", view, mean)
         total = self.reduced("sum", self.compute("mul", apart, apart), dims)

@@ -24,6 +24,10 @@ class ViewRules(Rules):
             return [view]
         return [self.compute("cast", view, dtype=self.checked(dtype))]
 
+    def do_to(self, op: Op) -> list[View]:
+        view, dtype = self.given(op, 0), op.args[1]
+        return [view if dtype == view.dtype else self.compute("cast", view, dtype=self.checked(dtype))]
+
     def do_view(self, op: Op) -> list[View]:
         view, dims = self.given(op, 0), self.shape_of(op)
         strides = _restrided(view, dims)
