@@ -183,6 +183,7 @@ data = torch.randn(100, 16, 64)
 wide(data)
 child = os.fork()
 if child == 0:
+    torch.set_num_threads(1)  # as torch's own worker processes do: its thread pool does not survive a fork
     ok = torch.equal(rnn(x)[0], outputs) and bool(wide(data)[0].isfinite().all())
     os._exit(0 if ok else 3)
 _, status = os.waitpid(child, 0)

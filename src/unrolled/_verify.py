@@ -31,6 +31,10 @@ class Check:
         error: the largest deviation from the reference, relative to the largest entry of the tensor it is in.
         bound: how large it may be there.
         where: the value or gradient with the largest error in relation to its bound.
+
+    Example:
+        >>> Check("native", "native", torch.float64, error=1e-15, bound=1e-10, where="outputs").passed
+        True
     """
 
     engine: str
@@ -48,7 +52,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of a network; true if all passed. `print` it for a table."""
+    """All checks of a network; true if all passed. `print` it for a table.
+
+    Example:
+        >>> bool(Verification(()))
+        True
+    """
 
     checks: tuple[Check, ...]
 

@@ -84,7 +84,7 @@ def library(source: str) -> ctypes.CDLL:
         except OSError as error:
             failure = error
             _remove(mark)
-    raise BuildError(f"the library {built} cannot be loaded: {failure}")
+    raise BuildError(f"{' '.join(compiler())} made a library that cannot be loaded: {failure}")
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def _build(source: str, built: Path, mark: Path) -> None:
     try:
         _compile(source, built, mark)
     except OSError as error:
-        raise BuildError(f"the library {built} cannot be built: {error}") from error
+        raise BuildError(f"{' '.join(compiler())} made no library: {error}") from error
     with contextlib.suppress(FileNotFoundError):  # another process forgets too
         _forget_oldest(built.parent)
 
@@ -139,7 +139,11 @@ def _compile(source: str, built: Path, mark: Path) -> None:
 
 def _forget_oldest(folder: Path) -> None:
     with os.scandir(folder) as entries:
-        found = [(entry.stat().st_mtime, Path(entry.path)) for entry in entries if entry.name.endswith(".so")]
+        found = [
+            (entry.stat(follow_symlinks=False).st_mtime, Path(entry.path))
+            for entry in entries
+            if entry.name.endswith(".so")
+        ]
     for _, path in sorted(found)[:-_MOST_FILES]:
         path.unlink(missing_ok=True)
         path.with_suffix(".sha256").unlink(missing_ok=True)
