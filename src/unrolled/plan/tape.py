@@ -166,9 +166,6 @@ class Tape(TorchDispatchMode):
             if func is torch.ops.aten.detach.default:
                 value = self._new(tensor)
                 self._detached_at[place] = value
-            elif place in self._at and func in _SAME_MEMORY and place not in self._stale:
-                value = self._new(tensor)
-                self._at[place] = value
             else:
                 value = self._new(tensor)
                 self._at[place] = value
@@ -200,10 +197,6 @@ class Tape(TorchDispatchMode):
         for place in [place for place in self._at if place[0] == storage]:
             if not touched.isdisjoint(_elements(place)):
                 self._stale.add(place)
-
-
-# Views of the very same elements: a later look-up of that memory must find the newer value, whose shape is the same.
-_SAME_MEMORY = (torch.ops.aten.alias.default, torch.ops.aten.view.default, torch.ops.aten.lift_fresh.default)
 
 
 _ATEN = torch.ops.aten

@@ -218,7 +218,7 @@ class _Emitter:
             not isinstance(node, Copy) or node.target.strides == contiguous(dims) for node in nodes
         )
         shape = (prod(dims),) if flat else dims
-        reads = {self._key(view): f"a{number}" for number, view in enumerate(dict.fromkeys(views))}
+        reads = {view: f"a{number}" for number, view in enumerate(dict.fromkeys(views))}
         yield "for (int64_t b = 0; b < rows; ++b) {"
         constants: list[str] = []
         inside: list[str] = []
@@ -237,9 +237,6 @@ class _Emitter:
     def _in_register(self, view: View, reader: Node) -> bool:
         levels = self.scheduled.levels
         return local(view, reader) and levels[view.node] == levels[reader]
-
-    def _key(self, view: View) -> View:
-        return view
 
     def _read(
         self,

@@ -55,7 +55,7 @@ class _Lowering(ViewRules, JoinRules, ProductRules, ReductionRules, ConstantRule
 
     def run(self, op: Op) -> None:
         name = op.name.removeprefix("aten.")
-        base, _, overload = name.partition(".")
+        base = name.partition(".")[0]
         rule = getattr(self, f"do_{base.strip('_')}", None)
         if rule is not None:
             results = rule(op)
@@ -63,7 +63,6 @@ class _Lowering(ViewRules, JoinRules, ProductRules, ReductionRules, ConstantRule
             results = [self.elementwise(op, base)]
         else:
             raise UnsupportedError(name)
-        del overload
         for value, view in zip(op.outputs, results, strict=False):
             if value >= 0:
                 self.views[value] = view

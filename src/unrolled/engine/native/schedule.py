@@ -29,7 +29,6 @@ class Scheduled:
     Attributes:
         kernels: in order.
         homes: for each node that needs memory the emitted tensor that it is, or None for scratch memory.
-        copies: emitted values, by position, whose node has another home: what to copy is a node of its own.
         levels: which level each node is on.
     """
 
