@@ -12,6 +12,7 @@ from torch import Tensor
 from unrolled.bptt.walk import Walk, shifted
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
+from unrolled.engine.native.threads import team
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["NativeLoop"]
@@ -76,7 +77,9 @@ class NativeLoop:
             many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
-            self._library.ur_loop(*arguments, ctypes.c_int64(done), ctypes.c_int64(until), ctypes.c_int64(threads))
+            self._library.ur_loop(
+                *arguments, ctypes.c_int64(done), ctypes.c_int64(until), ctypes.c_int64(threads), team()
+            )
             self._seconds_per_row = max((time.perf_counter() - started) / (until - done) / batch, 1e-10)
             done = until
 

@@ -57,7 +57,8 @@ typedef struct {
   int64_t steps, batch, reverse, first, last, begin, end;
 } task;
 
-static void walk(const task *w) {
+static void walk(void *tasks, int64_t number) {
+  const task *const w = (const task *)tasks + number;
   const int64_t batch = w->batch, begin = w->begin, end = w->end, rows = end - begin;
   (void)batch; (void)rows;
 %(setup)s
@@ -69,26 +70,20 @@ static void walk(const task *w) {
   }
 }
 
-static void *walk_in_thread(void *w) { walk((const task *)w); return 0; }
-
 int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, void *const *emitted,
             const real *const *packed, char *scratch, int64_t scratch_per_row, int64_t steps, int64_t batch,
-            int64_t reverse, int64_t first, int64_t last, int64_t threads) {
-  task tasks[64];
-  pthread_t started[64];
-  if (threads > 64) threads = 64;
+            int64_t reverse, int64_t first, int64_t last, int64_t threads, team run) {
+  task tasks[MOST_PARTS];
+  if (threads > MOST_PARTS) threads = MOST_PARTS;
   if (threads > batch) threads = batch;
   int64_t begin = 0;
-  int alive = 0;
   for (int64_t n = 0; n < threads; ++n) {
     int64_t end = begin + (batch - begin + threads - n - 1) / (threads - n);
     tasks[n] = (task){leaves, by_step, by_row, emitted, packed, scratch + begin * scratch_per_row,
                       steps, batch, reverse, first, last, begin, end};
     begin = end;
-    if (n + 1 < threads && pthread_create(&started[alive], 0, walk_in_thread, &tasks[n]) == 0) ++alive;
-    else walk(&tasks[n]);
   }
-  for (int n = 0; n < alive; ++n) pthread_join(started[n], 0);
+  share(run, walk, tasks, threads);
   return 0;
 }
 

@@ -156,6 +156,45 @@ INLINE real ur_clamp(real x, real low, real high) {
   return x > high ? high : x;
 }
 
+/* Threads. Work in parts is shared by a team: torch's own (GOMP_parallel), whose threads wait for work on the cores that
+   we want, or threads of ours where there is none. Each takes the next part that nobody has taken. */
+
+typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct {
+  void (*work)(void *, int64_t);
+  void *argument;
+  int64_t parts, next;
+} shared_work;
+
+static void take_parts(void *argument) {
+  shared_work *shared = argument;
+  int64_t part;
+  while ((part = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED)) < shared->parts)
+    shared->work(shared->argument, part);
+}
+
+static void *take_parts_in_thread(void *argument) {
+  take_parts(argument);
+  return 0;
+}
+
+#define MOST_PARTS 64
+
+static void share(team run, void (*work)(void *, int64_t), void *argument, int64_t parts) {
+  shared_work shared = {work, argument, parts, 0};
+  pthread_t started[MOST_PARTS];
+  int alive = 0;
+  if (run && parts > 1) {
+    run(take_parts, &shared, (unsigned)parts, 0);
+    return;
+  }
+  for (int64_t n = 1; n < parts; ++n)
+    if (pthread_create(&started[alive], 0, take_parts_in_thread, &shared) == 0) ++alive;
+  take_parts(&shared);
+  for (int n = 0; n < alive; ++n) pthread_join(started[n], 0);
+}
+
 /* Products. A matrix [K, N] is packed once a call into panels of PANEL columns, so that a panel is read from one end to
    the other. A block of rows is multiplied with a panel in registers. */
 
@@ -328,8 +367,8 @@ static void block_of(const part *p, int64_t m, int64_t many, int64_t n, int64_t 
   }
 }
 
-static void *multiply_part(void *argument) {
-  const part *p = argument;
+static void multiply_part(void *argument, int64_t number) {
+  const part *p = (const part *)argument + number;
   for (int64_t k0 = 0; k0 < p->K; k0 += DEPTH) {
     int64_t depth = p->K - k0 < DEPTH ? p->K - k0 : DEPTH;
     pack(p->packed, p->y + k0 * p->y_by_k, depth, p->N, p->y_by_k, p->y_by_column);
@@ -340,24 +379,19 @@ static void *multiply_part(void *argument) {
           block_of(p, m, until - m < ROW_BLOCK ? until - m : ROW_BLOCK, n, k0, depth, p->packed + n * depth);
     }
   }
-  return 0;
 }
 
 /* packed: room for threads x DEPTH x N, N rounded up to whole panels; bias: N numbers. */
 void ur_multiply(real *out, const real *x, const real *y, const real *bias, real *packed, int64_t M, int64_t K, int64_t N,
-                 int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads) {
-  part parts[64];
-  pthread_t started[64];
+                 int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads, team run) {
+  part parts[MOST_PARTS];
   int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK, room = DEPTH * ((N + PANEL - 1) / PANEL * PANEL), begin = 0;
-  int alive = 0;
-  if (threads > 64) threads = 64;
+  if (threads > MOST_PARTS) threads = MOST_PARTS;
   if (threads > blocks) threads = blocks;
   for (int64_t i = 0; i < threads; ++i) {
     int64_t end = i + 1 == threads ? M : (blocks * (i + 1) / threads) * ROW_BLOCK;
     parts[i] = (part){out, x, y, bias, begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column, packed + i * room};
     begin = end;
-    if (i + 1 < threads && pthread_create(&started[alive], 0, multiply_part, &parts[i]) == 0) ++alive;
-    else multiply_part(&parts[i]);
   }
-  for (int i = 0; i < alive; ++i) pthread_join(started[i], 0);
+  share(run, multiply_part, parts, threads);
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unrolled.engine.native.build import BuildError, library, machine_lines
+from unrolled.engine.native.threads import team
 
 __all__ = ["affine", "worthwhile"]
 
@@ -65,7 +66,7 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     out = torch.empty((M, N), dtype=x.dtype)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, x, y, start, packed)]
     sizes = (M, K, N, x.stride(0), x.stride(1), y.stride(0), y.stride(1), threads)
-    loaded.ur_multiply(*pointers, *map(ctypes.c_int64, sizes))
+    loaded.ur_multiply(*pointers, *map(ctypes.c_int64, sizes), team())
     return out
 
 
