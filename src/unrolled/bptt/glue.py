@@ -50,8 +50,9 @@ class LoopUnderAutograd:
         """Run a loop; see `LoopRunner`."""
         given = (*sequences, *fixed, *states)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
-            loop = self.planned[loop].inference
-            return self.runner(loop, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
+            planned = self.planned[loop]
+            walk = self.runner(planned.inference, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
+            return Walk([walk.emitted[place] for place in planned.shared], walk.last, walk.received)
         call = _Call(self.planned[loop], self.runner, steps, batch)
         results = _LoopFunction.apply(call, *given)
         emitted = results[: len(loop.emitted)]
@@ -133,11 +134,15 @@ class _LoopFunction(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         walk = call.forward(given)
-        kept = set(call.planned.backward.kept)
-        received = [walk.received(n) if v in kept else None for n, v in enumerate(call.planned.loop.states)]
-        ctx.save_for_backward(*given, *walk.emitted, *received)
-        shown = (*walk.emitted[: call.planned.emits], *walk.last)
-        ctx.mark_non_differentiable(*(tensor for tensor in shown if not tensor.is_floating_point()))
+        planned, kept = call.planned, set(call.planned.backward.kept)
+        emitted = [tensor if v in kept else None for v, tensor in zip(planned.loop.emitted, walk.emitted, strict=True)]
+        received = [walk.received(n) if v in kept else None for n, v in enumerate(planned.loop.states)]
+        ctx.save_for_backward(*given, *emitted, *received)
+        shown = (*walk.emitted[: planned.emits], *walk.last)
+        unread = {*range(planned.emits)}.difference(planned.backward.emitted)
+        ctx.mark_non_differentiable(
+            *(tensor for n, tensor in enumerate(shown) if n in unread or not tensor.is_floating_point())
+        )
         return shown
 
     @staticmethod

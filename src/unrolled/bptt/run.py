@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.bptt.batched import Batched, Entry
@@ -48,7 +50,20 @@ def run_plan(
         plan.read,
     )
     last = stages.run(env, leaves(state))
-    # Outputs and states are the caller's to write into: never memory that someone else reads.
-    outputs = [over_time(env[v], T).clone() for v in recording.outputs]
-    last = [tensor.clone() if tensor is given else tensor for tensor, given in zip(last, leaves(state), strict=True)]
-    return unflatten(recording.structures[3], outputs), unflatten(recording.structures[1], last)
+    outputs = [over_time(env[plan.handed.get(v, v)], T) for v in recording.outputs]
+    read = [*leaves(inputs), *leaves(state), *context_leaves, *externals]
+    copies = [v in plan.handed for v in recording.outputs] + [True] * len(last)
+    results = list(_callers_own([*outputs, *last], copies, read))
+    return unflatten(recording.structures[3], results[: len(outputs)]), unflatten(
+        recording.structures[1], results[len(outputs) :]
+    )
+
+
+def _callers_own(tensors: Sequence[Tensor], copies: Sequence[bool], read: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Outputs and states are the caller's to write into: never memory that someone else reads, or a backward pass."""
+    others = {tensor.untyped_storage().data_ptr() for tensor in read}
+    for tensor, copy in zip(tensors, copies, strict=True):
+        memory = tensor.untyped_storage().data_ptr()
+        own = (copy or not tensor.requires_grad) and memory not in others and 0 not in tensor.stride()
+        others.add(memory)
+        yield tensor if own else tensor.clone()

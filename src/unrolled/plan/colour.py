@@ -9,12 +9,12 @@ before the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from unrolled.plan.program import Program, dependents
 
-__all__ = ["Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside"]
+__all__ = ["Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside", "sunk"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,28 @@ def read_outside(program: Program, stages: Sequence[Stage], state: Sequence[int]
         for n in stage.ops if isinstance(stage, Steps | Loop) else ():
             found.update(v for v in program.ops[n].inputs if home.get(v, stage) is not stage)
     return frozenset(found)
+
+
+def sunk(program: Program, stages: Sequence[Stage], light: Collection[int]) -> list[Stage]:
+    """Move light operations that only one loop reads into it: one more there costs less than memory for all copies.
+
+    Args:
+        program: the step.
+        stages: its stages.
+        light: the operations that may be moved.
+    """
+    home = {n: i for i, stage in enumerate(stages) if isinstance(stage, Steps | Loop) for n in stage.ops}
+    asked = {v for v in program.outputs if v >= 0}
+    for n in sorted(light, reverse=True):
+        op = program.ops[n]
+        readers = {home[m] for m, other in enumerate(program.ops) if not set(op.outputs).isdisjoint(other.inputs)}
+        if len(readers) == 1 and asked.isdisjoint(op.outputs) and isinstance(stages[min(readers)], Loop):
+            (home[n],) = readers
+    moved = [
+        replace(stage, ops=tuple(sorted(n for n in home if home[n] == i))) if isinstance(stage, Steps | Loop) else stage
+        for i, stage in enumerate(stages)
+    ]
+    return [stage for stage in moved if not isinstance(stage, Steps) or stage.ops]
 
 
 def places(program: Program, stages: Sequence[Stage]) -> list[str]:

@@ -7,20 +7,22 @@ contracts gradients of weights runs after it, for all copies at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from unrolled.plan.colour import Loop, Stage, colour, read_outside
+from unrolled.plan.colour import Loop, Stage, colour, read_outside, sunk
 from unrolled.plan.functions import RawProgram
 from unrolled.plan.interpret import compiled, run_op
+from unrolled.plan.keep import made_again
 from unrolled.plan.merge import merge
-from unrolled.plan.program import Program
+from unrolled.plan.program import Op, Program, Ref
 from unrolled.plan.tape import Tape, tangent_like
 
-__all__ = ["Backward", "LoopProgram", "cut_loop", "derive_backward"]
+__all__ = ["Backward", "LoopProgram", "cut_loop", "derive_backward", "once_each"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,13 @@ class Backward:
 
 
 def cut_loop(
-    program: Program, loop: Loop, state: Sequence[int], next_state: Sequence[int], fixed: set[int], wanted: set[int]
+    program: Program,
+    loop: Loop,
+    state: Sequence[int],
+    next_state: Sequence[int],
+    fixed: set[int],
+    wanted: set[int],
+    handed: Mapping[int, int] = MappingProxyType({}),
 ) -> LoopProgram:
     """Cut a loop out of a step.
 
@@ -103,6 +111,7 @@ def cut_loop(
         next_state: the values that replace them.
         fixed: values that are the same at every step.
         wanted: values that are asked for outside of the loop's own recurrence.
+        handed: values that are emitted a second time, for the caller to write into; the numbers of the copies.
     """
     ops = tuple(program.ops[n] for n in loop.ops)
     made = {v for op in ops for v in op.outputs if v >= 0}
@@ -113,17 +122,35 @@ def cut_loop(
     sequences = tuple(v for v in given if v not in fixed)
     constants = tuple(v for v in given if v in fixed)
     emitted = tuple(v for v in dict.fromkeys((*following, *sorted(made))) if v in wanted or v in following)
-    step = Program(program.values, (*sequences, *constants, *own), ops, (*emitted, *following))
+    again = [(v, copy) for v, copy in handed.items() if v in made]
+    ops += tuple(Op(torch.ops.aten.clone.default, (Ref(v),), (), (copy,)) for v, copy in again)
+    values = (*program.values, *(program.values[v] for v in handed))
+    copies = tuple(copy for _, copy in again)
+    step = Program(values, (*sequences, *constants, *own), ops, (*emitted, *copies, *following))
     return LoopProgram(step, (len(sequences), len(constants), len(own)))
 
 
+def once_each(loop: LoopProgram) -> tuple[LoopProgram, tuple[int, ...]]:
+    """The loop without the copies for the caller; for each emitted value which one it is now."""
+    original: dict[int, int] = {}
+    for op in loop.program.ops:
+        if op.name == "aten.clone":
+            original[op.outputs[0]] = original.get(op.inputs[0], op.inputs[0])
+    values = [original.get(v, v) for v in loop.emitted]
+    emitted = tuple(dict.fromkeys(values))
+    following = [original.get(v, v) for v in loop.next_states]
+    step = Program(loop.program.values, loop.program.inputs, loop.program.ops, (*emitted, *following)).pruned()
+    return LoopProgram(step, loop.counts), tuple(emitted.index(v) for v in values)
+
+
 def derive_backward(
-    loop: LoopProgram, samples: Sequence[Mapping[int, Tensor]], rows: tuple[int, int]
+    loop: LoopProgram, wanted: Collection[int], samples: Sequence[Mapping[int, Tensor]], rows: tuple[int, int]
 ) -> tuple[LoopProgram, LoopProgram, Backward]:
     """Record a loop's step backward.
 
     Args:
         loop: the loop.
+        wanted: the emitted values that may have a gradient of their own.
         samples: the values of the whole step on two samples of `rows` rows.
         rows: their batch sizes.
 
@@ -131,7 +158,7 @@ def derive_backward(
         The loop, its operations written as simpler ones; the same loop if it also emits what its backward reads; and
         the backward.
     """
-    raw, marks = zip(*(_joint(loop, sample, n) for sample, n in zip(samples, rows, strict=True)), strict=True)
+    raw, marks = zip(*(_joint(loop, wanted, sample, n) for sample, n in zip(samples, rows, strict=True)), strict=True)
     joint = merge(raw[0], raw[1], rows)
     return _split(loop, joint, marks[0])
 
@@ -144,7 +171,9 @@ class _Marks:
     states: tuple[int, ...]
 
 
-def _joint(loop: LoopProgram, sample: Mapping[int, Tensor], rows: int) -> tuple[RawProgram, _Marks]:
+def _joint(
+    loop: LoopProgram, wanted: Collection[int], sample: Mapping[int, Tensor], rows: int
+) -> tuple[RawProgram, _Marks]:
     """Forward and backward of one step on one tape: inputs and tangents to outputs and gradients."""
     tape = Tape(decompose=True)
     given = [_leaf(sample[v]) for v in loop.program.inputs]
@@ -152,7 +181,8 @@ def _joint(loop: LoopProgram, sample: Mapping[int, Tensor], rows: int) -> tuple[
     with torch.enable_grad(), tape:
         outputs = compiled(loop.program)(rows, *given)
     out_numbers = [tape.number(tensor) for tensor in outputs]
-    reached = [i for i, tensor in enumerate(outputs) if tensor is not None and tensor.requires_grad]
+    asked_for = [v in wanted for v in loop.emitted] + [True] * len(loop.next_states)
+    reached = [i for i, tensor in enumerate(outputs) if asked_for[i] and tensor is not None and tensor.requires_grad]
     tangents = [tangent_like(outputs[i]) for i in reached]
     tape.in_backward = True
     tangent_numbers = [tape.add(tensor) for tensor in tangents]
@@ -184,15 +214,15 @@ def _split(loop: LoopProgram, joint: Program, marks: _Marks) -> tuple[LoopProgra
     forward = Program(joint.values, inputs, joint.ops, outputs).pruned()
     a, b, _ = loop.counts
     constants = _constants(forward, set(inputs[a : a + b]))
+    emitted = outputs[: len(loop.emitted)]
     # What is made of fixed values only is made again, once, rather than kept of every step.
     early = {op for op in forward.ops if not constants.issuperset(op.inputs)}
-    late = tuple(op for op in Program(joint.values, joint.inputs, joint.ops, grads).pruned().ops if op not in early)
-    made = {v for op in late for v in op.outputs}
-    read = [v for v in dict.fromkeys(v for op in late for v in op.inputs) if v not in made and v not in tangents]
-    read += [v for v in grads if v >= 0 and v not in made and v not in tangents and v not in read]
+    both = Program(joint.values, joint.inputs, joint.ops, grads).pruned().ops
+    again = made_again(early, _read_by([op for op in both if op not in early], grads), {*inputs, *emitted, *constants})
+    late = tuple(op for op in both if op not in early or op in again)
+    read = [v for v in _read_by(late, grads) if v not in tangents]
     kept = tuple(v for v in read if v not in constants)
     fixed = tuple(v for v in read if v in constants)
-    emitted = outputs[: len(loop.emitted)]
     more = tuple(v for v in kept if v not in inputs and v not in emitted)
     following = outputs[len(loop.emitted) :]
     widened = LoopProgram(Program(joint.values, inputs, forward.ops, (*emitted, *more, *following)), loop.counts)
@@ -201,8 +231,15 @@ def _split(loop: LoopProgram, joint: Program, marks: _Marks) -> tuple[LoopProgra
     return (
         LoopProgram(forward, loop.counts),
         widened,
-        _coloured(program, kept, fixed, tangents[:split], tangents[split:], loop, marks),
+        _coloured(program, kept, fixed, tangents[:split], tangents[split:], loop, marks, again),
     )
+
+
+def _read_by(ops: Sequence[Op], outputs: Sequence[int]) -> list[int]:
+    """What operations and outputs read and no operation makes, each once."""
+    made = {v for op in ops for v in op.outputs}
+    read = dict.fromkeys([*(v for op in ops for v in op.inputs), *outputs])
+    return [v for v in read if v >= 0 and v not in made]
 
 
 def _constants(forward: Program, fixed: set[int]) -> set[int]:
@@ -222,10 +259,12 @@ def _coloured(
     of_states: tuple[int, ...],
     loop: LoopProgram,
     marks: _Marks,
+    again: Collection[Op],
 ) -> Backward:
     a, b, _ = loop.counts
     state_grads = [program.outputs[a + b + position] for position in marks.states]
-    stages = tuple(colour(program, of_states, state_grads, (*kept, *of_emitted)))
+    light = {n for n, op in enumerate(program.ops) if op in again}
+    stages = tuple(sunk(program, colour(program, of_states, state_grads, (*kept, *of_emitted)), light))
     asked = {v for v in program.outputs if v >= 0}
     same = _constants(program, set(fixed))
     loops = tuple(

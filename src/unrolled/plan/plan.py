@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.plan.colour import Loop, Stage, colour, places, read_outside
-from unrolled.plan.loops import Backward, LoopProgram, cut_loop, derive_backward, sample_values
+from unrolled.plan.loops import Backward, LoopProgram, cut_loop, derive_backward, once_each, sample_values
 from unrolled.plan.program import dependents
 from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
 from unrolled.plan.rows import find_rows
@@ -25,7 +25,8 @@ class PlannedLoop:
     """A loop and its way back.
 
     Attributes:
-        inference: its program where nothing is kept.
+        inference: its program where nothing is kept, and nothing emitted twice.
+        shared: for each emitted value which one of `inference` it is.
         loop: its program, which also emits what the backward reads.
         backward: its step backward.
         emits: how many of the emitted values are asked for by others than the backward.
@@ -35,6 +36,7 @@ class PlannedLoop:
     """
 
     inference: LoopProgram
+    shared: tuple[int, ...]
     loop: LoopProgram
     backward: Backward
     emits: int
@@ -62,6 +64,7 @@ class StepPlan:
         rows: where the rows of each value are.
         coupled: operations that are not proved to act row by row, and why.
         read: states that are read outside of the loop that hands them on.
+        handed: for each output that a loop makes the number of its copy, which is the caller's alone.
     """
 
     recording: Recording
@@ -72,6 +75,7 @@ class StepPlan:
     rows: Mapping[int, int]
     coupled: Mapping[int, str]
     read: frozenset[int]
+    handed: Mapping[int, int]
 
 
 def plan_step(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, batch_size: int) -> StepPlan:
@@ -102,15 +106,22 @@ def _coloured(cell: nn.Module, recording: Recording, samples: Sequence[Sample]) 
     seeds = {v: 0 for v in (*recording.inputs, *recording.state, *recording.fixed) if _has_rows(program.values[v])}
     rows, coupled = find_rows(program, seeds)
     values = [_values(cell, recording, sample, n) for sample, n in zip(samples, ROWS, strict=True)]
+    read = read_outside(program, stages, recording.state)
+    handed = _handed(recording, stages)
+    wanted = {stage: _wanted(recording, stage, read, handed) for stage in stages if isinstance(stage, Loop)}
     cut = [
-        cut_loop(program, stage, recording.state, recording.next_state, fixed, _wanted(recording, stage))
+        cut_loop(program, stage, recording.state, recording.next_state, fixed, wanted[stage], handed)
         if isinstance(stage, Loop)
         else None
         for stage in stages
     ]
-    planned = {loop: _with_backward(loop, values, rows) for loop in cut if loop is not None}
-    read = read_outside(program, stages, recording.state)
-    return StepPlan(recording, stages, tuple(cut), planned, tuple(places(program, stages)), rows, coupled, read)
+    planned = {
+        loop: _with_backward(loop, wanted[stage], values, rows)
+        for stage, loop in zip(stages, cut, strict=True)
+        if isinstance(stage, Loop) and loop is not None
+    }
+    found = tuple(places(program, stages))
+    return StepPlan(recording, stages, tuple(cut), planned, found, rows, coupled, read, handed)
 
 
 def _has_rows(value: Any) -> bool:
@@ -122,15 +133,27 @@ def _values(cell: nn.Module, recording: Recording, sample: Sample, rows: int) ->
     return sample_values(recording.program, [*sample.inputs, *sample.state, *sample.context, *externals], rows)
 
 
-def _wanted(recording: Recording, loop: Loop) -> set[int]:
-    """What others than the loop read of its values."""
+def _handed(recording: Recording, stages: Sequence[Stage]) -> dict[int, int]:
+    """For each output that a loop makes the number of its copy, which is the caller's alone."""
+    ops = [recording.program.ops[n] for stage in stages if isinstance(stage, Loop) for n in stage.ops]
+    made = {v for op in ops for v in op.outputs if v >= 0}
+    asked = [v for v in dict.fromkeys(recording.outputs) if v in made]
+    return {v: len(recording.program.values) + number for number, v in enumerate(asked)}
+
+
+def _wanted(recording: Recording, loop: Loop, read: frozenset[int], handed: Mapping[int, int]) -> set[int]:
+    """What others than the loop read of its values: operations, other states, the caller."""
     inside = set(loop.ops)
-    read = {v for n, op in enumerate(recording.program.ops) if n not in inside for v in op.inputs}
-    return read | set(recording.program.outputs)
+    found = {v for n, op in enumerate(recording.program.ops) if n not in inside for v in op.inputs}
+    leaves = enumerate(zip(recording.state, recording.next_state, strict=True))
+    found |= {following for leaf, (state, following) in leaves if leaf not in loop.leaves or state in read}
+    return found | set(handed.values())
 
 
-def _with_backward(loop: LoopProgram, values: Sequence[Mapping[int, Tensor]], rows: Mapping[int, int]) -> PlannedLoop:
-    inference, widened, backward = derive_backward(loop, values, ROWS)
+def _with_backward(
+    loop: LoopProgram, wanted: set[int], values: Sequence[Mapping[int, Tensor]], rows: Mapping[int, int]
+) -> PlannedLoop:
+    forward, widened, backward = derive_backward(loop, wanted, values, ROWS)
     program = backward.program
     by_position = dict(zip(widened.program.inputs, loop.program.inputs, strict=True))
     seeds = {v: rows[by_position[v]] for v in widened.program.inputs if by_position[v] in rows}
@@ -144,4 +167,5 @@ def _with_backward(loop: LoopProgram, values: Sequence[Mapping[int, Tensor]], ro
     back_rows, coupled = find_rows(program, known)
     a, b, _ = loop.counts
     sums = summable(program, [v for v in program.outputs[a : a + b] if v >= 0])
-    return PlannedLoop(inference, widened, backward, len(loop.emitted), back_rows, coupled, sums)
+    inference, shared = once_each(forward)
+    return PlannedLoop(inference, shared, widened, backward, len(loop.emitted), back_rows, coupled, sums)

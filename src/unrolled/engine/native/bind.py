@@ -12,6 +12,7 @@ from torch import Tensor
 from unrolled.bptt.walk import Walk, shifted
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
+from unrolled.engine.native.memory import fresh
 from unrolled.engine.native.threads import team
 from unrolled.plan.loops import LoopProgram
 
@@ -94,7 +95,7 @@ class NativeLoop:
         values = self.loop.program.values
         first = {self.loop.emitted.index(v): state for v, state in zip(self.loop.next_states, states, strict=True)}
         rooms = [
-            torch.empty((steps + (place in first), *values[v].sizes(batch)), dtype=values[v].dtype)
+            fresh((steps + (place in first), *values[v].sizes(batch)), values[v].dtype)
             for place, v in enumerate(self.loop.emitted)
         ]
         for place, state in first.items():
@@ -137,7 +138,9 @@ class NativeLoop:
 
 
 def _dense(tensor: Tensor, leading: int) -> Tensor:
-    """The tensor, copied if the entries of a row do not lie one after the other."""
+    """The tensor, copied if a row's entries do not lie one after the other; what is the same at every step, once."""
+    if leading == 2 and tensor.stride(0) == 0 and tensor.shape[0] > 1:
+        return _dense(tensor[0], 1).expand(tensor.shape)
     expected = 1
     for size, stride in zip(reversed(tensor.shape[leading:]), reversed(tensor.stride()[leading:]), strict=True):
         if size != 1 and stride != expected:

@@ -205,44 +205,70 @@ static void share(team run, void (*work)(void *, int64_t), void *argument, int64
 typedef real lanes __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
 static void pack(real *packed, const real *matrix, int64_t K, int64_t N, int64_t by_row, int64_t by_column) {
-  for (int64_t n0 = 0; n0 < N; n0 += PANEL)
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t n = n0; n < n0 + PANEL; ++n) *packed++ = n < N ? matrix[k * by_row + n * by_column] : 0;
+  for (int64_t n0 = 0; n0 < N; n0 += PANEL, packed += K * PANEL) {
+    int64_t columns = N - n0 < PANEL ? N - n0 : PANEL;
+    const real *from = matrix + n0 * by_column;
+    if (columns < PANEL) memset(packed, 0, (size_t)(K * PANEL) * sizeof(real));
+    if (by_column == 1) {
+      for (int64_t k = 0; k < K; ++k) memcpy(packed + k * PANEL, from + k * by_row, (size_t)columns * sizeof(real));
+    } else {
+      /* A few entries of every column at a time: what is read lies together, what is written stays in the cache. */
+      for (int64_t k0 = 0; k0 < K; k0 += 16)
+        for (int64_t n = 0; n < columns; ++n)
+          for (int64_t k = k0; k < (K - k0 < 16 ? K : k0 + 16); ++k) packed[k * PANEL + n] = from[k * by_row + n * by_column];
+    }
+  }
 }
 
-#define BLOCK(ROWS)                                                                                           \
-  static void block_##ROWS(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, \
-                           int64_t K, int64_t columns) {                                                      \
-    lanes sum[ROWS][2];                                                                                       \
-    for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = (lanes){0};                                        \
-    for (int64_t k = 0; k < K; ++k) {                                                                         \
-      lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);       \
-      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {                                               \
-        real f = x[r * x_by_row + k];                                                                         \
-        sum[r][0] += f * a;                                                                                   \
-        sum[r][1] += f * b;                                                                                   \
-      }                                                                                                       \
-    }                                                                                                         \
-    if (columns == PANEL) {                                                                                   \
-      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {                                               \
-        *(lanes *)(out + r * out_by_row) = sum[r][0];                                                         \
-        *(lanes *)(out + r * out_by_row + LANES) = sum[r][1];                                                 \
-      }                                                                                                       \
-    } else {                                                                                                  \
-      for (int r = 0; r < ROWS; ++r) memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));    \
-    }                                                                                                         \
+/* ROWS rows of x times a panel. It starts from what `start` points at, or from zero; compiled for constant strides. */
+INLINE void block(const int ROWS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row, int64_t x_by_k,
+                  const real *packed, int64_t K, int64_t columns, const real *start, int64_t start_by_row) {
+  lanes sum[ROW_BLOCK][2];
+  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
+    sum[r][0] = sum[r][1] = (lanes){0};
+    if (start && columns == PANEL) {
+      sum[r][0] = *(const lanes *)(start + r * start_by_row);
+      sum[r][1] = *(const lanes *)(start + r * start_by_row + LANES);
+    } else if (start) {
+      memcpy(sum[r], start + r * start_by_row, (size_t)columns * sizeof(real));
+    }
   }
-BLOCK(1) BLOCK(2) BLOCK(3) BLOCK(4) BLOCK(5) BLOCK(6) BLOCK(7) BLOCK(8)
-#if ROW_BLOCK > 8
-BLOCK(9) BLOCK(10) BLOCK(11) BLOCK(12)
+  for (int64_t k = 0; k < K; ++k) {
+    lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
+      real f = x[r * x_by_row + k * x_by_k];
+      sum[r][0] += f * a;
+      sum[r][1] += f * b;
+    }
+  }
+  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
+    if (columns == PANEL) {
+      *(lanes *)(out + r * out_by_row) = sum[r][0];
+      *(lanes *)(out + r * out_by_row + LANES) = sum[r][1];
+    } else {
+      memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));
+    }
+  }
+}
+
+#if ROW_BLOCK == 12
+#define FOR_EACH_BLOCK(B) B(1) B(2) B(3) B(4) B(5) B(6) B(7) B(8) B(9) B(10) B(11) B(12)
+#elif ROW_BLOCK == 6
+#define FOR_EACH_BLOCK(B) B(1) B(2) B(3) B(4) B(5) B(6)
+#else
+#define FOR_EACH_BLOCK(B) B(1) B(2) B(3) B(4)
 #endif
 
+#define ROWS_OF_STATE(R)                                                                                     \
+  static void block_##R(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed,  \
+                        int64_t K, int64_t columns) {                                                        \
+    block(R, out, out_by_row, x, x_by_row, 1, packed, K, columns, 0, 0);                                     \
+  }
+FOR_EACH_BLOCK(ROWS_OF_STATE)
+
 typedef void (*block_function)(real *, int64_t, const real *, int64_t, const real *, int64_t, int64_t);
-static const block_function blocks[] = {0, block_1, block_2, block_3, block_4, block_5, block_6, block_7, block_8,
-#if ROW_BLOCK > 8
-                                        block_9, block_10, block_11, block_12
-#endif
-};
+#define NAME_OF_BLOCK(R) block_##R,
+static const block_function blocks[] = {0, FOR_EACH_BLOCK(NAME_OF_BLOCK)};
 
 /* One or two rows keep too few sums in flight to hide the latency of an addition: four partial sums each. */
 static void single(real *out, const real *x, const real *packed, int64_t K, int64_t columns) {
@@ -299,99 +325,3 @@ INLINE real sum_of(const real *x, int64_t n) {
 /* NaN wins, as in torch. */
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
-
-/* Products of large matrices, for what is hoisted out of a loop: out[M, N] = x[M, K] y[K, N] (+ bias[N]). K is cut into
-   pieces, so that a panel of y stays in the first cache and a block of x in the second. Threads own rows of out. */
-
-#define DEPTH 256
-#define ROWS_AT_ONCE (8 * ROW_BLOCK)
-
-typedef struct {
-  real *out;
-  const real *x, *y, *bias;
-  int64_t begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column;
-  real *packed;
-} part;
-
-static void few_rows(real *out, int64_t out_by_row, const real *x, int64_t by_row, int64_t by_k, const real *packed,
-                     int64_t rows, int64_t K, int64_t columns, const real *bias) {
-  lanes sum[ROW_BLOCK][2];
-  for (int64_t r = 0; r < rows; ++r) {
-    real start[PANEL] = {0};
-    memcpy(start, bias ? bias : out + r * out_by_row, (size_t)columns * sizeof(real));
-    memcpy(sum[r], start, sizeof start);
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);
-    for (int64_t r = 0; r < rows; ++r) {
-      real f = x[r * by_row + k * by_k];
-      sum[r][0] += f * a;
-      sum[r][1] += f * b;
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));
-}
-
-INLINE void full_block(real *out, int64_t out_by_row, const real *x, int64_t by_row, int64_t by_k, const real *packed,
-                       int64_t K, const real *bias) {
-  lanes sum[ROW_BLOCK][2];
-  _Pragma("GCC unroll 16") for (int r = 0; r < ROW_BLOCK; ++r) {
-    const real *start = bias ? bias : out + r * out_by_row;
-    sum[r][0] = *(const lanes *)start;
-    sum[r][1] = *(const lanes *)(start + LANES);
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);
-    _Pragma("GCC unroll 16") for (int r = 0; r < ROW_BLOCK; ++r) {
-      real f = x[r * by_row + k * by_k];
-      sum[r][0] += f * a;
-      sum[r][1] += f * b;
-    }
-  }
-  _Pragma("GCC unroll 16") for (int r = 0; r < ROW_BLOCK; ++r) {
-    *(lanes *)(out + r * out_by_row) = sum[r][0];
-    *(lanes *)(out + r * out_by_row + LANES) = sum[r][1];
-  }
-}
-
-static void block_of(const part *p, int64_t m, int64_t many, int64_t n, int64_t k0, int64_t depth, const real *packed) {
-  int64_t columns = p->N - n < PANEL ? p->N - n : PANEL;
-  real *out = p->out + m * p->N + n;
-  const real *x = p->x + m * p->x_by_row + k0 * p->x_by_k, *bias = k0 ? 0 : p->bias + n;
-  if (many == ROW_BLOCK && columns == PANEL) {
-    if (p->x_by_k == 1) full_block(out, p->N, x, p->x_by_row, 1, packed, depth, bias);
-    else if (p->x_by_row == 1) full_block(out, p->N, x, 1, p->x_by_k, packed, depth, bias);
-    else full_block(out, p->N, x, p->x_by_row, p->x_by_k, packed, depth, bias);
-  } else {
-    few_rows(out, p->N, x, p->x_by_row, p->x_by_k, packed, many, depth, columns, bias);
-  }
-}
-
-static void multiply_part(void *argument, int64_t number) {
-  const part *p = (const part *)argument + number;
-  for (int64_t k0 = 0; k0 < p->K; k0 += DEPTH) {
-    int64_t depth = p->K - k0 < DEPTH ? p->K - k0 : DEPTH;
-    pack(p->packed, p->y + k0 * p->y_by_k, depth, p->N, p->y_by_k, p->y_by_column);
-    for (int64_t m0 = p->begin; m0 < p->end; m0 += ROWS_AT_ONCE) {
-      int64_t until = m0 + ROWS_AT_ONCE < p->end ? m0 + ROWS_AT_ONCE : p->end;
-      for (int64_t n = 0; n < p->N; n += PANEL)
-        for (int64_t m = m0; m < until; m += ROW_BLOCK)
-          block_of(p, m, until - m < ROW_BLOCK ? until - m : ROW_BLOCK, n, k0, depth, p->packed + n * depth);
-    }
-  }
-}
-
-/* packed: room for threads x DEPTH x N, N rounded up to whole panels; bias: N numbers. */
-void ur_multiply(real *out, const real *x, const real *y, const real *bias, real *packed, int64_t M, int64_t K, int64_t N,
-                 int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads, team run) {
-  part parts[MOST_PARTS];
-  int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK, room = DEPTH * ((N + PANEL - 1) / PANEL * PANEL), begin = 0;
-  if (threads > MOST_PARTS) threads = MOST_PARTS;
-  if (threads > blocks) threads = blocks;
-  for (int64_t i = 0; i < threads; ++i) {
-    int64_t end = i + 1 == threads ? M : (blocks * (i + 1) / threads) * ROW_BLOCK;
-    parts[i] = (part){out, x, y, bias, begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column, packed + i * room};
-    begin = end;
-  }
-  share(run, multiply_part, parts, threads);
-}

@@ -15,23 +15,26 @@ import torch
 from torch import Tensor
 
 from unrolled.engine.native.build import BuildError, library, machine_lines
+from unrolled.engine.native.memory import fresh
 from unrolled.engine.native.threads import team
 
 __all__ = ["affine", "worthwhile"]
 
-_DEPTH = 256
 _PER_THREAD = 8_000_000  # multiplications that are worth starting a thread for
 _LEAST = 200_000  # multiplications below which a call costs more than it saves
+_LONG = 4  # how much longer K is than M where threads share K
 
 
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    kernels = resources.files("unrolled.engine.native").joinpath("kernels.c").read_text(encoding="utf-8")
-    head = f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n"
+    folder = resources.files("unrolled.engine.native")
+    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "products.c"))
     try:
-        return library(f"{head}{kernels}\nint64_t ur_panel(void) {{ return PANEL; }}\n")
+        loaded = library(f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n{source}")
     except BuildError:
         return None
+    loaded.ur_room.restype = ctypes.c_int64
+    return loaded
 
 
 def worthwhile(x: Tensor, y: Tensor) -> bool:
@@ -60,14 +63,20 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     loaded = _library(x.dtype)
     assert loaded is not None
     threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
-    panel = int(loaded.ur_panel())
-    packed = torch.empty(threads * _DEPTH * (-(-N // panel) * panel), dtype=x.dtype)
-    start = torch.zeros(N, dtype=x.dtype) if bias is None else bias.contiguous()
-    out = torch.empty((M, N), dtype=x.dtype)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, x, y, start, packed)]
-    sizes = (M, K, N, x.stride(0), x.stride(1), y.stride(0), y.stride(1), threads)
-    loaded.ur_multiply(*pointers, *map(ctypes.c_int64, sizes), team())
+    out = fresh((M, N), x.dtype)
+    room = torch.empty(threads * loaded.ur_room(ctypes.c_int64(N)), dtype=x.dtype)
+    sizes = map(ctypes.c_int64, (M, K, N, *x.stride(), *y.stride(), threads))
+    if bias is None and K >= _LONG * M:
+        partial = torch.empty((threads - 1) * M * N, dtype=x.dtype)
+        loaded.ur_contract(*map(_pointer, (out, x, y, partial, room)), *sizes, team())
+    else:
+        start = None if bias is None else bias.contiguous()
+        loaded.ur_multiply(*map(_pointer, (out, x, y, start, room)), *sizes, team())
     return out
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 class _Affine(torch.autograd.Function):
