@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["fresh"]
 
-_LARGE = 8 << 20  # bytes
+_LARGE = 4 << 20  # bytes
 _PAGE = 2 << 20
 
 
