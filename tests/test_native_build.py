@@ -204,7 +204,7 @@ from unrolled.plan.plan import plan_step
 
 cell = ur.GRUCell(3, 5)
 x, h = torch.randn(2, 3), torch.randn(2, 5)
-plan = plan_step(cell, x, h, None, 2)
+plan = plan_step(cell, x, h, None, 2, (True,))
 (loop,) = [loop for loop in plan.loops if loop is not None]
 values = loop.program.values
 sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]

@@ -18,6 +18,7 @@ from unrolled.plan.loops import LoopProgram
 
 __all__ = ["NativeLoop"]
 
+_WORTH_A_TEAM = 2_000_000  # floating-point operations
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
 
@@ -51,6 +52,8 @@ class NativeLoop:
         emitted, received = self._emitted(states, steps, batch, reverse=reverse)
         packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
+        threads = self._threads(steps, batch)
+        totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
         a = len(sequences)
         by_step = [tensor.stride(0) if i < a else 0 for i, tensor in enumerate(leaves)]
         by_row = [_row_stride(tensor, i < a) for i, tensor in enumerate(leaves)]
@@ -59,6 +62,7 @@ class NativeLoop:
             (ctypes.c_int64 * len(leaves))(*by_step),
             (ctypes.c_int64 * len(leaves))(*by_row),
             _pointers(emitted),
+            _pointers(totals),
             _pointers(packed),
             ctypes.c_void_p(-(-scratch.data_ptr() // 64) * 64),
             ctypes.c_int64(self.source.scratch),
@@ -66,13 +70,21 @@ class NativeLoop:
             ctypes.c_int64(batch),
             ctypes.c_int64(int(reverse)),
         )
-        self._walk(arguments, steps, batch)
+        self._walk(arguments, steps, batch, threads)
         last = 0 if reverse else steps - 1
         places = [self.loop.emitted.index(value) for value in self.loop.next_states]
-        return Walk(emitted, [emitted[place][last].clone() for place in places], received)
+        states = [emitted[place][last].clone() for place in places]
+        return Walk(emitted, states, received, [total.sum(0) for total in totals])
 
-    def _walk(self, arguments: tuple[object, ...], steps: int, batch: int) -> None:
-        threads = torch.get_num_threads() if batch * self.source.flops * steps > 2_000_000 else 1
+    def _threads(self, steps: int, batch: int) -> int:
+        return min(torch.get_num_threads(), batch) if batch * self.source.flops * steps > _WORTH_A_TEAM else 1
+
+    def _zeros(self, value: int, threads: int) -> Tensor:
+        """One running total for each thread."""
+        known = self.loop.program.values[value]
+        return torch.zeros((threads, *known.sizes(1)[1:]), dtype=known.dtype)
+
+    def _walk(self, arguments: tuple[object, ...], steps: int, batch: int, threads: int) -> None:
         done = 0
         while done < steps:
             many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * batch)))

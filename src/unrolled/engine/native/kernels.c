@@ -325,3 +325,22 @@ INLINE real sum_of(const real *x, int64_t n) {
 /* NaN wins, as in torch. */
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
+
+/* Adds N columns of some rows to a total: first the rows, then their sum, so that less is lost to rounding. */
+INLINE void add_rows(real *total, const real *x, int64_t by_row, int64_t rows, int64_t N) {
+  int64_t n = 0;
+  for (; n + 2 * LANES <= N; n += 2 * LANES) {
+    lanes s[2] = {{0}, {0}};
+    for (int64_t b = 0; b < rows; ++b) {
+      s[0] += *(const lanes *)(x + b * by_row + n);
+      s[1] += *(const lanes *)(x + b * by_row + n + LANES);
+    }
+    *(lanes *)(total + n) += s[0];
+    *(lanes *)(total + n + LANES) += s[1];
+  }
+  for (; n < N; ++n) {
+    real s = 0;
+    for (int64_t b = 0; b < rows; ++b) s += x[b * by_row + n];
+    total[n] += s;
+  }
+}
