@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -131,13 +132,20 @@ class PlanBook:
         return plan
 
     def _told(self, decision: Decision) -> Decision:
-        """Say it where another engine was asked for by name than the one that is taken."""
+        """Say it where another engine runs than the one that was asked for by name, and where there is no compiler."""
+        if self._engine == "auto" and self.runner.no_compiler and not self._quiet:
+            _say_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
         if not self._quiet and self._engine not in ("auto", decision.engine):
             warnings.warn(
                 f"engine={self._engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
                 stacklevel=2,
             )
         return decision
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:

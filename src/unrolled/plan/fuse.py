@@ -34,7 +34,7 @@ WEIGHT_BYTES = 512 << 10
 and have to stay in a core's own cache."""
 
 LEAST_ROWS = 4
-"""With fewer rows a product of one step reads its weights for too little work."""
+"""With fewer rows a product of one step reads its weights for little work: only small ones are worth it."""
 
 
 def fused(
@@ -128,9 +128,10 @@ class _Fusing:
 
     def _small_product(self, n: int, inside: set[int]) -> bool:
         op = self.program.ops[n]
-        if _name(op) not in _PRODUCTS or n in self.coupled or self.batch_size < LEAST_ROWS:
+        if _name(op) not in _PRODUCTS or n in self.coupled:
             return False
-        return sum(self._weight_bytes(m) for m in {*inside, n}) <= WEIGHT_BYTES
+        most = WEIGHT_BYTES if self.batch_size >= LEAST_ROWS else WEIGHT_BYTES // 4
+        return sum(self._weight_bytes(m) for m in {*inside, n}) <= most
 
     def _weight_bytes(self, n: int) -> int:
         op = self.program.ops[n]
