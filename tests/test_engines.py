@@ -824,6 +824,20 @@ class Scaled(nn.Module):
         return state, state
 
 
+class Gained(Scaled):
+    """A weight whose gradient of one step is a product of rows times what differs from step to step."""
+
+    def forward(self, input, state):
+        state = torch.tanh(input @ (self.weight * state.mean(0).cos()) + self.shift)
+        return state, state
+
+
+def test_a_gradient_is_not_added_up_before_a_factor_that_differs_from_step_to_step():
+    cell, x = Gained().double(), torch.randn(7, 3, 4, dtype=F64)
+    assert decision(cell, x, "eager").engine == "eager"
+    assert_as_reference(cell, x, engine="eager")
+
+
 @pytest.mark.parametrize("steps", [1, 7, 64])
 def test_gradients_without_a_contraction_are_added_up_in_chunks(steps, monkeypatch):
     monkeypatch.setattr("unrolled.bptt.batched.CHUNK_BYTES", 300)

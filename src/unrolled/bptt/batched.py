@@ -11,7 +11,7 @@ from torch import Tensor
 from unrolled.bptt.timed import Summed, Timed
 from unrolled.plan.interpret import run_op
 from unrolled.plan.program import Custom, Op, Program
-from unrolled.plan.sums import contracts_rows
+from unrolled.plan.sums import contracts_rows, is_multilinear
 
 __all__ = ["Batched", "Entry"]
 
@@ -128,7 +128,10 @@ class Batched:
 
     def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation that is linear in what was summed."""
-        tensors = {v: self.total(v, entry) if v in self.sums else entry for v, entry in entries.items()}
+        if is_multilinear(op):
+            tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Summed) else e for v, e in entries.items()}
+        else:
+            tensors = {v: self.total(v, entry) for v, entry in entries.items()}
         return [Summed(result) for result in run_op(op, tensors, self.batch)]
 
     def total(self, value: int, entry: Entry) -> Tensor:

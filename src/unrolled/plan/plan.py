@@ -196,7 +196,9 @@ def _with_backward(
     known |= {v: forward_rows[source] for v, source in tangents.items() if source in forward_rows}
     back_rows, coupled = find_rows(step.program, known)
     a, b, _ = loop.counts
-    sums = summable(step.program, [v for v in step.program.outputs[a : a + b] if v >= 0])
+    changing = dependents(step.program.ops, {*step.kept, *step.tangents})
+    same = {v for v in range(len(step.program.values)) if v not in changing}
+    sums = summable(step.program, [v for v in step.program.outputs[a : a + b] if v >= 0], same)
     inference, shared = once_each(forward)
     backward = colour_backward(step, widened, coupled, sums, batch_size)
     return PlannedLoop(inference, shared, widened, backward, len(loop.emitted), back_rows, coupled, sums)

@@ -6,11 +6,11 @@ folded into the rows, those of all steps at once; whatever follows it must be li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from unrolled.plan.program import Op, Program, Ref
 
-__all__ = ["contracts_rows", "summable"]
+__all__ = ["contracts_rows", "is_multilinear", "summable"]
 
 
 def contracts_rows(op: Op, rows: Mapping[int, int], program: Program) -> bool:
@@ -37,8 +37,14 @@ _LINEAR_ALWAYS = frozenset(
 _LINEAR_IN_ONE = frozenset(["mul", "mm", "bmm"])
 
 
-def summable(program: Program, wanted: Sequence[int]) -> frozenset[int]:
-    """Values that may be added up over the steps early: all that follows is linear, and its sum is what is wanted."""
+def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> frozenset[int]:
+    """Values that may be added up over the steps early: all that follows is linear, and its sum is what is wanted.
+
+    Args:
+        program: a step backward.
+        wanted: the outputs of which only the sum over all steps is asked for.
+        same: values that are the same at every step.
+    """
     consumers: dict[int, list[Op]] = {}
     for op in program.ops:
         for value in op.inputs:
@@ -49,15 +55,21 @@ def summable(program: Program, wanted: Sequence[int]) -> frozenset[int]:
         followers = consumers.get(value, [])
         if value in others or not (followers or value in asked):
             continue
-        if all(_linear(op, value) and found.issuperset(v for v in op.outputs if v >= 0) for op in followers):
+        if all(_linear(op, value, same) and found.issuperset(v for v in op.outputs if v >= 0) for op in followers):
             found.add(value)
     return frozenset(found)
 
 
-def _linear(op: Op, value: int) -> bool:
+def _linear(op: Op, value: int, same: Collection[int]) -> bool:
     name = op.name.removeprefix("aten.").split(".")[0]
     if name in {"add", "sub"}:  # alpha, and adding a number at every step, are not worth the proof
         return not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
     if name in _LINEAR_ALWAYS:
         return True
-    return name in _LINEAR_IN_ONE and op.inputs.count(value) == 1
+    others = [v for v in op.inputs if v != value]
+    return is_multilinear(op) and op.inputs.count(value) == 1 and all(v in same for v in others)
+
+
+def is_multilinear(op: Op) -> bool:
+    """Whether an operation is linear in each operand, rather than in all of them together."""
+    return op.name.removeprefix("aten.").split(".")[0] in _LINEAR_IN_ONE
