@@ -430,6 +430,7 @@ def test_no_mask_is_made_inside_of_a_loop_and_the_loop_is_emitted_as_c(kind):
     assert {o.place for o in hashing} <= {"once", "before", "after"}
     assert {o.place for o in hashing if o.name.startswith("aten.ge")} <= {"before", "after"}
     assert not [o for o in plan.operations if "step by step" in o.reason], "proved to act row by row"
+    assert [o.name for o in plan.operations if o.reason.startswith("only counts")][-1] == "aten.add.Tensor"
 
 
 class TickingCell(nn.Module):

@@ -20,8 +20,11 @@ class ZoneoutCell(SeededCell):
     """A cell whose state's entries stay as they were with probability p, at every step anew.
 
     In evaluation every entry is the expectation, `p * old + (1 - p) * new`. An output that is a leaf of the next
-    state itself (an LSTM's h) stays that leaf. The masks are a function of the seed in the state, the row, the time
-    and the entry: a sequence run in windows with the state carried, in any engine, has the same ones.
+    state itself (an LSTM's h) stays that leaf; so a dropout of outputs goes around this wrapper, not inside of it.
+    Leaves that mean something only together (the c, n and m of `SLSTMCell`) are left alone by p = 0.
+
+    The masks are a function of the seed in the state, the row, the time and the entry: a sequence run in windows with
+    the state carried, in any engine, has the same ones.
 
     Args:
         cell: the cell.
