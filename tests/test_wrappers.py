@@ -256,10 +256,38 @@ def test_windows_with_the_state_carried_are_one_run(kind, engine):
     one, between = rnn(inputs[:5], state)
     other, end = rnn(inputs[5:], between)
     two = map_leaves(lambda a, b: torch.cat([a, b]), one, other)
-    # Products of other sizes may round otherwise; a mask that differed would be off by far more.
+    # torch may round matrix products of other sizes otherwise, those of the bare cell too.
     assert_match((two, end), (whole, last), bound=1e-14)
     if engine == "reference":
         assert all(map(torch.equal, leaves((two, end)), leaves((whole, last))))
+
+
+def halving() -> nn.Module:
+    """A cell in which nothing is rounded: halves of halves."""
+
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return h + x, 0.5 * h + x
+
+    cell = ur.as_cell(step, state=lambda n, dtype=None, **_: torch.ones(n, 9, dtype=dtype))
+    inner = ur.ZoneoutCell(ur.DropoutCell(cell, 0.5, of="output", per="sequence"), 0.25)
+    return ur.DropoutCell(inner, 0.5)
+
+
+EXACT = {engine: ur.unroll(halving(), engine=engine) for engine in ENGINES}
+
+
+@settings(max_examples=20, deadline=None)
+@given(steps=st.integers(2, 12), cut=st.integers(1, 11), rows=st.integers(1, 4), seed=st.integers(0, 2**63 - 1))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_wherever_a_sequence_is_cut_its_masks_are_the_same_to_the_last_bit(engine, steps, cut, rows, seed):
+    rnn, inputs = EXACT[engine], torch.ones(steps, rows, 9)
+    state = start_of(rnn.cell, rows, torch.float32)
+    state = state._replace(seed=state.seed ^ seed)
+    parts, following = [], state
+    for part in inputs.split(min(cut, steps)):
+        outputs, following = rnn(part, following)
+        parts.append(outputs)
+    assert_match((torch.cat(parts), following), EXACT["reference"](inputs, state), bound=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
