@@ -29,6 +29,7 @@ from unrolled.errors import (
     StateError,
     UnrolledError,
 )
+from unrolled.wrappers import DropoutCell, SeededState, ZoneoutCell
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,10 @@ __all__ = [
     "MinGRUCell",
     "SLSTMCell",
     "as_cell",
+    # cells around cells
+    "DropoutCell",
+    "ZoneoutCell",
+    "SeededState",
     # unrolled networks
     "unroll",
     "Unrolled",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from unrolled import sequence
@@ -81,7 +82,9 @@ class Unrolled(nn.Module):
             >>> plan.engine, plan.loops
             ('eager', 1)
         """
-        inputs, state = self.prepared(inputs, state, context)
+        # Where the initial state is drawn at random, asking must not use up random numbers.
+        with torch.random.fork_rng(devices=[]):
+            inputs, state = self.prepared(inputs, state, context)
         T, B = sequence.sizes(inputs)
         if self.engine == "reference":
             return Plan(name_of(self.cell), T, B, "reference", "it was asked for")

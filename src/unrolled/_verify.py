@@ -108,8 +108,7 @@ def verify(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
         rnn, inputs, state = rnn.prepared(inputs, state)
     if not isinstance(rnn, Unrolled):
         raise OptionError(f"verify takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
-    with torch.random.fork_rng():
-        return Verification(tuple(_checks(rnn, inputs, state, context)))
+    return Verification(tuple(_checks(rnn, inputs, state, context)))
 
 
 def _checks(rnn: Unrolled, inputs: Tree, state: Tree, context: Tree) -> Iterator[Check]:
@@ -146,7 +145,10 @@ def _run(rnn: Unrolled, engine: str, dtype: torch.dtype, given: Sequence[Tree]) 
     cell = copy.deepcopy(rnn.cell).to(dtype)
     network = Unrolled(cell, batch_first=rnn.batch_first, engine=engine, quiet=True).train(rnn.training)
     inputs, state, context = (map_leaves(lambda x: x.detach().requires_grad_(x.requires_grad), tree) for tree in given)
-    outputs, last = network(inputs, state, context=context)
+    # An initial state may be drawn at random: forking here, every run draws the same one.
+    with torch.random.fork_rng():
+        outputs, last = network(inputs, state, context=context)
+        ran = network.plan(inputs, state, context=context).engine
     found = [*_named("outputs", outputs), *_named("state", last)]
     loss = sum((_weights(tensor) * tensor).sum() for _, tensor in found if tensor.requires_grad)
     by = [
@@ -159,7 +161,7 @@ def _run(rnn: Unrolled, engine: str, dtype: torch.dtype, given: Sequence[Tree]) 
     if isinstance(loss, Tensor) and by:
         grads = torch.autograd.grad(loss, [tensor for _, tensor in by], allow_unused=True)
         found += [(n, torch.zeros_like(x) if g is None else g) for (n, x), g in zip(by, grads, strict=True)]
-    return network.plan(inputs, state, context=context).engine, [(name, tensor.detach()) for name, tensor in found]
+    return ran, [(name, tensor.detach()) for name, tensor in found]
 
 
 def _named(title: str, tree: Tree) -> list[tuple[str, Tensor]]:

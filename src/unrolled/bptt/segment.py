@@ -9,8 +9,8 @@ from torch import Tensor
 
 from unrolled.bptt.batched import Batched, Entry
 from unrolled.bptt.timed import Summed, Timed, spread
-from unrolled.bptt.walk import LoopRunner, shifted
-from unrolled.plan.colour import Held, Loop, Shift, Stage, Steps
+from unrolled.bptt.walk import LoopRunner, counted, shifted
+from unrolled.plan.colour import Counter, Held, Loop, Shift, Stage, Steps
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["Stages", "over_time"]
@@ -71,6 +71,9 @@ class Stages:
                 self.batched.run(stage.ops, env)
             elif isinstance(stage, Held):
                 env[self.state[stage.leaf]] = final[stage.leaf] = initial[stage.leaf]
+            elif isinstance(stage, Counter):
+                counts = counted(initial[stage.leaf], stage.step, steps)
+                env[self.state[stage.leaf]], final[stage.leaf] = Timed(counts[:-1], steps), counts[-1]
             elif isinstance(stage, Shift):
                 entries = self._entries(env, stage.leaf, initial[stage.leaf])
                 env[self.state[stage.leaf]] = Timed(shifted(initial[stage.leaf], entries, reverse=self.reverse), steps)

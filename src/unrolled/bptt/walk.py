@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["LoopRunner", "Walk", "shifted"]
+__all__ = ["LoopRunner", "Walk", "counted", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,9 @@ def shifted(first: Tensor, entries: Tensor, *, reverse: bool) -> Tensor:
     if reverse:
         return torch.cat([entries[1:], first.unsqueeze(0)])
     return torch.cat([first.unsqueeze(0), entries[:-1]])
+
+
+def counted(first: Tensor, step: int, steps: int) -> Tensor:
+    """What each copy receives of a counter, and what the last one hands on: `[T + 1, ...]`."""
+    counts = torch.arange(steps + 1, device=first.device) * step
+    return first + counts.to(first.dtype).view(-1, *(1,) * first.dim())

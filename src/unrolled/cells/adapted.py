@@ -242,7 +242,13 @@ _read_signature = functools.lru_cache(maxsize=512)(_signature)
 
 
 def context_use(cell: nn.Module) -> str:
-    """Whether a cell 'requires', 'accepts' or 'refuses' a third argument, read from its signature."""
+    """Whether a cell 'requires', 'accepts' or 'refuses' a third argument, read from its signature.
+
+    A cell around another cell, its `wrapped`, hands on what it is given.
+    """
+    wrapped = getattr(cell, "wrapped", None)
+    if isinstance(wrapped, nn.Module):
+        return context_use(wrapped)
     function: Callable[..., Any] = cell.forward
     leading = 2
     if isinstance(cell, AdaptedCell):

@@ -4,7 +4,7 @@ The step's operations and its state's leaves form a graph in which a leaf leads 
 what reads the state. A cycle in it is a recurrence and has to walk through time: a *loop*. All else can be done for
 many copies at once: *once* what depends on no input and no state, *before* and *after* the rest. If there are several
 loops, they feed each other one way only; what lies between two of them is done for all copies after the one and
-before the other.
+before the other. A cycle that only counts is no loop: what every copy receives of it is known beforehand.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from unrolled.plan.program import Program, dependents
+import torch
 
-__all__ = ["Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside", "sunk"]
+from unrolled.plan.program import Program, Ref, dependents
+
+__all__ = ["Counter", "Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside", "sunk"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,15 @@ class Held:
     leaf: int
 
 
-Stage = Steps | Loop | Shift | Held
+@dataclass(frozen=True)
+class Counter:
+    """An integer leaf of the state that every copy hands on as itself plus a constant."""
+
+    leaf: int
+    step: int
+
+
+Stage = Steps | Loop | Shift | Held | Counter
 
 
 def colour(program: Program, state: Sequence[int], next_state: Sequence[int], inputs: Iterable[int]) -> list[Stage]:
@@ -142,8 +152,10 @@ class _Graph:
         self.before: dict[int, set[int]] = {
             n: {producers[v] for v in op.inputs if v in producers} for n, op in enumerate(program.ops)
         }
+        self.counters = _counters(program, state, next_state)
         for leaf, value in enumerate(next_state):
-            self.before[-1 - leaf] = {producers[value]} if value in producers else set()
+            computed = value in producers and leaf not in self.counters
+            self.before[-1 - leaf] = {producers[value]} if computed else set()
 
     def sources(self, component: frozenset[int]) -> set[int]:
         """What a component needs of others."""
@@ -155,6 +167,8 @@ class _Graph:
         ops = tuple(sorted(n for n in component if n >= 0))
         if ops or len(leaves) > 1:
             return Loop(ops, leaves)
+        if leaves[0] in self.counters:
+            return Counter(leaves[0], self.counters[leaves[0]])
         return Held(leaves[0]) if -1 - leaves[0] in self.before[-1 - leaves[0]] else Shift(leaves[0])
 
     def components(self) -> Iterator[frozenset[int]]:
@@ -193,6 +207,22 @@ class _Graph:
             yield popped
             if popped == node:
                 return
+
+
+def _counters(program: Program, state: Sequence[int], next_state: Sequence[int]) -> dict[int, int]:
+    """The leaves that are handed on as themselves plus an integer, and that integer; of integers only, to be exact."""
+    producers, found = program.producers(), {}
+    for leaf, (received, following) in enumerate(zip(state, next_state, strict=True)):
+        op = program.ops[producers[following]] if following in producers else None
+        if op is None or op.name != "aten.add.Tensor" or op.kwargs or op.args[0] != Ref(received):
+            continue
+        dtypes = {program.values[received].dtype, program.values[following].dtype}
+        if type(op.args[1]) is int and len(dtypes) == 1 and dtypes <= _INTEGERS:
+            found[leaf] = op.args[1]
+    return found
+
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def _ready(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from unrolled.plan.colour import Loop, Stage
+from unrolled.plan.colour import Counter, Loop, Stage
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.program import Op, Program, Ref
 from unrolled.trees import paths
@@ -87,7 +87,7 @@ def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> 
         PlannedOperation(op.name, _result(program, op), place, _reason(plan, number, place))
         for number, (op, place) in enumerate(zip(program.ops, plan.places, strict=True))
     )
-    flops = Counter[str]()
+    flops = collections.Counter[str]()
     for op, place in zip(program.ops, plan.places, strict=True):
         flops[place] += _flops(program, op, B)
     loops = [stage for stage in plan.stages if isinstance(stage, Loop)]
@@ -102,6 +102,9 @@ def _result(program: Program, op: Op) -> str:
 
 
 def _reason(plan: StepPlan, number: int, place: str) -> str:
+    counting = {plan.recording.next_state[stage.leaf] for stage in plan.stages if isinstance(stage, Counter)}
+    if counting.intersection(plan.recording.program.ops[number].outputs):
+        return "only counts: what every copy receives of it is known beforehand"
     mapped = f"; step by step, as {plan.coupled[number]}" if number in plan.coupled and place != "through" else ""
     if place == "once":
         return "depends on parameters and context only"
@@ -143,6 +146,8 @@ _MOVES_ONLY = frozenset(
 
 def _flops(program: Program, op: Op, rows: int) -> int:
     if op.name.removeprefix("aten.").split(".")[0] in _MOVES_ONLY:
+        return 0
+    if not any(program.values[v].differentiable for v in (*op.inputs, *op.outputs) if v >= 0):
         return 0
     made = sum(prod(program.values[v].sizes(rows)) for v in op.outputs if v >= 0)
     if op.name.removeprefix("aten.").split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):

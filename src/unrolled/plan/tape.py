@@ -235,7 +235,7 @@ def _refuse_unrecordable(func: Any) -> None:
     tags = func.tags
     if torch.Tag.nondeterministic_seeded in tags:
         raise UnrecordableError(
-            f"it draws random numbers ({func}); dropout over time is a wrapper, outside of the cell"
+            f"it draws random numbers ({func}); dropout over time is a wrapper: DropoutCell, ZoneoutCell"
         )
     if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
         raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")

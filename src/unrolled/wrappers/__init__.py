@@ -1,0 +1,7 @@
+"""Wrappers: cells around cells. What they add is part of the step, so that everything that runs cells runs them."""
+
+from unrolled.wrappers.dropout import DropoutCell
+from unrolled.wrappers.seeded import SeededCell, SeededState
+from unrolled.wrappers.zoneout import ZoneoutCell
+
+__all__ = ["DropoutCell", "SeededCell", "SeededState", "ZoneoutCell"]
