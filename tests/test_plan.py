@@ -42,7 +42,9 @@ def test_a_two_layer_cell_has_two_loops_and_the_second_layers_projection_lies_be
     assert places_of(plan, "aten.t") == ["once"] * 5
 
 
-@pytest.mark.parametrize(("batch", "hidden", "place"), [(4, H, "through"), (1, H, "before"), (4, 400, "before")])
+@pytest.mark.parametrize(
+    ("batch", "hidden", "place"), [(4, H, "through"), (1, H, "through"), (1, 200, "before"), (4, 400, "before")]
+)
 def test_a_compiled_loop_also_does_the_projections_whose_weights_stay_in_its_cache(batch, hidden, place):
     plan = ur.unroll(ur.LSTMCell(I, hidden)).plan(torch.randn(T, batch, I))
     assert plan.engine == "native"
