@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -48,7 +49,7 @@ class LoopProgram:
         """Values that are handed on."""
         return self.program.inputs[self.counts[0] + self.counts[1] :]
 
-    @property
+    @cached_property
     def emitted(self) -> tuple[int, ...]:
         """Values that are kept of every step."""
         return self.program.outputs[: len(self.program.outputs) - self.counts[2] - len(self.totals)]

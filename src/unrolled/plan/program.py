@@ -77,7 +77,7 @@ class Op:
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[int, ...]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The operation as torch calls it: `aten.mm`."""
         if isinstance(self.target, Custom):
