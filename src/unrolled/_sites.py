@@ -1,0 +1,295 @@
+"""Sites: places in a traced program where a network is run, with what the trace must know of it beforehand.
+
+Whoever traces (a compiler, an export, a `vmap`) has tensors without numbers. A site is made on real ones of the same
+kind, by the plan book as for any call; so a site knows the plan, and with it the shapes of all results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unrolled._planbook import PlanBook
+from unrolled.bptt.run import run_plan
+from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
+from unrolled.engine import reference
+from unrolled.errors import CellError, OptionError
+from unrolled.plan.guards import fingerprint
+from unrolled.plan.plan import StepPlan
+from unrolled.plan.program import Size
+from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
+
+__all__ = ["Asked", "Kind", "Site", "held", "site_at", "site_of"]
+
+_STEPS = 2
+
+
+class Kind(NamedTuple):
+    """A tensor without its numbers; of its dimensions, T and B are not told, only that they lead."""
+
+    leading: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor, leading: int) -> Kind:
+        """What kind a tensor is."""
+        return cls(min(leading, tensor.dim()), tuple(map(int, tensor.shape[leading:])), tensor.dtype, tensor.device)
+
+    def sample(self, *sizes: int) -> Tensor:
+        """A tensor of this kind, its leading dimensions of these sizes; integers are zero, an index into anything."""
+        shape = torch.Size((*sizes[: self.leading], *self.shape))
+        if not self.dtype.is_floating_point and not self.dtype.is_complex:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.linspace(-0.5, 0.5, shape.numel(), dtype=self.dtype, device=self.device).view(shape)
+
+
+class Asked(NamedTuple):
+    """What a call passes: structures, each with the kinds of its leaves. A state without leaves is made by the cell."""
+
+    inputs: tuple[Structure, tuple[Kind, ...]]
+    state: tuple[Structure, tuple[Kind, ...]]
+    context: tuple[Structure, tuple[Kind, ...]]
+
+    def sample(self, cell: nn.Module, batch: int) -> tuple[Tree, Tree, Tree]:
+        """Inputs, state and context of these kinds, checked as those of any call are."""
+        inputs = unflatten(self.inputs[0], [kind.sample(_STEPS, batch) for kind in self.inputs[1]])
+        state, context = (
+            unflatten(structure, [kind.sample(batch) for kind in kinds]) for structure, kinds in self[1:]
+        )
+        check_context(cell, context, batch)
+        if state is None:
+            return inputs, map_leaves(Tensor.detach, make_state(cell, inputs, batch)), context
+        check_state(cell, state, inputs, batch)
+        return inputs, state, context
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where a network is run by the operator.
+
+    The operator's tensors are the leaves of inputs, state and context, and then the cell's parameters and buffers.
+
+    Attributes:
+        number: what the operator knows it by.
+        network: the plan book and the cell, held weakly.
+        plan: how it was recorded.
+        asked: what the call passes.
+        batch: the B that it was made with.
+    """
+
+    number: int
+    network: tuple[weakref.ref[PlanBook], weakref.ref[nn.Module]]
+    plan: StepPlan
+    asked: Asked
+    batch: int
+
+    @property
+    def structures(self) -> tuple[Structure, Structure]:
+        """Of the outputs and of the state."""
+        return self.plan.recording.structures[3], self.plan.recording.structures[1]
+
+    @property
+    def outputs(self) -> int:
+        """How many leaves the outputs have."""
+        return len(self.plan.recording.outputs)
+
+    @property
+    def given(self) -> int:
+        """How many of the tensors are leaves of inputs, state and context."""
+        return sum(self.plan.recording.counts)
+
+    @property
+    def folds(self) -> bool:
+        """Whether all that goes in and comes out has rows, and no operation couples them."""
+        recording = self.plan.recording
+        values = recording.program.values
+        ends = (*recording.program.inputs[: self.given], *recording.program.outputs)
+        rows = all(self.plan.rows.get(v) == 0 and values[v].shape[:1] == (Size(1, 0),) for v in ends)
+        return rows and not self.plan.coupled
+
+    def shapes(self, T: int, B: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the leaves of the outputs and of the last state; T and B may be symbols."""
+        recording = self.plan.recording
+        values = recording.program.values
+        found = [((T, *values[v].sizes(B)), values[v].dtype) for v in recording.outputs]
+        return found + [(values[v].sizes(B), values[v].dtype) for v in recording.next_state]
+
+    def run(self, tensors: Sequence[Tensor], *, by_reference: bool = False) -> list[Tensor]:
+        """The network as it is now, with these tensors in place of the cell's own: outputs' and last state's leaves.
+
+        Raises:
+            OptionError: if the network is gone.
+            CellError: if its results are no longer those that the surrounding program was traced with.
+        """
+        plans, cell = self.alive()
+        inputs, state, context = self._trees(tensors)
+
+        def call() -> tuple[Tree, Tree]:
+            plan = None if by_reference else plans.look_up(cell, inputs, state, context).plan
+            if plan is None:
+                outputs, last = reference.run(CheckedStep(cell, context), inputs, state)
+                return map_leaves(torch.clone, outputs), map_leaves(torch.clone, last)
+            _refuse_strays(plan, cell, tensors)
+            return run_plan(plan, cell, inputs, state, context, plans.runner)
+
+        results = leaves(call_with(cell, tensors[self.given :], call))
+        T, B = leaves(inputs)[0].shape[:2]
+        if not by_reference and [(tuple(x.shape), x.dtype) for x in results] != self.shapes(T, B):
+            raise self.outdated("other shapes of its results")
+        return results
+
+    def alive(self) -> tuple[PlanBook, nn.Module]:
+        """The plan book and the cell."""
+        plans, cell = (found() for found in self.network)
+        if plans is None or cell is None:
+            raise OptionError(
+                "a traced program runs the unrolled network that it was traced with, and that one is gone; "
+                "keep the network as long as the program"
+            )
+        return plans, cell  # type: ignore[return-value]
+
+    def outdated(self, what: str) -> CellError:
+        """The error for a cell that has changed since the surrounding program was traced, in what the trace knows."""
+        name = name_of(self.alive()[1])
+        return CellError(
+            f"a cell must stay what the program around it was traced with, but {name} has come to have {what}; "
+            "trace it again: torch.compiler.reset(), or export it anew"
+        )
+
+    def _trees(self, tensors: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+        remaining = iter(tensors)
+        structures, counts = self.plan.recording.structures[:3], self.plan.recording.counts
+        parts = [list(itertools.islice(remaining, count)) for count in counts]
+        inputs, state, context = (
+            unflatten(s, part) if s is not None else None for s, part in zip(structures, parts, strict=True)
+        )
+        return inputs, state, context
+
+    @lru_cache(maxsize=16)  # noqa: B019 (a site is small, and lives as long as its network)
+    def reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which tensors get a gradient where some want one, and which results have one; found on a sample."""
+        return _apart(lambda: self._reach(wanted))
+
+    def _reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        _, cell = self.alive()
+        given = [leaf for tree in self.asked.sample(cell, self.batch) for leaf in leaves(tree)]
+        given = [_real(t).requires_grad_(w) for t, w in zip([*given, *held(cell)], wanted, strict=True)]
+        results = self.run(given)
+        ends = [x for x in results if x.requires_grad]
+        by = [x for x in given if x.requires_grad]
+        grads = torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True) if ends else ()
+        reached = {id(x) for x, grad in zip(by, grads, strict=False) if grad is not None}
+        return tuple([id(x) in reached for x in given]), tuple([x.requires_grad for x in results])
+
+
+def held(cell: nn.Module) -> list[Tensor]:
+    """The cell's parameters and buffers, each once."""
+    return [*dict(cell.named_parameters()).values(), *dict(cell.named_buffers()).values()]
+
+
+def call_with(cell: nn.Module, tensors: Sequence[Tensor], call: Callable[[], Any]) -> Any:
+    """Call a function while the cell holds other tensors than its own."""
+    names = [name for name, _ in (*cell.named_parameters(), *cell.named_buffers())]
+    around = _Around(cell)
+    return torch.func.functional_call(around, {f"cell.{n}": t for n, t in zip(names, tensors, strict=True)}, (call,))
+
+
+class _Around(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
+def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -> None:
+    handed = {id(tensor) for tensor in tensors}
+    for external in plan.recording.externals:
+        tensor = external.fetch(cell)
+        if tensor.requires_grad and id(tensor) not in handed:
+            raise CellError(
+                f"a traced program gives gradients to parameters only, but {external.name} of {name_of(cell)} is "
+                "a plain tensor that needs one; make it an nn.Parameter"
+            )
+
+
+_SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_OF_BOOK: weakref.WeakKeyDictionary[PlanBook, dict[Any, Site]] = weakref.WeakKeyDictionary()
+_numbers, _making = itertools.count(1), threading.Lock()
+
+
+def site_at(number: int) -> Site:
+    """The site of a number.
+
+    Raises:
+        OptionError: if it is of another process, or its network is gone.
+    """
+    try:
+        return _SITES[number]
+    except KeyError:
+        raise OptionError(
+            f"a traced program runs the unrolled network that it was traced with, in the same process, and there is "
+            f"none of number {number}; keep the network as long as the program, and export it anew elsewhere"
+        ) from None
+
+
+def site_of(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int = 4) -> Site | None:
+    """The site for a call; None where the call has no plan, or is refused: it is then left as it is.
+
+    Args:
+        plans: the network's plan book.
+        cell: its cell.
+        asked: what the call passes.
+        batch: B, if it is known.
+    """
+    try:
+        key = (fingerprint(cell), weakref.ref(cell), asked, batch)
+        known = _OF_BOOK.setdefault(plans, {})
+        if key not in known:
+            known[key] = _apart(lambda: _made(plans, cell, asked, batch))
+            _SITES[known[key].number] = known[key]
+        return known[key]
+    except Exception:  # the call itself says it, with the numbers that it was given
+        return None
+
+
+def _made(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int) -> Site:
+    def look_up() -> StepPlan | None:
+        trees = asked.sample(cell, batch)
+        return plans.look_up(cell, *trees).plan
+
+    tensors = [_real(tensor).requires_grad_(tensor.requires_grad) for tensor in held(cell)]
+    plan = call_with(cell, tensors, look_up)
+    if plan is None:
+        raise OptionError("no plan")
+    call_with(cell, tensors, lambda: _refuse_strays(plan, cell, tensors))
+    return Site(next(_numbers), (weakref.ref(plans), weakref.ref(cell)), plan, asked, batch)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A tensor with numbers: this one, apart from its graph, or one of its kind if it is a stand-in."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        try:
+            tensor.data_ptr()
+            return tensor.detach()
+        except RuntimeError:
+            pass
+    return Kind.of(tensor, 0).sample()
+
+
+def _apart(call: Callable[[], Any]) -> Any:
+    """Call in a thread of its own: it starts with none of the modes of whoever is tracing here."""
+    with _making, ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
