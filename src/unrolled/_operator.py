@@ -1,30 +1,43 @@
-"""A whole run as one operator of torch, `unrolled::run`: for compilers, exports and `vmap` around an unrolled network."""
+"""A whole run as one operator of torch, `unrolled::run`: for compilers, exports and `vmap` around a network."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unrolled import sequence
-from unrolled._planbook import PlanBook
-from unrolled._sites import Asked, Kind, Site, held, site_at, site_of
-from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
+from unrolled._sites import Site, held, site_at
 
-__all__ = ["call", "run_mapped"]
+__all__ = ["OUTSIDE", "call", "operable", "operator"]
 
-_OUTSIDE = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+_NAMES = ("_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
+OUTSIDE = tuple(getattr(torch._C, name)() for name in _NAMES if hasattr(torch._C, name))
+"""What torch dispatches on where nothing is going on, as it is while this is imported."""
 
 
 def _outside() -> AbstractContextManager[None]:
     """Where autograd sees what is done, as it does outside of an operator."""
-    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*OUTSIDE)
     return guard
+
+
+@lru_cache(maxsize=1)
+def operable() -> bool:
+    """Whether this torch lets an operator use autograd inside; without it no call is made one."""
+    x = torch.ones(1, requires_grad=True)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            hidden = (x * 2).requires_grad
+            with _outside(), torch.enable_grad():
+                return not hidden and (x * 2).requires_grad
+    except (AttributeError, TypeError):
+        return False
 
 
 class _Tapes:
@@ -48,7 +61,7 @@ _TAPES = _Tapes()
 
 
 @torch.library.custom_op("unrolled::run", mutates_args=())
-def _run(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tensor]:
+def operator(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tensor]:
     at = site_at(site)
     with _outside():
         if any(wanted):
@@ -74,7 +87,7 @@ def _taped(at: Site, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple
     return (given, edges), results
 
 
-@_run.register_fake
+@operator.register_fake
 def _(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tensor]:
     T, B = tensors[0].shape[:2]
     results = [tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in site_at(site).shapes(T, B)]
@@ -106,8 +119,10 @@ def _run_backward(
 
 
 def _own(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=like.dtype, device=like.device) if grad is None else grad.clone(
-        memory_format=torch.contiguous_format
+    return (
+        torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        if grad is None
+        else grad.clone(memory_format=torch.contiguous_format)
     )
 
 
@@ -145,71 +160,10 @@ def _differentiable(ctx: Any, tensors: Sequence[Tensor], grads: Sequence[Tensor]
     return [next(found) if asked else None for asked in ctx.asked]
 
 
-_run.register_autograd(_backward, setup_context=_setup)
-
-
-@_run.register_vmap
-def _vmap(info: Any, in_dims: Any, tensors: list[Tensor], wanted: list[bool], site: int) -> tuple[Any, Any]:
-    """Fold the mapped dimension into the rows where rows are independent; else map the reference."""
-    at, dims = site_at(site), in_dims[0]
-    N, B = info.batch_size, at.batch
-    folded = site_of(*at.alive(), at.asked, N * B) if at.folds and not any(d is not None for d in dims[at.given :]) else None
-    if folded is None or folded.plan.recording != at.plan.recording:
-        mapped = torch.vmap(
-            lambda *given: tuple(at.run(given, by_reference=True)), in_dims=tuple(dims), randomness=info.randomness
-        )(*tensors)
-        return [*mapped, torch.zeros(1, dtype=torch.uint8)], [0] * len(mapped) + [None]
-    inputs = at.plan.recording.counts[0]
-    rows = [_with_rows(x, d, N, int(n < inputs)) for n, (x, d) in enumerate(zip(tensors, dims, strict=True)) if n < at.given]
-    *results, token = call(folded.number, [*rows, *tensors[at.given :]])
-    places = [int(n < at.outputs) for n in range(len(results))]
-    return [*(x.unflatten(p, (N, B)) for x, p in zip(results, places, strict=True)), token], [*places, None]
-
-
-def _with_rows(tensor: Tensor, dim: int | None, N: int, place: int) -> Tensor:
-    """The mapped dimension, of size N, folded into the rows at a place; what is not mapped is repeated."""
-    tensor = tensor.expand(N, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.movedim(0, place).flatten(place, place + 1)
+operator.register_autograd(_backward, setup_context=_setup)
 
 
 def call(site: int, tensors: list[Tensor]) -> list[Tensor]:
     """Call the operator: leaves of the outputs and of the last state, and the token of what was kept."""
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     return torch.ops.unrolled.run(tensors, wanted, site)
-
-
-def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
-    """Run a network inside of `vmap` as one operator; None where that is not to be had.
-
-    Args:
-        plans: the network's plan book.
-        cell: its cell.
-        inputs: `[T, B, ...]`.
-        state: what copy 0 receives.
-        context: what is the same at every step, or None.
-    """
-    if not _only_mapped():
-        return None
-    asked = Asked(_kinds(inputs, 2), _kinds(state, 1), _kinds(context, 1))
-    site = site_of(plans, cell, asked, sequence.sizes(inputs)[1])
-    if site is None or not site.folds:
-        return None
-    *results, _ = call(site.number, [*leaves(inputs), *leaves(state), *leaves(context), *held(cell)])
-    outputs, last = site.structures
-    return unflatten(outputs, results[: site.outputs]), unflatten(last, results[site.outputs :])
-
-
-def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[Kind, ...]]:
-    tensors, structure = flatten(tree)
-    return structure, tuple([Kind.of(tensor, leading) for tensor in tensors])
-
-
-def _only_mapped() -> bool:
-    """Whether the innermost transform of torch.func is `vmap`, and none around it is forward-mode."""
-    if _interpreters is None:
-        return False
-    names = [str(interpreter.key()).rpartition(".")[2] for interpreter in _interpreters() or ()]
-    return names[-1:] == ["Vmap"] and {*names} <= {"Vmap", "Grad"}
-
-
-_interpreters = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)

@@ -28,7 +28,7 @@ from unrolled.plan.plan import StepPlan
 from unrolled.plan.program import Size
 from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
 
-__all__ = ["Asked", "Kind", "Site", "held", "site_at", "site_of"]
+__all__ = ["Asked", "Kind", "Site", "apart", "call_with", "held", "site_at", "site_of"]
 
 _STEPS = 2
 
@@ -64,9 +64,7 @@ class Asked(NamedTuple):
     def sample(self, cell: nn.Module, batch: int) -> tuple[Tree, Tree, Tree]:
         """Inputs, state and context of these kinds, checked as those of any call are."""
         inputs = unflatten(self.inputs[0], [kind.sample(_STEPS, batch) for kind in self.inputs[1]])
-        state, context = (
-            unflatten(structure, [kind.sample(batch) for kind in kinds]) for structure, kinds in self[1:]
-        )
+        state, context = (unflatten(structure, [kind.sample(batch) for kind in kinds]) for structure, kinds in self[1:])
         check_context(cell, context, batch)
         if state is None:
             return inputs, map_leaves(Tensor.detach, make_state(cell, inputs, batch)), context
@@ -133,7 +131,7 @@ class Site:
             CellError: if its results are no longer those that the surrounding program was traced with.
         """
         plans, cell = self.alive()
-        inputs, state, context = self._trees(tensors)
+        inputs, state, context = self.trees(tensors)
 
         def call() -> tuple[Tree, Tree]:
             plan = None if by_reference else plans.look_up(cell, inputs, state, context).plan
@@ -157,7 +155,7 @@ class Site:
                 "a traced program runs the unrolled network that it was traced with, and that one is gone; "
                 "keep the network as long as the program"
             )
-        return plans, cell  # type: ignore[return-value]
+        return plans, cell
 
     def outdated(self, what: str) -> CellError:
         """The error for a cell that has changed since the surrounding program was traced, in what the trace knows."""
@@ -167,7 +165,8 @@ class Site:
             "trace it again: torch.compiler.reset(), or export it anew"
         )
 
-    def _trees(self, tensors: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+    def trees(self, tensors: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+        """Inputs, state and context of the operator's tensors."""
         remaining = iter(tensors)
         structures, counts = self.plan.recording.structures[:3], self.plan.recording.counts
         parts = [list(itertools.islice(remaining, count)) for count in counts]
@@ -179,7 +178,7 @@ class Site:
     @lru_cache(maxsize=16)  # noqa: B019 (a site is small, and lives as long as its network)
     def reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which tensors get a gradient where some want one, and which results have one; found on a sample."""
-        return _apart(lambda: self._reach(wanted))
+        return apart(lambda: self._reach(wanted))
 
     def _reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         _, cell = self.alive()
@@ -258,7 +257,7 @@ def site_of(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int = 4) -> S
         key = (fingerprint(cell), weakref.ref(cell), asked, batch)
         known = _OF_BOOK.setdefault(plans, {})
         if key not in known:
-            known[key] = _apart(lambda: _made(plans, cell, asked, batch))
+            known[key] = apart(lambda: _made(plans, cell, asked, batch))
             _SITES[known[key].number] = known[key]
         return known[key]
     except Exception:  # the call itself says it, with the numbers that it was given
@@ -289,7 +288,7 @@ def _real(tensor: Tensor) -> Tensor:
     return Kind.of(tensor, 0).sample()
 
 
-def _apart(call: Callable[[], Any]) -> Any:
+def apart(call: Callable[[], Any]) -> Any:
     """Call in a thread of its own: it starts with none of the modes of whoever is tracing here."""
     with _making, ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result()

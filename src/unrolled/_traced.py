@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
-from unrolled._operator import call
+from unrolled._mapped import transforms
+from unrolled._operator import call, operable
 from unrolled._planbook import PlanBook
-from unrolled._sites import Asked, Kind, held, site_of
+from unrolled._sites import Asked, Kind, apart, held, site_of
 from unrolled.cells.contract import floating_dtype
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
 __all__ = ["left_alone", "run_traced"]
 
 
-def run_traced(
-    plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree
-) -> tuple[Tree, Tree] | None:
+def run_traced(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
     """Put an unrolled network into the program that is being traced, as one operator.
 
     Args:
@@ -46,7 +45,7 @@ def run_traced(
     if state is None:
         state = cell.initial_state(B, device=given[0].device, dtype=floating_dtype(cell, given))
     rows = [*leaves(state), *leaves(context)]
-    if any([leaf.dim() > 0 and leaf.shape[0] != B for leaf in rows]):
+    if any(leaf.dim() > 0 and leaf.shape[0] != B for leaf in rows):
         return None
     *results, _ = call(site, [*given, *rows, *held(cell)])
     start, structure = flatten(state)
@@ -67,7 +66,7 @@ def left_alone(call: Callable[..., tuple[Tree, Tree]], inputs: Tree, state: Tree
 def _plain(tree: Tree, leading: int) -> tuple[Any, Any]:
     """A tree's structure and the kinds of its leaves out of plain tuples, which a trace can hold as constants."""
     tensors, structure = flatten(tree)
-    return _taken_apart(structure), tuple([_kind(tensor, leading) for tensor in tensors])
+    return _takenapart(structure), tuple([_kind(tensor, leading) for tensor in tensors])
 
 
 def _kind(tensor: Tensor, leading: int) -> tuple[int, tuple[int, ...], torch.dtype, torch.device]:
@@ -76,8 +75,8 @@ def _kind(tensor: Tensor, leading: int) -> tuple[int, tuple[int, ...], torch.dty
     return min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device
 
 
-def _taken_apart(structure: Structure) -> tuple[Any, ...]:
-    children = tuple([_taken_apart(child) for child in structure.children])
+def _takenapart(structure: Structure) -> tuple[Any, ...]:
+    children = tuple([_takenapart(child) for child in structure.children])
     return structure.kind, structure.keys, children, structure.order
 
 
@@ -92,7 +91,8 @@ def _put_together(plain: tuple[Any, ...]) -> Structure:
 @torch.compiler.assume_constant_result
 def _site(plans: PlanBook, cell: nn.Module, *trees: tuple[Any, Any]) -> int | None:
     inputs, state, context = ((_put_together(s), tuple([Kind(*k) for k in kinds])) for s, kinds in trees)
-    site = site_of(plans, cell, Asked(inputs, state, context))
+    # Inside of a transform the operator would have to be differentiated or mapped below autograd, which it is not.
+    site = site_of(plans, cell, Asked(inputs, state, context)) if apart(operable) and not transforms() else None
     if site is None:
         return None
     if site.number not in _OUTPUTS:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unrolled import sequence
-from unrolled._operator import run_mapped
+from unrolled._mapped import run_mapped
 from unrolled._planbook import PlanBook
 from unrolled.bptt.run import run_plan
 from unrolled.cells.adapted import as_cell
