@@ -49,8 +49,8 @@ class Model(nn.Module):
         super().__init__()
         self.before, self.rnn, self.after = nn.Linear(I, I), ur.unroll(cell, **options), nn.Linear(H, 2)
 
-    def forward(self, x: Tensor, *state: Any) -> tuple[Tensor, Any]:
-        outputs, last = self.rnn(torch.relu(self.before(x)), *state)
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        outputs, last = self.rnn(torch.relu(self.before(x)), state)
         return self.after(torch.relu(leaves(outputs)[0])), last
 
 
@@ -175,7 +175,7 @@ def test_results_of_another_shape_after_compiling_are_refused():
     fast = compiled(model)
     fast(x)
     model.rnn.cell.width = 2
-    with pytest.raises(ur.CellError, match="come to have other shapes.*torch.compiler.reset"):
+    with pytest.raises(ur.CellError, match=r"come to have other shapes.*torch\.compiler\.reset"):
         fast(x)
 
 
@@ -208,7 +208,7 @@ def test_errors_are_those_of_the_call():
     fast = compiled(rnn, fullgraph=False)
     with pytest.raises(ur.StateError, match="must be"):
         fast(torch.randn(5, 2, I), torch.zeros(3, H))
-    with pytest.raises(ur.CellError, match="copy 0"):
+    with pytest.raises(ur.InputError, match="I = 3"):
         fast(torch.randn(5, 2, I + 1))
 
 
@@ -216,7 +216,7 @@ def test_errors_are_those_of_the_call():
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_export_has_one_node_for_the_whole_recurrence(strict, dynamic):
     model = Model(ur.LSTMCell(I, H))
-    shapes = {"x": {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}, "state": ()} if dynamic else None
+    shapes = {"x": {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}} if dynamic else None
     program = torch.export.export(model, (torch.randn(5, 2, I),), dynamic_shapes=shapes, strict=strict)
     targets = [node.target for node in program.graph.nodes if "unrolled" in str(node.target)]
     assert targets == [torch.ops.unrolled.run.default]
@@ -236,7 +236,7 @@ def test_a_program_that_outlives_its_network_says_so():
 def test_torch_checks_the_operator():
     rnn = ur.unroll(Own())
     compiled(rnn)(torch.randn(5, 2, I))
-    site = next(site for site in _sites._SITES.values() if site.alive()[1] is rnn.cell)
+    site = next(site for site in _sites._SITES.values() if site.network[1]() is rnn.cell)
     state = rnn.cell.initial_state(2)["h"]
     tensors = [torch.randn(5, 2, I, requires_grad=True), state, *_sites.held(rnn.cell)]
     for wanted in ([t.requires_grad for t in tensors], [False] * len(tensors)):
@@ -248,7 +248,7 @@ def test_a_backward_whose_token_was_copied_runs_the_forward_again():
     rnn = ur.unroll(ur.GRUCell(I, H))
     x = torch.randn(5, 2, I)
     compiled(rnn)(x)
-    (site,) = (site for site in _sites._SITES.values() if site.alive()[1] is rnn.cell)
+    (site,) = (site for site in _sites._SITES.values() if site.network[1]() is rnn.cell)
     tensors = [x, torch.zeros(2, H), *(p.detach() for p in _sites.held(rnn.cell))]
     wanted = [True] * len(tensors)
     *results, token = torch.ops.unrolled.run(tensors, wanted, site.number)
@@ -276,7 +276,6 @@ def test_transforms_inside_of_a_compiled_function():
     calls = [
         lambda x: vmap(lambda y: rnn(y)[0])(x),
         lambda x: jvp(lambda y: rnn(y)[0], (x[0],), (x[1],)),
-        lambda x: grad(lambda y: rnn(y)[0].sum())(x[0]),
     ]
     for call in calls:
         assert_match(torch.compile(call, backend="eager")(xs), call(xs))

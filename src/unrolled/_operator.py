@@ -71,7 +71,13 @@ def operator(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tenso
             with torch.no_grad():
                 results = at.run(tensors)
             token = torch.zeros(1, dtype=torch.uint8)
-    return [*(result.detach().contiguous() for result in results), token]
+    return [*map(_plain, results), token]
+
+
+def _plain(result: Tensor) -> Tensor:
+    """Contiguous and at the start of its memory, as whoever traced it takes it to be; without a copy where it can be."""
+    result = result.detach().contiguous()
+    return torch.from_dlpack(result) if result.storage_offset() else result
 
 
 def _taped(at: Site, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Any, list[Tensor]]:

@@ -11,8 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +90,7 @@ class Site:
     plan: StepPlan
     asked: Asked
     batch: int
+    _reached: dict[tuple[bool, ...], Any] = field(default_factory=dict)
 
     @property
     def structures(self) -> tuple[Structure, Structure]:
@@ -175,10 +175,11 @@ class Site:
         )
         return inputs, state, context
 
-    @lru_cache(maxsize=16)  # noqa: B019 (a site is small, and lives as long as its network)
     def reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which tensors get a gradient where some want one, and which results have one; found on a sample."""
-        return apart(lambda: self._reach(wanted))
+        if wanted not in self._reached:
+            self._reached[wanted] = apart(lambda: self._reach(wanted))
+        return self._reached[wanted]
 
     def _reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         _, cell = self.alive()
