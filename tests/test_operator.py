@@ -131,6 +131,14 @@ def test_every_engine_inside(engine):
     assert_same(numbers(compiled(model), model, x), numbers(model, model, x))
 
 
+@pytest.mark.parametrize("kind", [ur.RNN, ur.LSTM, ur.GRU])
+def test_layers(kind):
+    layer = kind(I, H, batch_first=True)
+    x = torch.randn(2, 5, I)
+    assert_same(numbers(compiled(layer), layer, x), numbers(layer, layer, x))
+    assert layer.unrolled.plan(x).engine != "reference"
+
+
 def test_frozen_weights_get_no_gradient():
     model = Model(ur.GRUCell(I, H))
     model.rnn.cell.weight_hh.requires_grad_(False)

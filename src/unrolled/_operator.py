@@ -1,4 +1,9 @@
-"""A whole run as one operator of torch, `unrolled::run`: for compilers, exports and `vmap` around a network."""
+"""A whole run as one operator of torch, `unrolled::run`: for compilers, exports and `vmap` around a network.
+
+A forward run whose gradients are wanted keeps its graph, as an eager call does: nothing is computed twice. The graph
+stays here, under a token that is one of the operator's results, and goes when the traced program lets go of the token.
+A second derivative goes through the reference; a forward-mode one is torch's own error.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +80,7 @@ def operator(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tenso
 
 
 def _plain(result: Tensor) -> Tensor:
-    """Contiguous and at the start of its memory, as whoever traced it takes it to be; without a copy where it can be."""
+    """Contiguous and at the start of its memory, as the trace takes it to be; without a copy where that can be."""
     result = result.detach().contiguous()
     return torch.from_dlpack(result) if result.storage_offset() else result
 
@@ -125,11 +130,9 @@ def _run_backward(
 
 
 def _own(grad: Tensor | None, like: Tensor) -> Tensor:
-    return (
-        torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        if grad is None
-        else grad.clone(memory_format=torch.contiguous_format)
-    )
+    if grad is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 @_run_backward.register_fake
