@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import unrolled as ur
-from benchmarks.timing import Target, in_turn
+from benchmarks.timing import Target, in_turn, seconds
 
 __all__ = ["targets"]
 
@@ -82,6 +82,31 @@ class TwoLayers(nn.Module):
         return self.head(hidden), (first, second)
 
 
+def arithmetic(shape: Shape, products: Sequence[tuple[int, int]]) -> Step:
+    """The three products of each weight `[K, N]`, and nothing else: forward, gradient of the rows, of the weight."""
+    T, B, _, _ = shape
+    given = [
+        (torch.randn(B, K), torch.randn(K, N), torch.randn(B, N), torch.randn(T * B, K), torch.randn(T * B, N))
+        for K, N in products
+    ]
+
+    def step() -> None:
+        for rows, weight, grad, all_rows, all_grads in given:
+            for _ in range(T):
+                torch.mm(rows, weight)
+            for _ in range(T):
+                torch.mm(grad, weight.t())
+            torch.mm(all_rows.t(), all_grads)
+
+    return step
+
+
+def _products(title: str, shape: Shape) -> list[tuple[int, int]]:
+    _, _, I, H = shape
+    first = [(I, 4 * H), (H, 4 * H)]
+    return first if title == "LayerNorm LSTM" else [*first, (H, 3 * H), (H, 3 * H), (H, H)]
+
+
 def _against_torch(kind: str, shape: Shape, run: Callable[[nn.Module, torch.Tensor], Step], rounds: int) -> float:
     T, B, I, H = shape
     inputs = torch.randn(T, B, I)
@@ -90,11 +115,23 @@ def _against_torch(kind: str, shape: Shape, run: Callable[[nn.Module, torch.Tens
     return a / b
 
 
-def _against_loop(make: Callable[[int, int], nn.Module], shape: Shape, rounds: int) -> float:
+def _against_loop(title: str, make: Callable[[int, int], nn.Module], shape: Shape, rounds: int) -> tuple[float, float]:
+    """Ours over the cell's own loop, and over its arithmetic."""
     T, B, I, H = shape
     inputs, cell = torch.randn(T, B, I), make(I, H)
-    a, b = in_turn(training(ur.unroll(cell), inputs), training(UnbindLoop(cell), inputs), rounds=rounds)
-    return a / b
+    ours, loop = training(ur.unroll(cell), inputs), training(UnbindLoop(cell), inputs)
+    a, b, c = in_turn(ours, loop, arithmetic(shape, _products(title, shape)), rounds=rounds)
+    return a / b, a / c
+
+
+def _against_compiled() -> Iterator[Target]:
+    """LayerNorm LSTM at (100, 32, 128, 128) against its loop under torch.compile: time of a step, and preparation."""
+    inputs, cell = torch.randn(100, 32, 128), ur.LayerNormLSTMCell(128, 128)
+    ours, theirs = training(ur.unroll(cell), inputs), training(torch.compile(UnbindLoop(cell)), inputs)
+    ready, compiled = seconds(ours), seconds(theirs)
+    a, b = in_turn(ours, theirs)
+    yield Target("LayerNorm LSTM (100, 32, 128, 128) / its loop under torch.compile: time", a / b, 0.6)
+    yield Target("the same: preparation", ready / compiled, 1 / 40)
 
 
 TORCH = [
@@ -117,7 +154,12 @@ def targets(rounds: int = 7) -> Iterator[Target]:
             yield Target(f"{kind} {title}, {name} shapes / torch.nn.{kind}", geometric_mean(ratios), most)
     for title, make in (("LayerNorm LSTM", ur.LayerNormLSTMCell), ("two layers with head", TwoLayers)):
         for name, shapes, most in (("large", LARGE, 0.50), ("small", SMALL, 0.06)):
-            ratios = [_against_loop(make, shape, max(3, rounds // 2)) for shape in shapes]
-            for shape, ratio in zip(shapes, ratios, strict=True):
-                yield Target(f"  {title} training {shape} / its own loop", ratio, None)
-            yield Target(f"{title} training, {name} shapes / its own loop", geometric_mean(ratios), most)
+            ratios = [_against_loop(title, make, shape, max(3, rounds // 2)) for shape in shapes]
+            for shape, (of_loop, of_floor) in zip(shapes, ratios, strict=True):
+                yield Target(f"  {title} training {shape} / its own loop", of_loop, None)
+                yield Target(f"  {title} training {shape} / its arithmetic", of_floor, None)
+            loops, floors = zip(*ratios, strict=True)
+            yield Target(f"{title} training, {name} shapes / its own loop", geometric_mean(loops), most)
+            if name == "large":
+                yield Target(f"{title} training, H >= 128 / its arithmetic", geometric_mean(floors), 1.5)
+    yield from _against_compiled()

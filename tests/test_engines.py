@@ -596,7 +596,7 @@ def test_cells_that_the_native_engine_runs(name):
 
 def test_a_two_layer_cell_has_two_loops_and_its_products_with_inputs_in_none():
     cell, x = TwoLayerCell(), torch.randn(2, I, dtype=F64)
-    plan = plan_step(cell, x, cell.initial_state(2, dtype=F64), None, 2)
+    plan = plan_step(cell, x, cell.initial_state(2, dtype=F64), None, 2, (True,))
     assert sum(loop is not None for loop in plan.loops) == 2
     ops = zip(plan.recording.program.ops, plan.places, strict=True)
     products = [place for op, place in ops if op.name in ("aten.mm", "aten.addmm")]
@@ -807,3 +807,26 @@ class SpecialCell(UserCell):
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.f = f
+
+
+class Scaled(nn.Module):
+    """A weight for each row's own product: its gradient is no product that contracts the rows of all steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(4, 4) / 4), nn.Parameter(torch.zeros(4))
+
+    def initial_state(self, batch_size, device=None, dtype=None):
+        return torch.zeros(batch_size, 4, dtype=dtype)
+
+    def forward(self, input, state):
+        state = torch.tanh(input + (self.weight.cumsum(0) * state.mean(0).cos()).sum(1) + self.shift)
+        return state, state
+
+
+@pytest.mark.parametrize("steps", [1, 7, 64])
+def test_gradients_without_a_contraction_are_added_up_in_chunks(steps, monkeypatch):
+    monkeypatch.setattr("unrolled.bptt.batched.CHUNK_BYTES", 300)
+    cell, x = Scaled().double(), torch.randn(steps, 3, 4, dtype=F64)
+    assert decision(cell, x, "eager").engine == "eager"
+    assert_as_reference(cell, x, engine="eager")

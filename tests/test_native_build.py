@@ -118,6 +118,14 @@ def test_without_a_compiler_the_eager_engine_runs_and_the_decision_says_so(tmp_p
     said = ran(tmp_path / "unrolled", CC="/nonexistent", PATH="")
     assert "engine: eager" in said
     assert "compiler" in said
+    assert said.partition("warned:")[2].count("slower: there is no C compiler") == 1
+
+
+def test_without_a_compiler_it_is_said_once_however_many_networks_there_are(tmp_path):
+    program = PROGRAM.replace(
+        "    outputs, state = rnn(x)", "    ur.unroll(ur.GRUCell(3, 5).double())(x)\n    outputs, state = rnn(x)"
+    )
+    assert ran(tmp_path / "unrolled", program, CC="/nonexistent", PATH="").count("slower: there is no C compiler") == 1
 
 
 def _fake_compiler(folder: Path, script: str) -> str:
@@ -204,7 +212,7 @@ from unrolled.plan.plan import plan_step
 
 cell = ur.GRUCell(3, 5)
 x, h = torch.randn(2, 3), torch.randn(2, 5)
-plan = plan_step(cell, x, h, None, 2)
+plan = plan_step(cell, x, h, None, 2, (True,))
 (loop,) = [loop for loop in plan.loops if loop is not None]
 values = loop.program.values
 sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]

@@ -36,14 +36,34 @@ def places_of(plan, name):
 
 
 def test_a_two_layer_cell_has_two_loops_and_the_second_layers_projection_lies_between_them():
-    plan = ur.unroll(TwoLayers()).plan(torch.randn(T, B, I))
+    plan = ur.unroll(TwoLayers(), engine="eager").plan(torch.randn(T, B, I))
     assert plan.loops == 2
     assert places_of(plan, "aten.addmm") == ["before", "through", "before", "through", "after"]
     assert places_of(plan, "aten.t") == ["once"] * 5
 
 
+@pytest.mark.parametrize(("batch", "hidden", "place"), [(4, H, "through"), (1, H, "before"), (4, 400, "before")])
+def test_a_compiled_loop_also_does_the_projections_whose_weights_stay_in_its_cache(batch, hidden, place):
+    plan = ur.unroll(ur.LSTMCell(I, hidden)).plan(torch.randn(T, batch, I))
+    assert plan.engine == "native"
+    assert places_of(plan, "aten.addmm") == [place, "through"]
+    assert ("light enough" in str(plan)) == (place == "through")
+
+
+def test_the_sums_over_rows_and_steps_of_a_compiled_loop_are_those_of_the_reference():
+    cell, x = ur.LayerNormLSTMCell(I, 40).double(), torch.randn(9, 5, I, dtype=torch.float64)
+    rnn = ur.unroll(cell)
+    rnn(x)[0].square().sum().backward()
+    ours = [p.grad.clone() for p in cell.parameters()]
+    cell.zero_grad()
+    ur.unroll(cell, engine="reference")(x)[0].square().sum().backward()
+    assert rnn.plan(x).engine == "native"
+    for grad, parameter in zip(ours, cell.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_flops_and_bytes_are_those_of_the_cell():
-    plan = ur.unroll(ur.RNNCell(I, H)).plan(torch.randn(T, B, I))
+    plan = ur.unroll(ur.RNNCell(I, H), engine="eager").plan(torch.randn(T, B, I))
     flops = dict(plan.flops)
     assert flops["before"] == 2 * B * I * H
     assert flops["through"] == 2 * B * H * H + B * H + B * H  # product, sum, tanh

@@ -1,5 +1,6 @@
 """The main job on a small real text: it learns, it can be stopped, and bad input is told apart."""
 
+import functools
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unrolled import unroll
 from unrolled.cli import main
 from unrolled.errors import ConfigError, DataError, DivergedError, OptionError, RunError
 from unrolled.train.baselines import context_model_bits, entropy_bits, xz_bits
@@ -32,6 +34,7 @@ from unrolled.train.windows import each_window, window_count
 TOPICS = pydoc_data.topics.topics
 SMALL = "\n".join(TOPICS[name] for name in ("for", "while", "if", "with", "try", "function", "class"))
 QUICK = {"hidden_size": 64, "embedding_size": 16, "window": 32, "batch": 16, "epochs": 4, "learning_rate": 1e-2}
+BUILT_IN = "\n".join(TOPICS.values())
 TINY = {"hidden_size": 4, "embedding_size": 4, "window": 16, "batch": 4, "epochs": 1}
 
 
@@ -109,6 +112,34 @@ def test_the_same_seed_gives_the_same_model_and_a_loaded_run_the_same_score(cell
     config, loaded, vocabulary = load_run(tmp_path / "a")
     numbers = vocabulary.encode(split.test)
     assert bits_per_character(loaded, numbers, config) == bits_per_character(models[0], numbers, config)
+
+
+class FirstUpdates:
+    """Stops a training after so many updates, and keeps their losses."""
+
+    def __init__(self, most):
+        self.most, self.losses = most, []
+
+    def updated(self, update):
+        self.losses.append(update.loss)
+        if len(self.losses) == self.most:
+            raise KeyboardInterrupt
+
+    def epoch_ended(self, epoch):
+        pass
+
+
+def test_the_first_50_updates_on_the_default_engine_have_the_losses_of_the_reference(tmp_path, monkeypatch):
+    split = split_text(BUILT_IN, batch=32, window=64)
+    losses = {}
+    for engine in ("auto", "reference"):
+        monkeypatch.setattr("unrolled.train.model.unroll", functools.partial(unroll, engine=engine))
+        config, watcher = TrainConfig(out=str(tmp_path / engine)), FirstUpdates(50)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, split, create_run(config), watcher)
+        losses[engine] = watcher.losses
+    assert losses["auto"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["auto"][-1] < 0.9 * losses["auto"][0]
 
 
 def test_the_state_is_carried_from_window_to_window(monkeypatch, tmp_path):

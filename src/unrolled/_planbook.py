@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +77,11 @@ class PlanBook:
             return Decision(None, "reference", why)
         try:
             guards = (fingerprint(cell), _shapes(inputs, 2), _shapes(state, 1), _shapes(context, 1))
+            needing = _needing(inputs, context)
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
         # A step may do something else for some batch sizes, which a recording at two others does not show.
-        key = (guards, sequence.sizes(inputs)[1])
+        key = (guards, needing, sequence.sizes(inputs)[1])
         known = self._entries.get(key)
         if known is None or not _still_fits(known.plan, cell):
             self._entries[key] = self._decide(cell, inputs, state, context)
@@ -87,12 +90,12 @@ class PlanBook:
         return self._entries[key]
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
+        needing = _needing(inputs, context)
         try:
             with torch.inference_mode(False), random_numbers_kept():
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
-                plan = self._recorded(cell, inputs, state, context)
-                slower = self.runner.why_not_native(_training_loops(plan), sequence.device_of(inputs))
-                _compare(plan, cell, inputs, state, context, self.runner)
+                plan, slower = self._planned(cell, inputs, state, context, needing)
+                _compare(plan, cell, inputs, state, context, self.runner, needing)
         except UnrecordableError as error:
             return self._told(Decision(None, "reference", str(error)))
         except Exception as error:  # a cell that fails is told by the reference, which names the copy
@@ -101,13 +104,27 @@ class PlanBook:
             return self._told(Decision(plan, "eager", "; ".join(slower)))
         return Decision(plan, "native", "every loop is emitted as C")
 
-    def _recorded(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> StepPlan:
+    def _planned(
+        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]
+    ) -> tuple[StepPlan, list[str]]:
+        """A plan, and why not all of its loops run natively; fused if that is what all of them do."""
+        device = sequence.device_of(inputs)
+        if not self.runner.why_not_native((), device):
+            plan = self._recorded(cell, inputs, state, context, needing, fuse=True)
+            if not self.runner.why_not_native(_training_loops(plan), device):
+                return plan, []
+        plan = self._recorded(cell, inputs, state, context, needing, fuse=False)
+        return plan, self.runner.why_not_native(_training_loops(plan), device)
+
+    def _recorded(
+        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...], *, fuse: bool
+    ) -> StepPlan:
         """Record on a twin; twice if the step writes attributes: only if that changes nothing are they scratch."""
         first, batch, twin = map_leaves(lambda x: x[0], inputs), sequence.sizes(inputs)[1], twin_of(cell)
-        plan = plan_step(twin, first, state, context, batch)
+        plan = plan_step(twin, first, state, context, batch, needing, fuse=fuse)
         scratch = scratch_of(cell, twin)
         if scratch:
-            again = plan_step(twin, first, state, context, batch)
+            again = plan_step(twin, first, state, context, batch, needing, fuse=fuse)
             scratch_of(cell, twin)
             read = {external.attribute for external in plan.recording.externals}
             if again.recording != plan.recording or read.intersection(scratch):
@@ -115,13 +132,20 @@ class PlanBook:
         return plan
 
     def _told(self, decision: Decision) -> Decision:
-        """Say it where another engine was asked for by name than the one that is taken."""
+        """Say it where another engine runs than the one that was asked for by name, and where there is no compiler."""
+        if self._engine == "auto" and self.runner.no_compiler and not self._quiet:
+            _say_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
         if not self._quiet and self._engine not in ("auto", decision.engine):
             warnings.warn(
                 f"engine={self._engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
                 stacklevel=2,
             )
         return decision
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
@@ -144,6 +168,11 @@ def _training_loops(plan: StepPlan) -> list[LoopProgram]:
     return forward + backward
 
 
+def _needing(inputs: Tree, context: Tree) -> tuple[bool, ...]:
+    """For each leaf of inputs and context whether it requires a gradient."""
+    return tuple([leaf.requires_grad for tree in (inputs, context) for leaf in leaves(tree)])
+
+
 def _shapes(tree: Tree, leading: int) -> Any:
     """What of a tree a program depends on: all but T and B."""
     if tree is None:
@@ -152,11 +181,20 @@ def _shapes(tree: Tree, leading: int) -> Any:
     return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
 
 
-def _compare(plan: StepPlan, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, runner: LoopRunner) -> None:
+def _compare(
+    plan: StepPlan,
+    cell: nn.Module,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    runner: LoopRunner,
+    needing: Sequence[bool],
+) -> None:
     """Two real steps, values and gradients, by the plan and by the cell itself."""
     twin = twin_of(cell)
     with torch.enable_grad():
-        sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x])), inputs)
+        needed = iter(needing)
+        sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(needed)), inputs)
         start = map_leaves(_leaf, state)
         planned = _tensors(run_plan(plan, twin, sample, start, context, runner), twin, sample, start)
         truth = _tensors(reference.run(CheckedStep(twin, context), sample, start), twin, sample, start)
@@ -171,9 +209,9 @@ def _compare(plan: StepPlan, cell: nn.Module, inputs: Tree, state: Tree, context
             raise UnrecordableError("its recording does not give the numbers of the cell itself")
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
     copy = tensor.detach().clone()
-    return copy.requires_grad_() if copy.is_floating_point() else copy
+    return copy.requires_grad_() if needed and copy.is_floating_point() else copy
 
 
 def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tree) -> list[Tensor | None]:
@@ -185,7 +223,7 @@ def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tr
         if t.requires_grad
     ]
     by = [t for t in (*leaves(inputs), *leaves(state), *cell.parameters()) if t.requires_grad]
-    grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else ()
+    grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else [None] * len(by)
     return [*found, *grads]
 
 

@@ -18,6 +18,9 @@ __all__ = ["Batched", "Entry"]
 Entry: TypeAlias = Tensor | Timed | Summed
 """What is known of a value over a segment: a tensor where it is the same at every step."""
 
+CHUNK_BYTES = 32 << 20
+"""How much is held of the steps' shares of a gradient that no product contracts, before they are added up."""
+
 Affine: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
 
 
@@ -103,8 +106,25 @@ class Batched:
         def once(*values: Tensor) -> tuple[Tensor, ...]:
             return tuple(r for r in run_op(op, dict(zip(given, values, strict=True)), self.batch) if r is not None)
 
-        run = _one_by_one(once, dims, self.steps) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
+        run = _one_by_one(once, dims) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
+        if self.sums.issuperset(v for v in op.outputs if v >= 0):
+            return [Summed(total) for total in self._in_chunks(op, run, tensors, dims)]
         return [Timed(result, self.steps) for result in run(*tensors)]
+
+    def _in_chunks(
+        self, op: Op, run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Sequence[int | None]
+    ) -> list[Tensor]:
+        """The sums over all steps of an operation's results, of which no more than a few are held at a time."""
+        bytes_of_step = sum(self.program.values[v].bytes(self.batch) for v in op.outputs if v >= 0)
+        many = max(1, CHUNK_BYTES // max(bytes_of_step, 1))
+        totals: list[Tensor] = []
+        for start in range(0, self.steps, many):
+            pieces = [
+                tensor[start : start + many] if dim == 0 else tensor for tensor, dim in zip(tensors, dims, strict=True)
+            ]
+            added = [result.sum(0) for result in run(*pieces)]
+            totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
+        return totals
 
     def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation that is linear in what was summed."""
@@ -120,10 +140,9 @@ class Batched:
         return entry * self.steps
 
 
-def _one_by_one(
-    function: Callable[..., tuple[Tensor, ...]], dims: Sequence[int | None], steps: int
-) -> Callable[..., list[Tensor]]:
+def _one_by_one(function: Callable[..., tuple[Tensor, ...]], dims: Sequence[int | None]) -> Callable[..., list[Tensor]]:
     def run(*tensors: Tensor) -> list[Tensor]:
+        steps = next(len(tensor) for tensor, dim in zip(tensors, dims, strict=True) if dim == 0)
         columns = [
             tensor.unbind(0) if dim == 0 else [tensor] * steps for tensor, dim in zip(tensors, dims, strict=True)
         ]

@@ -101,6 +101,8 @@ class Stages:
             reverse=self.reverse,
         )
         env.update({v: Timed(tensor, steps) for v, tensor in zip(loop.emitted, walk.emitted, strict=True)})
+        for (_, value), total in zip(loop.totals, walk.totals, strict=True):
+            env[value] = Summed(total.view(self.batched.program.values[value].sizes(self.batched.batch)))
         for number, leaf in enumerate(stage.leaves):
             if self.state[leaf] in self.read:
                 env[self.state[leaf]] = Timed(walk.received(number), steps)

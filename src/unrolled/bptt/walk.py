@@ -22,11 +22,13 @@ class Walk:
         emitted: the emitted values, `[T, ...]` each.
         last: the states after the last step walked.
         received: for each state what every step received, `[T, ...]`; made when it is asked for.
+        totals: the sums over all rows and steps.
     """
 
     emitted: Sequence[Tensor]
     last: Sequence[Tensor]
     received: Callable[[int], Tensor]
+    totals: Sequence[Tensor] = ()
 
 
 class LoopRunner(Protocol):

@@ -23,6 +23,7 @@ class Runner:
 
     def __init__(self, use_native: bool) -> None:
         self.use_native = use_native
+        self.no_compiler = ""  # why loops cannot be compiled here at all
         self._refused: dict[LoopProgram, str] = {}
 
     def why_not_native(self, loops: Iterable[LoopProgram], device: torch.device) -> list[str]:
@@ -42,7 +43,7 @@ class Runner:
             except native.UnsupportedError as error:
                 self._refused[loop] = f"the native engine does not emit {error}"
             except native.BuildError as error:
-                self._refused[loop] = str(error)
+                self._refused[loop] = self.no_compiler = str(error)
         return self._refused[loop]
 
     def affine(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor | None:

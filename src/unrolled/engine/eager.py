@@ -29,12 +29,15 @@ def run_loop(
     many = len(loop.emitted)
     columns = [tensor.unbind(0) for tensor in sequences]
     emitted: list[Tensor] = []
+    totals: list[Tensor] = []
     for t in reversed(range(steps)) if reverse else range(steps):
         results = step(batch, *(column[t] for column in columns), *fixed, *states)
         if not emitted:
             emitted = [torch.empty((steps, *r.shape), dtype=r.dtype, device=r.device) for r in results[:many]]  # type: ignore[union-attr]
         for kept, result in zip(emitted, results, strict=False):
             kept[t].copy_(result)
-        states = results[many:]
+        added = [result.sum(0) for result in results[many : many + len(loop.totals)]]  # type: ignore[union-attr]
+        totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
+        states = results[many + len(loop.totals) :]
     places = [loop.emitted.index(value) for value in loop.next_states]
-    return Walk(emitted, states, lambda state: shifted(first[state], emitted[places[state]], reverse=reverse))
+    return Walk(emitted, states, lambda state: shifted(first[state], emitted[places[state]], reverse=reverse), totals)

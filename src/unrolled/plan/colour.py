@@ -27,10 +27,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class Loop:
-    """Operations on a cycle through time, and the state's leaves that they hand on."""
+    """Operations on a cycle through time, and the state's leaves that they hand on.
+
+    Totals are operations that add up over the rows what the loop made; it adds their results up over the steps.
+    """
 
     ops: tuple[int, ...]
     leaves: tuple[int, ...]
+    totals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

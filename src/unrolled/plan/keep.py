@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 
 from unrolled.plan.program import Op
 
-__all__ = ["made_again"]
+__all__ = ["LIGHT", "made_again"]
 
-_LIGHT = frozenset(
+LIGHT = frozenset(
     """
     tanh sigmoid relu exp neg abs reciprocal add sub rsub mul div where gt ge lt le eq ne logical_not logical_and
     logical_or bitwise_not bitwise_and clamp clamp_min clamp_max _to_copy maximum minimum square
@@ -45,4 +45,4 @@ def made_again(ops: Collection[Op], read: Sequence[int], there: Collection[int])
 
 
 def _is_light(op: Op) -> bool:
-    return op.name.removeprefix("aten.").partition(".")[0] in _LIGHT and len(op.outputs) == 1
+    return op.name.removeprefix("aten.").partition(".")[0] in LIGHT and len(op.outputs) == 1

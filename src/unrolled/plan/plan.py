@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled.plan.backward import Backward, colour_backward, derive_backward
 from unrolled.plan.colour import Loop, Stage, colour, places, read_outside
-from unrolled.plan.loops import Backward, LoopProgram, cut_loop, derive_backward, once_each, sample_values
+from unrolled.plan.fuse import fused
+from unrolled.plan.loops import LoopProgram, cut_loop, once_each, sample_values
 from unrolled.plan.program import dependents
 from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
 from unrolled.plan.rows import find_rows
@@ -65,6 +67,7 @@ class StepPlan:
         coupled: operations that are not proved to act row by row, and why.
         read: states that are read outside of the loop that hands them on.
         handed: for each output that a loop makes the number of its copy, which is the caller's alone.
+        beside: operations that a loop does beside what it must.
     """
 
     recording: Recording
@@ -76,9 +79,19 @@ class StepPlan:
     coupled: Mapping[int, str]
     read: frozenset[int]
     handed: Mapping[int, int]
+    beside: frozenset[int]
 
 
-def plan_step(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, batch_size: int) -> StepPlan:
+def plan_step(
+    cell: nn.Module,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    batch_size: int,
+    needing: Sequence[bool],
+    *,
+    fuse: bool = False,
+) -> StepPlan:
     """Record a cell's step and colour it.
 
     Args:
@@ -87,6 +100,8 @@ def plan_step(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, batch_s
         state: the state it receives.
         context: its context, or None.
         batch_size: B.
+        needing: for each leaf of inputs and context whether its gradient is asked for.
+        fuse: whether loops are compiled, and also do the light work beside them.
 
     Raises:
         UnrecordableError: if the step cannot be recorded; the message says why.
@@ -95,16 +110,23 @@ def plan_step(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, batch_s
     structures = [structure for _, structure in trees]
     samples = [Sample(*(sample_rows(leaves, batch_size, n) for leaves, _ in trees)) for n in ROWS]
     recording = record_step(cell, (samples[0], samples[1]), structures)
-    return _coloured(cell, recording, samples)
+    given = (*recording.inputs, *recording.fixed)
+    externals = [external.fetch(cell).requires_grad for external in recording.externals]
+    asked = {v for v, needed in zip(given, [*needing, *externals], strict=True) if needed}
+    return _coloured(cell, recording, samples, asked, batch_size if fuse else None)
 
 
-def _coloured(cell: nn.Module, recording: Recording, samples: Sequence[Sample]) -> StepPlan:
+def _coloured(
+    cell: nn.Module, recording: Recording, samples: Sequence[Sample], asked: set[int], batch_size: int | None
+) -> StepPlan:
     program = recording.program
-    stages = tuple(colour(program, recording.state, recording.next_state, recording.inputs))
+    apart = colour(program, recording.state, recording.next_state, recording.inputs)
     changing = dependents(program.ops, {*recording.inputs, *recording.state})
     fixed = {v for v in range(len(program.values)) if v not in changing}
     seeds = {v: 0 for v in (*recording.inputs, *recording.state, *recording.fixed) if _has_rows(program.values[v])}
     rows, coupled = find_rows(program, seeds)
+    stages = tuple(apart if batch_size is None else fused(program, apart, coupled, fixed, batch_size))
+    needing = dependents(program.ops, {*asked, *recording.state})
     values = [_values(cell, recording, sample, n) for sample, n in zip(samples, ROWS, strict=True)]
     read = read_outside(program, stages, recording.state)
     handed = _handed(recording, stages)
@@ -116,12 +138,17 @@ def _coloured(cell: nn.Module, recording: Recording, samples: Sequence[Sample]) 
         for stage in stages
     ]
     planned = {
-        loop: _with_backward(loop, wanted[stage], values, rows)
+        loop: _with_backward(loop, wanted[stage], needing, values, rows, batch_size)
         for stage, loop in zip(stages, cut, strict=True)
         if isinstance(stage, Loop) and loop is not None
     }
     found = tuple(places(program, stages))
-    return StepPlan(recording, stages, tuple(cut), planned, found, rows, coupled, read, handed)
+    beside = frozenset(_loop_ops(stages) - _loop_ops(apart))
+    return StepPlan(recording, stages, tuple(cut), planned, found, rows, coupled, read, handed, beside)
+
+
+def _loop_ops(stages: Sequence[Stage]) -> set[int]:
+    return {n for stage in stages if isinstance(stage, Loop) for n in stage.ops}
 
 
 def _has_rows(value: Any) -> bool:
@@ -151,21 +178,25 @@ def _wanted(recording: Recording, loop: Loop, read: frozenset[int], handed: Mapp
 
 
 def _with_backward(
-    loop: LoopProgram, wanted: set[int], values: Sequence[Mapping[int, Tensor]], rows: Mapping[int, int]
+    loop: LoopProgram,
+    wanted: set[int],
+    needing: set[int],
+    values: Sequence[Mapping[int, Tensor]],
+    rows: Mapping[int, int],
+    batch_size: int | None,
 ) -> PlannedLoop:
-    forward, widened, backward = derive_backward(loop, wanted, values, ROWS)
-    program = backward.program
+    forward, widened, step = derive_backward(loop, wanted, needing, values, ROWS)
     by_position = dict(zip(widened.program.inputs, loop.program.inputs, strict=True))
     seeds = {v: rows[by_position[v]] for v in widened.program.inputs if by_position[v] in rows}
     forward_rows, _ = find_rows(widened.program, seeds)
-    start = len(backward.kept) + len(backward.fixed)
-    emitted = [widened.emitted[i] for i in backward.emitted]
-    states = [widened.next_states[i] for i in backward.states]
-    tangents = dict(zip(program.inputs[start:], emitted + states, strict=True))
-    known = {v: forward_rows[v] for v in (*backward.kept, *backward.fixed) if v in forward_rows}
+    emitted = [widened.emitted[i] for i in step.emitted]
+    states = [widened.next_states[i] for i in step.states]
+    tangents = dict(zip(step.tangents, emitted + states, strict=True))
+    known = {v: forward_rows[v] for v in (*step.kept, *step.fixed) if v in forward_rows}
     known |= {v: forward_rows[source] for v, source in tangents.items() if source in forward_rows}
-    back_rows, coupled = find_rows(program, known)
+    back_rows, coupled = find_rows(step.program, known)
     a, b, _ = loop.counts
-    sums = summable(program, [v for v in program.outputs[a : a + b] if v >= 0])
+    sums = summable(step.program, [v for v in step.program.outputs[a : a + b] if v >= 0])
     inference, shared = once_each(forward)
+    backward = colour_backward(step, widened, coupled, sums, batch_size)
     return PlannedLoop(inference, shared, widened, backward, len(loop.emitted), back_rows, coupled, sums)

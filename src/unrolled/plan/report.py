@@ -109,6 +109,8 @@ def _reason(plan: StepPlan, number: int, place: str) -> str:
         return f"feeds a loop, but depends on no state of it{mapped}"
     if place == "after":
         return f"no later state needs it{mapped}"
+    if number in plan.beside:
+        return "light enough to be done in the loop while its operands are at hand"
     return f"on the way from {_leaves_of(plan, number)} to the next one"
 
 

@@ -31,7 +31,7 @@ def contracts_rows(op: Op, rows: Mapping[int, int], program: Program) -> bool:
 _LINEAR_ALWAYS = frozenset(
     """
     t transpose permute view _unsafe_view reshape expand unsqueeze squeeze slice select slice_backward
-    select_backward cat stack neg add sub sum clone _to_copy detach alias split split_with_sizes constant_pad_nd flip
+    select_backward cat stack neg add sub sum clone to _to_copy detach alias split split_with_sizes constant_pad_nd flip
     """.split()
 )
 _LINEAR_IN_ONE = frozenset(["mul", "mm", "bmm"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Sequence
+from ctypes import Array, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +21,27 @@ from unrolled.plan.loops import LoopProgram
 
 __all__ = ["NativeLoop"]
 
+_WORTH_A_TEAM = 2_000_000  # floating-point operations
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What is known of a call before it is made, for so many steps and rows.
+
+    Attributes:
+        shapes: of all inputs.
+        dtypes: of all inputs.
+        by_step: how far apart the steps of an input are, in entries, if it is contiguous.
+        by_row: how far apart its rows are.
+        rooms: shape and dtype of the memory for each emitted value; that of a next state has room for the first one.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    by_step: tuple[int, ...]
+    by_row: tuple[int, ...]
+    rooms: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 class NativeLoop:
@@ -28,8 +51,12 @@ class NativeLoop:
         self.loop = loop
         self.source: Source = emit(loop)
         self._library = library(machine_lines() + self.source.text)
+        self._library.ur_loop.argtypes = [c_void_p] * 7 + [c_int64] * 7 + [c_void_p]
+        self._library.ur_pack.argtypes = [c_void_p] * 2 + [c_int64] * 4
         self._panel = int(self._library.ur_panel())
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
+        self._next = [loop.emitted.index(value) for value in loop.next_states]
+        self._layout = lru_cache(maxsize=16)(self._new_layout)
 
     def __call__(
         self,
@@ -42,71 +69,97 @@ class NativeLoop:
         reverse: bool,
     ) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
-        leaves = [
-            *(_dense(tensor, 2) for tensor in sequences),
-            *(tensor.contiguous() for tensor in fixed),
-            *(_dense(tensor, 1) for tensor in states),
-        ]
-        self._check(leaves, steps, batch)
-        emitted, received = self._emitted(states, steps, batch, reverse=reverse)
+        layout = self._layout(steps, batch)
+        given = [*sequences, *fixed, *states]
+        self._check(given, layout)
+        leaves, by_step, by_row = self._leaves(given, layout)
+        emitted, received = self._emitted(states, steps, layout, reverse=reverse)
         packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
-        a = len(sequences)
-        by_step = [tensor.stride(0) if i < a else 0 for i, tensor in enumerate(leaves)]
-        by_row = [_row_stride(tensor, i < a) for i, tensor in enumerate(leaves)]
+        threads = self._threads(steps, batch)
+        totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
         arguments = (
             _pointers(leaves),
-            (ctypes.c_int64 * len(leaves))(*by_step),
-            (ctypes.c_int64 * len(leaves))(*by_row),
+            (c_int64 * len(leaves))(*by_step),
+            (c_int64 * len(leaves))(*by_row),
             _pointers(emitted),
+            _pointers(totals),
             _pointers(packed),
-            ctypes.c_void_p(-(-scratch.data_ptr() // 64) * 64),
-            ctypes.c_int64(self.source.scratch),
-            ctypes.c_int64(steps),
-            ctypes.c_int64(batch),
-            ctypes.c_int64(int(reverse)),
+            -(-scratch.data_ptr() // 64) * 64,
+            self.source.scratch,
+            steps,
+            batch,
+            int(reverse),
         )
-        self._walk(arguments, steps, batch)
+        self._walk(arguments, steps, batch, threads)
         last = 0 if reverse else steps - 1
-        places = [self.loop.emitted.index(value) for value in self.loop.next_states]
-        return Walk(emitted, [emitted[place][last].clone() for place in places], received)
+        ends = [emitted[place][last].clone() for place in self._next]
+        return Walk(emitted, ends, received, [total.sum(0) if threads > 1 else total[0] for total in totals])
 
-    def _walk(self, arguments: tuple[object, ...], steps: int, batch: int) -> None:
-        threads = torch.get_num_threads() if batch * self.source.flops * steps > 2_000_000 else 1
+    def _new_layout(self, steps: int, batch: int) -> _Layout:
+        values, a = self.loop.program.values, self.loop.counts[0]
+        known = [values[v] for v in self.loop.program.inputs]
+        sizes = [value.sizes(batch) for value in known]
+        shapes = [(steps, *size) if i < a else size for i, size in enumerate(sizes)]
+        rows = [prod(size[1:]) if size else 0 for size in sizes]
+        rooms = [
+            ((steps + (place in self._next), *values[v].sizes(batch)), values[v].dtype)
+            for place, v in enumerate(self.loop.emitted)
+        ]
+        by_step = [prod(size) if i < a else 0 for i, size in enumerate(sizes)]
+        return _Layout(tuple(shapes), tuple(v.dtype for v in known), tuple(by_step), tuple(rows), tuple(rooms))
+
+    def _leaves(self, given: Sequence[Tensor], layout: _Layout) -> tuple[list[Tensor], list[int], list[int]]:
+        """The inputs, and their strides; copied are those in which a row's entries do not lie one after the other."""
+        a, b, _ = self.loop.counts
+        leaves, by_step, by_row = list(given), list(layout.by_step), list(layout.by_row)
+        for i, tensor in enumerate(given):
+            if tensor.is_contiguous():
+                continue
+            if a <= i < a + b:
+                leaves[i] = tensor.contiguous()
+                continue
+            leaves[i] = dense = _dense(tensor, 2 if i < a else 1)
+            by_step[i] = dense.stride(0) if i < a else 0
+            by_row[i] = dense.stride(int(i < a))
+        return leaves, by_step, by_row
+
+    def _threads(self, steps: int, batch: int) -> int:
+        return min(torch.get_num_threads(), batch) if batch * self.source.flops * steps > _WORTH_A_TEAM else 1
+
+    def _zeros(self, value: int, threads: int) -> Tensor:
+        """One running total for each thread."""
+        known = self.loop.program.values[value]
+        return torch.zeros((threads, *known.sizes(1)[1:]), dtype=known.dtype)
+
+    def _walk(self, arguments: tuple[object, ...], steps: int, batch: int, threads: int) -> None:
         done = 0
         while done < steps:
             many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
-            self._library.ur_loop(
-                *arguments, ctypes.c_int64(done), ctypes.c_int64(until), ctypes.c_int64(threads), team()
-            )
+            self._library.ur_loop(*arguments, done, until, threads, team())
             self._seconds_per_row = max((time.perf_counter() - started) / (until - done) / batch, 1e-10)
             done = until
 
     def _emitted(
-        self, states: Sequence[Tensor], steps: int, batch: int, *, reverse: bool
+        self, states: Sequence[Tensor], steps: int, layout: _Layout, *, reverse: bool
     ) -> tuple[list[Tensor], Callable[[int], Tensor]]:
         """Memory for what is emitted, and what every step receives.
 
         A next state's memory has room for the first one too: what the steps receive is then the same memory, one
         place aside.
         """
-        values = self.loop.program.values
-        first = {self.loop.emitted.index(v): state for v, state in zip(self.loop.next_states, states, strict=True)}
-        rooms = [
-            fresh((steps + (place in first), *values[v].sizes(batch)), values[v].dtype)
-            for place, v in enumerate(self.loop.emitted)
-        ]
+        first = dict(zip(self._next, states, strict=True))
+        rooms = [fresh(shape, dtype) for shape, dtype in layout.rooms]
         for place, state in first.items():
             rooms[place][-1 if reverse else 0] = state
         early, late = slice(0, steps), slice(1, steps + 1)
         emitted = [room[early if reverse else late] if place in first else room for place, room in enumerate(rooms)]
-        places = [self.loop.emitted.index(v) for v in self.loop.next_states]
         aside = late if reverse else early
 
         def received(number: int) -> Tensor:
-            place = places[number]
+            place = self._next[number]
             if first[place] is states[number]:
                 return rooms[place][aside]
             # Two states that become the same value do not begin as the same one.
@@ -116,24 +169,15 @@ class NativeLoop:
 
     def _packed(self, matrix: Tensor, K: int, N: int) -> Tensor:
         packed = torch.empty(-(-N // self._panel) * self._panel * K, dtype=matrix.dtype)
-        self._library.ur_pack(
-            ctypes.c_void_p(packed.data_ptr()),
-            ctypes.c_void_p(matrix.data_ptr()),
-            ctypes.c_int64(K),
-            ctypes.c_int64(N),
-            ctypes.c_int64(matrix.stride(0)),
-            ctypes.c_int64(matrix.stride(1)),
-        )
+        self._library.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
         return packed
 
-    def _check(self, leaves: Sequence[Tensor], steps: int, batch: int) -> None:
-        a = self.loop.counts[0]
-        for i, (value, tensor) in enumerate(zip(self.loop.program.inputs, leaves, strict=True)):
-            known = self.loop.program.values[value]
-            shape = (steps, *known.sizes(batch)) if i < a else known.sizes(batch)
-            if tuple(tensor.shape) != shape or tensor.dtype != known.dtype or tensor.device.type != "cpu":
+    def _check(self, given: Sequence[Tensor], layout: _Layout) -> None:
+        for tensor, shape, dtype in zip(given, layout.shapes, layout.dtypes, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
                 raise ValueError(
-                    f"a loop's input must be {known.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                    f"a loop's input must be {dtype} {list(shape)} on the CPU, "
+                    f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
 
 
@@ -149,9 +193,5 @@ def _dense(tensor: Tensor, leading: int) -> Tensor:
     return tensor
 
 
-def _row_stride(tensor: Tensor, sequence: bool) -> int:
-    return tensor.stride(int(sequence)) if tensor.dim() > int(sequence) else 0
-
-
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * max(len(tensors), 1))(*(tensor.data_ptr() for tensor in tensors))
+def _pointers(tensors: Sequence[Tensor]) -> Array[c_void_p]:
+    return (c_void_p * max(len(tensors), 1))(*(tensor.data_ptr() for tensor in tensors))

@@ -52,6 +52,7 @@ typedef struct {
   void *const *leaves;
   const int64_t *by_step, *by_row;
   void *const *emitted;
+  real *const *totals;
   const real *const *packed;
   char *scratch;
   int64_t steps, batch, reverse, first, last, begin, end;
@@ -71,15 +72,15 @@ static void walk(void *tasks, int64_t number) {
 }
 
 int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, void *const *emitted,
-            const real *const *packed, char *scratch, int64_t scratch_per_row, int64_t steps, int64_t batch,
-            int64_t reverse, int64_t first, int64_t last, int64_t threads, team run) {
+            real *const *totals, const real *const *packed, char *scratch, int64_t scratch_per_row, int64_t steps,
+            int64_t batch, int64_t reverse, int64_t first, int64_t last, int64_t threads, team run) {
   task tasks[MOST_PARTS];
   if (threads > MOST_PARTS) threads = MOST_PARTS;
   if (threads > batch) threads = batch;
   int64_t begin = 0;
   for (int64_t n = 0; n < threads; ++n) {
     int64_t end = begin + (batch - begin + threads - n - 1) / (threads - n);
-    tasks[n] = (task){leaves, by_step, by_row, emitted, packed, scratch + begin * scratch_per_row,
+    tasks[n] = (task){leaves, by_step, by_row, emitted, totals, packed, scratch + begin * scratch_per_row,
                       steps, batch, reverse, first, last, begin, end};
     begin = end;
   }
@@ -106,6 +107,7 @@ class _Emitter:
 
     def source(self) -> Source:
         body = [line for kernel in self.scheduled.kernels for line in self.kernel(kernel.nodes)]
+        body += [self.total(number, view) for number, view in enumerate(self.lowered.totals)]
         setup, step = self.memory()
         kernels = resources.files("unrolled.engine.native").joinpath("kernels.c").read_text(encoding="utf-8")
         real = self.lowered.real
@@ -181,6 +183,11 @@ class _Emitter:
             f"product({self.names[node]}, {node.size}, {x}, {self.row_stride(row.node)}, w->packed[{index}], "
             f"rows, {K}, {N});"
         )
+
+    def total(self, number: int, view: View) -> str:
+        (N,) = view.dims
+        x = f"{self.names[view.node]} + {view.offset}"
+        return f"add_rows(w->totals[{number}] + number * {N}, {x}, {self.row_stride(view.node)}, rows, {N});"
 
     def reduce(self, node: Reduce) -> Iterator[str]:
         view = node.source

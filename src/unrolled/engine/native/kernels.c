@@ -203,19 +203,49 @@ static void share(team run, void (*work)(void *, int64_t), void *argument, int64
 #endif
 #define PANEL (2 * LANES)
 typedef real lanes __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef bits whole __attribute__((vector_size(VECTOR_BYTES)));
+
+/* Columns of a matrix, side by side: LANES entries of LANES columns at a time are turned over in registers. At each
+   stage pairs of vectors exchange the entries whose index differs in one bit. */
+INLINE void turn_over(lanes *v) {
+  for (int bit = 1; bit < LANES; bit *= 2) {
+    whole low, high;
+    for (int l = 0; l < LANES; ++l) low[l] = l & bit ? LANES + l - bit : l, high[l] = l & bit ? LANES + l : l + bit;
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & bit)) {
+        lanes a = v[i], b = v[i + bit];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i + bit] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+static void pack_columns(real *packed, const real *from, int64_t K, int64_t by_column) {
+  int64_t k = 0;
+  for (; k + LANES <= K; k += LANES)
+    for (int half = 0; half < 2; ++half) {
+      lanes v[LANES];
+      _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i)
+        v[i] = *(const lanes *)(from + (half * LANES + i) * by_column + k);
+      turn_over(v);
+      _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) *(lanes *)(packed + (k + i) * PANEL + half * LANES) = v[i];
+    }
+  for (; k < K; ++k)
+    for (int64_t n = 0; n < PANEL; ++n) packed[k * PANEL + n] = from[n * by_column + k];
+}
 
 static void pack(real *packed, const real *matrix, int64_t K, int64_t N, int64_t by_row, int64_t by_column) {
   for (int64_t n0 = 0; n0 < N; n0 += PANEL, packed += K * PANEL) {
     int64_t columns = N - n0 < PANEL ? N - n0 : PANEL;
     const real *from = matrix + n0 * by_column;
-    if (columns < PANEL) memset(packed, 0, (size_t)(K * PANEL) * sizeof(real));
-    if (by_column == 1) {
-      for (int64_t k = 0; k < K; ++k) memcpy(packed + k * PANEL, from + k * by_row, (size_t)columns * sizeof(real));
+    if (columns == PANEL && by_column == 1) {
+      for (int64_t k = 0; k < K; ++k) memcpy(packed + k * PANEL, from + k * by_row, PANEL * sizeof(real));
+    } else if (columns == PANEL && by_row == 1) {
+      pack_columns(packed, from, K, by_column);
     } else {
-      /* A few entries of every column at a time: what is read lies together, what is written stays in the cache. */
-      for (int64_t k0 = 0; k0 < K; k0 += 16)
-        for (int64_t n = 0; n < columns; ++n)
-          for (int64_t k = k0; k < (K - k0 < 16 ? K : k0 + 16); ++k) packed[k * PANEL + n] = from[k * by_row + n * by_column];
+      memset(packed, 0, (size_t)(K * PANEL) * sizeof(real));
+      for (int64_t n = 0; n < columns; ++n)
+        for (int64_t k = 0; k < K; ++k) packed[k * PANEL + n] = from[k * by_row + n * by_column];
     }
   }
 }
@@ -270,33 +300,47 @@ typedef void (*block_function)(real *, int64_t, const real *, int64_t, const rea
 #define NAME_OF_BLOCK(R) block_##R,
 static const block_function blocks[] = {0, FOR_EACH_BLOCK(NAME_OF_BLOCK)};
 
-/* One or two rows keep too few sums in flight to hide the latency of an addition: four partial sums each. */
-static void single(real *out, const real *x, const real *packed, int64_t K, int64_t columns) {
-  lanes s[4][2];
-  for (int i = 0; i < 4; ++i) s[i][0] = s[i][1] = (lanes){0};
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4)
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) {
-      const real *p = packed + (k + i) * PANEL;
-      s[i][0] += x[k + i] * *(const lanes *)p;
-      s[i][1] += x[k + i] * *(const lanes *)(p + LANES);
+/* One or two rows with several panels at once: enough sums in flight to hide the latency of an addition. */
+INLINE void panels(const int ROWS, const int PANELS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
+                   const real *packed, int64_t K) {
+  lanes sum[2][4][2];
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) sum[r][p][0] = sum[r][p][1] = (lanes){0};
+  for (int64_t k = 0; k < K; ++k)
+    _Pragma("GCC unroll 4") for (int p = 0; p < PANELS; ++p) {
+      const real *at = packed + (p * K + k) * PANEL;
+      lanes a = *(const lanes *)at, b = *(const lanes *)(at + LANES);
+      _Pragma("GCC unroll 2") for (int r = 0; r < ROWS; ++r) {
+        sum[r][p][0] += x[r * x_by_row + k] * a;
+        sum[r][p][1] += x[r * x_by_row + k] * b;
+      }
     }
-  for (; k < K; ++k) {
-    s[0][0] += x[k] * *(const lanes *)(packed + k * PANEL);
-    s[0][1] += x[k] * *(const lanes *)(packed + k * PANEL + LANES);
-  }
-  lanes sum[2] = {(s[0][0] + s[1][0]) + (s[2][0] + s[3][0]), (s[0][1] + s[1][1]) + (s[2][1] + s[3][1])};
-  memcpy(out, sum, (size_t)columns * sizeof(real));
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS; ++p) {
+      *(lanes *)(out + r * out_by_row + p * PANEL) = sum[r][p][0];
+      *(lanes *)(out + r * out_by_row + p * PANEL + LANES) = sum[r][p][1];
+    }
+}
+
+static void one_or_two(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, int64_t rows,
+                       int64_t K, int64_t N) {
+  int64_t n = 0;
+  if (rows == 1)
+    for (; n + 4 * PANEL <= N; n += 4 * PANEL) panels(1, 4, out + n, 0, x, 0, packed + n * K, K);
+  else
+    for (; n + 2 * PANEL <= N; n += 2 * PANEL) panels(2, 2, out + n, out_by_row, x, x_by_row, packed + n * K, K);
+  for (; n < N; n += PANEL)
+    blocks[rows](out + n, out_by_row, x, x_by_row, packed + n * K, K, N - n < PANEL ? N - n : PANEL);
 }
 
 static void product(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, int64_t rows,
                     int64_t K, int64_t N) {
+  if (rows <= 2) {
+    one_or_two(out, out_by_row, x, x_by_row, packed, rows, K, N);
+    return;
+  }
   for (int64_t n = 0; n < N; n += PANEL, packed += K * PANEL) {
     int64_t columns = N - n < PANEL ? N - n : PANEL;
-    if (rows <= 2) {
-      for (int64_t r = 0; r < rows; ++r) single(out + r * out_by_row + n, x + r * x_by_row, packed, K, columns);
-      continue;
-    }
     int64_t pieces = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     for (int64_t piece = 0, r = 0; piece < pieces; ++piece) {
       int64_t many = (rows - r + pieces - piece - 1) / (pieces - piece);
@@ -325,3 +369,22 @@ INLINE real sum_of(const real *x, int64_t n) {
 /* NaN wins, as in torch. */
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
+
+/* Adds N columns of some rows to a total: first the rows, then their sum, so that less is lost to rounding. */
+INLINE void add_rows(real *total, const real *x, int64_t by_row, int64_t rows, int64_t N) {
+  int64_t n = 0;
+  for (; n + 2 * LANES <= N; n += 2 * LANES) {
+    lanes s[2] = {{0}, {0}};
+    for (int64_t b = 0; b < rows; ++b) {
+      s[0] += *(const lanes *)(x + b * by_row + n);
+      s[1] += *(const lanes *)(x + b * by_row + n + LANES);
+    }
+    *(lanes *)(total + n) += s[0];
+    *(lanes *)(total + n + LANES) += s[1];
+  }
+  for (; n < N; ++n) {
+    real s = 0;
+    for (int64_t b = 0; b < rows; ++b) s += x[b * by_row + n];
+    total[n] += s;
+  }
+}

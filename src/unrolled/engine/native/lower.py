@@ -28,9 +28,9 @@ def lower(loop: LoopProgram) -> Lowered:
         rows, dims = without_rows(loop.program.values[value])
         if not rows or (views[value].dtype, views[value].dims) != (loop.program.values[value].dtype, dims):
             raise UnsupportedError(f"to keep a {loop.program.values[value]} of every step")
-    return Lowered(
-        lowering.nodes, [views[v] for v in loop.emitted], [views[v] for v in loop.next_states], lowering.real
-    )
+    totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
+    emitted, following = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
+    return Lowered(lowering.nodes, emitted, following, totals, lowering.real)
 
 
 class _Lowering(ViewRules, JoinRules, ProductRules, ReductionRules, ConstantRules):

@@ -145,11 +145,12 @@ class Copy(Compute):
 
 @dataclass
 class Lowered:
-    """A lowered loop: all nodes in order, the views that are emitted, the views that are the next states."""
+    """A lowered loop: all nodes in order, the views that are emitted, the next states, and what is added up."""
 
     nodes: list[Node]
     emitted: list[View]
     next_states: list[View]
+    totals: list[View]
     real: torch.dtype
 
 

@@ -31,6 +31,10 @@ static const rows_function rows_of[] = {0, FOR_EACH_BLOCK(NAME_OF_ROWS)};
 
 /* Up to ROW_BLOCK rows of x, entry k of all of them side by side. */
 static void side_by_side(real *to, const real *x, int64_t many, int64_t depth, int64_t by_row, int64_t by_k) {
+  if (by_row == 1 && many == ROW_BLOCK) {
+    for (int64_t k = 0; k < depth; ++k) memcpy(to + k * ROW_BLOCK, x + k * by_k, ROW_BLOCK * sizeof(real));
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t r = 0; r < many; ++r) to[k * ROW_BLOCK + r] = x[r * by_row + k * by_k];
 }

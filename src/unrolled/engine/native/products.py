@@ -33,7 +33,9 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         loaded = library(f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n{source}")
     except BuildError:
         return None
-    loaded.ur_room.restype = ctypes.c_int64
+    loaded.ur_room.restype, loaded.ur_room.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    for function in (loaded.ur_multiply, loaded.ur_contract):
+        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_void_p]
     return loaded
 
 
@@ -64,8 +66,8 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     assert loaded is not None
     threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
     out = fresh((M, N), x.dtype)
-    room = torch.empty(threads * loaded.ur_room(ctypes.c_int64(N)), dtype=x.dtype)
-    sizes = map(ctypes.c_int64, (M, K, N, *x.stride(), *y.stride(), threads))
+    room = torch.empty(threads * loaded.ur_room(N), dtype=x.dtype)
+    sizes = (M, K, N, *x.stride(), *y.stride(), threads)
     if bias is None and K >= _LONG * M:
         partial = torch.empty((threads - 1) * M * N, dtype=x.dtype)
         loaded.ur_contract(*map(_pointer, (out, x, y, partial, room)), *sizes, team())
@@ -75,8 +77,8 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class _Affine(torch.autograd.Function):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from unrolled.engine.native.nodes import (
-    Compute,
     Copy,
     Join,
     Leaf,
@@ -115,9 +114,7 @@ class ProductRules(Rules):
         leaf = matrix.node
         if self.rowless(row) or not self.rowless(matrix) or len(row.dims) != 1 or not isinstance(leaf, Leaf):
             raise UnsupportedError("a product that is not of rows with a fixed matrix")
-        if row.strides != (1,) or (isinstance(row.node, Compute) and not row.whole):
-            row = self.compute("copy", row, dtype=row.dtype)
-        return self.add(Product((leaf.dims[1],), self.real, row, leaf))
+        return self.add(Product((leaf.dims[1],), self.real, self.in_memory(row), leaf))
 
 
 class ReductionRules(Rules):

@@ -64,6 +64,12 @@ class Rules:
         arguments += ELEMENTWISE[name].keywords(keywords)
         return self.compute(name, *arguments, dims=dims, dtype=self.checked(out.dtype))
 
+    def in_memory(self, row: View) -> View:
+        """A view of entries that lie one after the other."""
+        if row.strides != (1,) or (isinstance(row.node, Compute) and not row.whole):
+            return self.compute("copy", row, dtype=row.dtype)
+        return row
+
     def shape_of(self, op: Op, output: int = 0) -> tuple[int, ...]:
         """The shape of an operation's result, without the batch."""
         return without_rows(self.values[op.outputs[output]])[1]

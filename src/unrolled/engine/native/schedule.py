@@ -52,9 +52,10 @@ def local(view: View, reader: Node) -> bool:
 def schedule(lowered: Lowered) -> Scheduled:
     """Order a lowered loop; emitted views that are no node's whole memory become copies first."""
     homes = _emitted_homes(lowered)
-    nodes = _alive(lowered.nodes, [*homes, *(view.node for view in lowered.next_states)])
+    nodes = _alive(lowered.nodes, [*homes, *(view.node for view in (*lowered.next_states, *lowered.totals))])
     levels = _levels(nodes, homes)
-    return Scheduled(_kernels(nodes, levels), homes | _scratch(nodes, levels, homes), levels)
+    added = {view.node: None for view in lowered.totals if not isinstance(view.node, Leaf) and view.node not in homes}
+    return Scheduled(_kernels(nodes, levels), homes | added | _scratch(nodes, levels, homes), levels)
 
 
 def _emitted_homes(lowered: Lowered) -> dict[Node, int | None]:

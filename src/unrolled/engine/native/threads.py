@@ -33,6 +33,6 @@ class _Team:
 _TEAM = _Team()
 
 
-def team() -> ctypes.c_void_p:
-    """What starts a team, as compiled code takes it; null where that has to start threads of its own."""
-    return ctypes.c_void_p(_TEAM.entry)
+def team() -> int | None:
+    """What starts a team, as compiled code takes it; None where that has to start threads of its own."""
+    return _TEAM.entry

@@ -1,0 +1,143 @@
+"""Fusing: work that a compiled loop does beside what it must, because memory for all copies would cost more.
+
+What feeds a loop can be done ahead of time for all copies at once, and what no later state needs, afterwards. For a
+product of large matrices that is right. Light work, though, is over sooner than its operands are fetched: a compiled
+loop does it while they are at hand. So does it with sums over all rows and steps, of which it keeps a running total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+
+from unrolled.plan.colour import Loop, Stage, Steps
+from unrolled.plan.keep import LIGHT
+from unrolled.plan.program import Op, Program, Size
+
+__all__ = ["fused"]
+
+_BESIDE = LIGHT | frozenset(
+    """
+    sqrt rsqrt pow log log1p expm1 sin cos erf lerp masked_fill sigmoid_backward tanh_backward threshold_backward
+    mean var var_mean sum amax amin native_layer_norm _softmax _softmax_backward_data
+    split split_with_sizes unsafe_split slice select view _unsafe_view reshape expand unsqueeze squeeze transpose
+    permute alias detach clone to cat slice_backward select_backward full scalar_tensor
+    """.split()
+)
+_PRODUCTS = frozenset(["mm", "addmm"])
+_NUMBERS = (torch.float32, torch.float64, torch.bool)
+
+WEIGHT_BYTES = 512 << 10
+"""How large the weights of a loop may be with those of the products that it does beside: they are read at every step,
+and have to stay in a core's own cache."""
+
+LEAST_ROWS = 4
+"""With fewer rows a product of one step reads its weights for little work: only small ones are worth it."""
+
+
+def fused(
+    program: Program,
+    stages: Sequence[Stage],
+    coupled: Collection[int],
+    fixed: Collection[int],
+    batch_size: int,
+    sums: Collection[int] = (),
+) -> list[Stage]:
+    """Stages whose loops also do what is worth doing beside them.
+
+    Args:
+        program: the step.
+        stages: its stages.
+        coupled: operations that do not act row by row.
+        fixed: values that are the same at every step.
+        batch_size: B.
+        sums: values of which only the sum over all steps is asked for.
+    """
+    found = list(stages)
+    fusing = _Fusing(program, coupled, set(fixed), batch_size, sums)
+    for number, stage in enumerate(found):
+        if not isinstance(stage, Loop):
+            continue
+        inside, totals = set(stage.ops), set[int]()
+        before = -1
+        while before != len(inside):  # what follows may be the last reader of what feeds
+            before = len(inside)
+            for earlier in reversed(found[:number]):
+                fusing.feed(inside, earlier)
+            for later in found[number + 1 :]:
+                fusing.follow(inside, totals, later, found[:number])
+        moved = (inside | totals).difference(stage.ops)
+        found = [_without(other, moved) for other in found]
+        found[number] = replace(stage, ops=tuple(sorted(inside)), totals=tuple(sorted(totals)))
+    return [stage for stage in found if not isinstance(stage, Steps) or stage.ops]
+
+
+def _without(stage: Stage, moved: Collection[int]) -> Stage:
+    return replace(stage, ops=tuple(n for n in stage.ops if n not in moved)) if isinstance(stage, Steps) else stage
+
+
+class _Fusing:
+    def __init__(
+        self, program: Program, coupled: Collection[int], fixed: set[int], batch_size: int, sums: Collection[int]
+    ) -> None:
+        self.program, self.coupled, self.fixed, self.batch_size = program, coupled, fixed, batch_size
+        self.sums = sums
+        self.asked = {v for v in program.outputs if v >= 0}
+        self.readers: dict[int, set[int]] = {}
+        for n, op in enumerate(program.ops):
+            for v in op.inputs:
+                self.readers.setdefault(v, set()).add(n)
+
+    def feed(self, inside: set[int], stage: Stage) -> None:
+        """Take in operations that nobody but this loop reads."""
+        for n in reversed(stage.ops if isinstance(stage, Steps) and not stage.once else ()):
+            op = self.program.ops[n]
+            readers = set().union(*(self.readers.get(v, set()) for v in op.outputs))
+            fits = self._beside(n) or self._small_product(n, inside)
+            if fits and readers <= inside and self.asked.isdisjoint(op.outputs):
+                inside.add(n)
+
+    def follow(self, inside: set[int], totals: set[int], stage: Stage, before: Sequence[Stage]) -> None:
+        """Take in operations that read what the loop made, and totals of it."""
+        steps = [n for earlier in before if isinstance(earlier, Steps) for n in earlier.ops]
+        there = {v for n in steps for v in self.program.ops[n].outputs}.union(self.program.inputs, self.fixed)
+        for n in stage.ops if isinstance(stage, Steps) and not stage.once else ():
+            op = self.program.ops[n]
+            made = {v for m in inside for v in self.program.ops[m].outputs}
+            if not made.intersection(op.inputs) or not (made | there).issuperset(op.inputs):
+                continue
+            if self._beside(n):
+                inside.add(n)
+            elif self._is_total(op):
+                totals.add(n)
+
+    def _is_total(self, op: Op) -> bool:
+        """Whether an operation adds up the rows `[B, N]` of a value, and only the sum over all steps is asked for."""
+        if _name(op) != "sum" or not set(op.outputs).issubset(self.sums):
+            return False
+        source = self.program.values[op.inputs[0]]
+        over_rows = len(op.args) > 1 and tuple(op.args[1] or ()) == (0,)
+        return over_rows and len(source.shape) == 2 and source.shape[0] == Size(1, 0) and source.dtype in _NUMBERS[:2]
+
+    def _beside(self, n: int) -> bool:
+        op = self.program.ops[n]
+        known = [self.program.values[v] for v in (*op.inputs, *op.outputs) if v >= 0]
+        return n not in self.coupled and _name(op) in _BESIDE and all(value.dtype in _NUMBERS for value in known)
+
+    def _small_product(self, n: int, inside: set[int]) -> bool:
+        op = self.program.ops[n]
+        if _name(op) not in _PRODUCTS or n in self.coupled:
+            return False
+        most = WEIGHT_BYTES if self.batch_size >= LEAST_ROWS else WEIGHT_BYTES // 4
+        return sum(self._weight_bytes(m) for m in {*inside, n}) <= most
+
+    def _weight_bytes(self, n: int) -> int:
+        op = self.program.ops[n]
+        fixed = [self.program.values[v] for v in op.inputs if v in self.fixed] if _name(op) in _PRODUCTS else []
+        return sum(value.bytes(1) for value in fixed if len(value.shape) == 2)
+
+
+def _name(op: Op) -> str:
+    return op.name.removeprefix("aten.").partition(".")[0]
