@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import unrolled as ur
 from matching import assert_match
-from unrolled import _operator, _sites
+from unrolled import _operator, _samples, _sites
 from unrolled.trees import leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -246,7 +246,7 @@ def test_torch_checks_the_operator():
     compiled(rnn)(torch.randn(5, 2, I))
     site = next(site for site in _sites._SITES.values() if site.network[1]() is rnn.cell)
     state = rnn.cell.initial_state(2)["h"]
-    tensors = [torch.randn(5, 2, I, requires_grad=True), state, *_sites.held(rnn.cell)]
+    tensors = [torch.randn(5, 2, I, requires_grad=True), state, *_samples.held(rnn.cell)]
     for wanted in ([t.requires_grad for t in tensors], [False] * len(tensors)):
         given = [t if w else t.detach() for t, w in zip(tensors, wanted, strict=True)]
         torch.library.opcheck(torch.ops.unrolled.run.default, (given, wanted, site.number))
@@ -257,7 +257,7 @@ def test_a_backward_whose_token_was_copied_runs_the_forward_again():
     x = torch.randn(5, 2, I)
     compiled(rnn)(x)
     (site,) = (site for site in _sites._SITES.values() if site.network[1]() is rnn.cell)
-    tensors = [x, torch.zeros(2, H), *(p.detach() for p in _sites.held(rnn.cell))]
+    tensors = [x, torch.zeros(2, H), *(p.detach() for p in _samples.held(rnn.cell))]
     wanted = [True] * len(tensors)
     *results, token = torch.ops.unrolled.run(tensors, wanted, site.number)
     grads = [torch.ones_like(result) for result in results]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unrolled import sequence
 from unrolled._operator import OUTSIDE, operable, operator
 from unrolled._planbook import PlanBook
-from unrolled._sites import Asked, Kind, Site, call_with, held, site_at, site_of
+from unrolled._samples import Asked, Kind, call_with, held
+from unrolled._sites import Site, site_at, site_of
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
 __all__ = ["run_mapped", "transforms"]

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrolled._sites import Site, held, site_at
+from unrolled._samples import held
+from unrolled._sites import Site, site_at
 
 __all__ = ["OUTSIDE", "call", "operable", "operator"]
 

@@ -7,19 +7,18 @@ kind, by the plan book as for any call; so a site knows the plan, and with it th
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unrolled._planbook import PlanBook
+from unrolled._samples import Asked, apart, call_with, held, real
 from unrolled.bptt.run import run_plan
-from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
+from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError, OptionError
 from unrolled.plan.guards import fingerprint
@@ -27,48 +26,7 @@ from unrolled.plan.plan import StepPlan
 from unrolled.plan.program import Size
 from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
 
-__all__ = ["Asked", "Kind", "Site", "apart", "call_with", "held", "site_at", "site_of"]
-
-_STEPS = 2
-
-
-class Kind(NamedTuple):
-    """A tensor without its numbers; of its dimensions, T and B are not told, only that they lead."""
-
-    leading: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor, leading: int) -> Kind:
-        """What kind a tensor is."""
-        return cls(min(leading, tensor.dim()), tuple(map(int, tensor.shape[leading:])), tensor.dtype, tensor.device)
-
-    def sample(self, *sizes: int) -> Tensor:
-        """A tensor of this kind, its leading dimensions of these sizes; integers are zero, an index into anything."""
-        shape = torch.Size((*sizes[: self.leading], *self.shape))
-        if not self.dtype.is_floating_point and not self.dtype.is_complex:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return torch.linspace(-0.5, 0.5, shape.numel(), dtype=self.dtype, device=self.device).view(shape)
-
-
-class Asked(NamedTuple):
-    """What a call passes: structures, each with the kinds of its leaves. A state without leaves is made by the cell."""
-
-    inputs: tuple[Structure, tuple[Kind, ...]]
-    state: tuple[Structure, tuple[Kind, ...]]
-    context: tuple[Structure, tuple[Kind, ...]]
-
-    def sample(self, cell: nn.Module, batch: int) -> tuple[Tree, Tree, Tree]:
-        """Inputs, state and context of these kinds, checked as those of any call are."""
-        inputs = unflatten(self.inputs[0], [kind.sample(_STEPS, batch) for kind in self.inputs[1]])
-        state, context = (unflatten(structure, [kind.sample(batch) for kind in kinds]) for structure, kinds in self[1:])
-        check_context(cell, context, batch)
-        if state is None:
-            return inputs, map_leaves(Tensor.detach, make_state(cell, inputs, batch)), context
-        check_state(cell, state, inputs, batch)
-        return inputs, state, context
+__all__ = ["Site", "site_at", "site_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,34 +142,13 @@ class Site:
     def _reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         _, cell = self.alive()
         given = [leaf for tree in self.asked.sample(cell, self.batch) for leaf in leaves(tree)]
-        given = [_real(t).requires_grad_(w) for t, w in zip([*given, *held(cell)], wanted, strict=True)]
+        given = [real(t).requires_grad_(w) for t, w in zip([*given, *held(cell)], wanted, strict=True)]
         results = self.run(given)
         ends = [x for x in results if x.requires_grad]
         by = [x for x in given if x.requires_grad]
         grads = torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True) if ends else ()
         reached = {id(x) for x, grad in zip(by, grads, strict=False) if grad is not None}
         return tuple([id(x) in reached for x in given]), tuple([x.requires_grad for x in results])
-
-
-def held(cell: nn.Module) -> list[Tensor]:
-    """The cell's parameters and buffers, each once."""
-    return [*dict(cell.named_parameters()).values(), *dict(cell.named_buffers()).values()]
-
-
-def call_with(cell: nn.Module, tensors: Sequence[Tensor], call: Callable[[], Any]) -> Any:
-    """Call a function while the cell holds other tensors than its own."""
-    names = [name for name, _ in (*cell.named_parameters(), *cell.named_buffers())]
-    around = _Around(cell)
-    return torch.func.functional_call(around, {f"cell.{n}": t for n, t in zip(names, tensors, strict=True)}, (call,))
-
-
-class _Around(nn.Module):
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, call: Callable[[], Any]) -> Any:
-        return call()
 
 
 def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -227,7 +164,7 @@ def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -
 
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 _OF_BOOK: weakref.WeakKeyDictionary[PlanBook, dict[Any, Site]] = weakref.WeakKeyDictionary()
-_numbers, _making = itertools.count(1), threading.Lock()
+_numbers = itertools.count(1)
 
 
 def site_at(number: int) -> Site:
@@ -270,26 +207,9 @@ def _made(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int) -> Site:
         trees = asked.sample(cell, batch)
         return plans.look_up(cell, *trees).plan
 
-    tensors = [_real(tensor).requires_grad_(tensor.requires_grad) for tensor in held(cell)]
+    tensors = [real(tensor).requires_grad_(tensor.requires_grad) for tensor in held(cell)]
     plan = call_with(cell, tensors, look_up)
     if plan is None:
         raise OptionError("no plan")
     call_with(cell, tensors, lambda: _refuse_strays(plan, cell, tensors))
     return Site(next(_numbers), (weakref.ref(plans), weakref.ref(cell)), plan, asked, batch)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """A tensor with numbers: this one, apart from its graph, or one of its kind if it is a stand-in."""
-    if type(tensor) in (Tensor, nn.Parameter):
-        try:
-            tensor.data_ptr()
-            return tensor.detach()
-        except RuntimeError:
-            pass
-    return Kind.of(tensor, 0).sample()
-
-
-def apart(call: Callable[[], Any]) -> Any:
-    """Call in a thread of its own: it starts with none of the modes of whoever is tracing here."""
-    with _making, ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()

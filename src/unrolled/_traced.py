@@ -1,8 +1,8 @@
 """What a compiler or an export sees of an unrolled network: one operator.
 
 All of `run_traced` is traced; what it asks of plans is a constant to the trace, guarded by which cell it is. Whatever
-else may change in the cell is looked at when the operator runs, as in any call. A call that has no plan, or that would be
-refused, breaks the graph and is made as it is, outside of it; `rnn.plan(inputs)` says why there is no plan.
+else may change in the cell is looked at when the operator runs, as in any call. A call that has no plan, or that
+would be refused, breaks the graph and is made as it is, outside of it; `rnn.plan(inputs)` says why there is no plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from unrolled import sequence
 from unrolled._mapped import transforms
 from unrolled._operator import call, operable
 from unrolled._planbook import PlanBook
-from unrolled._sites import Asked, Kind, apart, held, site_of
+from unrolled._samples import Asked, Kind, apart, held
+from unrolled._sites import site_of
 from unrolled.cells.contract import floating_dtype
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
