@@ -76,6 +76,8 @@ class TorchLayer(nn.Module):
             tensor = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if made else None
             self.register_parameter(name + _SUFFIX, tensor)
         self.reset_parameters()
+        # Made now, since a compiler that traces the first call could not keep what is made there.
+        self.__dict__["_unrolled"] = self.unrolled
 
     def reset_parameters(self) -> None:
         """Draw all parameters from `U(-1/sqrt(H), 1/sqrt(H))`, in torch.nn's order."""
@@ -160,7 +162,7 @@ class TorchLayer(nn.Module):
     def unrolled(self) -> Unrolled:
         """The unrolled network that runs the layer, its parameters read from the layer.
 
-        It is made on the first call and not a submodule: that would list the parameters twice.
+        It is not a submodule: that would list the parameters twice.
         """
         made: Unrolled | None = self.__dict__.get("_unrolled")
         if made is None or made.cell.layer is not self or made.batch_first != self.batch_first:

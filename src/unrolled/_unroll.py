@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unrolled import sequence
+from unrolled._mapped import run_mapped
 from unrolled._planbook import PlanBook
 from unrolled.bptt.run import run_plan
 from unrolled.cells.adapted import as_cell
@@ -60,6 +61,21 @@ class Unrolled(nn.Module):
             StateError: for a state that does not fit, or that cannot be made.
             CellError: if the cell breaks its contract or raises.
         """
+        if torch.compiler.is_compiling():
+            return self._traced(inputs, state, context)
+        return self._run_prepared(inputs, state, context)
+
+    def _traced(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+        # Imported here since it brings in torch's compiler, which takes a second.
+        from unrolled._traced import left_alone, run_traced
+
+        if self.engine != "reference":
+            found = run_traced(self._plans, self.cell, self.in_callers_layout(inputs), state, context)
+            if found is not None:
+                return self.in_callers_layout(found[0]), found[1]
+        return left_alone(self._run_prepared, inputs, state, context)
+
+    def _run_prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         inputs, state = self.prepared(inputs, state, context)
         outputs, state = self._run(inputs, state, context)
         return self.in_callers_layout(outputs), state
@@ -69,6 +85,9 @@ class Unrolled(nn.Module):
             plan = self._plans.look_up(self.cell, inputs, state, context).plan
             if plan is not None:
                 return run_plan(plan, self.cell, inputs, state, context, self._plans.runner)
+            mapped = run_mapped(self._plans, self.cell, inputs, state, context)
+            if mapped is not None:
+                return mapped
         return reference.run(CheckedStep(self.cell, context), inputs, state)
 
     def plan(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Plan:

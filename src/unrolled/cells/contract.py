@@ -11,7 +11,7 @@ from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, paths
 
-__all__ = ["CheckedStep", "check_context", "check_state", "make_state", "name_of"]
+__all__ = ["CheckedStep", "check_context", "check_state", "floating_dtype", "make_state", "name_of"]
 
 
 def name_of(cell: nn.Module) -> str:
@@ -29,7 +29,7 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
     tensors = leaves(inputs)
     check_state_maker(cell.initial_state, name_of(cell))
     try:
-        state = cell.initial_state(batch_size, device=tensors[0].device, dtype=_floating_dtype(cell, tensors))
+        state = cell.initial_state(batch_size, device=tensors[0].device, dtype=floating_dtype(cell, tensors))
     except UnrolledError:
         raise
     except Exception as error:
@@ -41,7 +41,8 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
     return state
 
 
-def _floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
+def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
+    """The dtype in which a cell makes its state: that of its parameters, else that of the inputs."""
     candidates = [*cell.parameters(), *inputs]
     return next((x.dtype for x in candidates if x.is_floating_point()), torch.get_default_dtype())
 
@@ -72,7 +73,7 @@ def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> 
             "pass what the cell's initial_state or an earlier call returned"
         )
     for path, got, want in zip(paths(given[1]), given[0], wanted[0], strict=True):
-        if not _fits(got, want) and not _fits(got, want.to(_floating_dtype(cell, []))):
+        if not _fits(got, want) and not _fits(got, want.to(floating_dtype(cell, []))):
             raise StateError(
                 f"state{path} must be {describe(want)} on {want.device} for a batch of {batch_size}, "
                 f"got {describe(got)} on {got.device}; pass on the state of a call with the same batch, or convert it"

@@ -1,0 +1,111 @@
+"""An unrolled network inside of `torch.vmap`: the mapped dimension becomes rows of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled import sequence
+from unrolled._operator import OUTSIDE, operable, operator
+from unrolled._planbook import PlanBook
+from unrolled._samples import Asked, Kind, call_with, held
+from unrolled._sites import Site, site_at, site_of
+from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
+
+__all__ = ["run_mapped", "transforms"]
+
+
+def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
+    """Run a network inside of `vmap` with the mapped dimension folded into its rows.
+
+    Args:
+        plans: the network's plan book.
+        cell: its cell.
+        inputs: `[T, B, ...]`.
+        state: what copy 0 receives.
+        context: what is the same at every step, or None.
+
+    Returns:
+        Outputs and last state; None outside of `vmap`, or where the rows are not proved independent of each other.
+    """
+    if transforms()[-1:] != ["Vmap"] or not operable():
+        return None
+    asked = Asked(_kinds(inputs, 2), _kinds(state, 1), _kinds(context, 1))
+    site = site_of(plans, cell, asked, sequence.sizes(inputs)[1])
+    if site is None or not site.folds:
+        return None
+    tensors = [*leaves(inputs), *leaves(state), *leaves(context), *held(cell)]
+    *results, _ = torch.ops.unrolled.run(tensors, [False] * len(tensors), site.number)
+    outputs, last = site.structures
+    return unflatten(outputs, results[: site.outputs]), unflatten(last, results[site.outputs :])
+
+
+def transforms() -> list[str]:
+    """The names of the transforms of torch.func that are active, the innermost last."""
+    found = _interpreters() if _interpreters else None
+    return [str(interpreter.key()).rpartition(".")[2] for interpreter in found or ()]
+
+
+# Without it `vmap` maps the reference, as every other transform does.
+_interpreters = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+
+
+def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[Kind, ...]]:
+    tensors, structure = flatten(tree)
+    return structure, tuple([Kind.of(tensor, leading) for tensor in tensors])
+
+
+@operator.register_vmap
+def _(info: Any, in_dims: Any, tensors: list[Tensor], wanted: list[bool], site: int) -> tuple[Any, Any]:
+    at, N, dims = site_at(site), info.batch_size, in_dims[0]
+    with _one_level_down():
+        folded = _folded(at, N, dims, tensors)
+        results = folded or _reference(at, info, dims, tensors)
+    places = [int(n < at.outputs) if folded else 0 for n in range(len(results))]
+    if folded:
+        results = [x.unflatten(place, (N, at.batch)) for x, place in zip(results, places, strict=True)]
+    return [*results, torch.zeros(1, dtype=torch.uint8)], [*places, None]
+
+
+@contextmanager
+def _one_level_down() -> Iterator[None]:
+    """Where the `vmap` whose rule runs is not: torch hides it from single operations only, not from autograd."""
+    include, exclude = OUTSIDE
+    for name in ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
+        include = include | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        level = torch._C._functorch.pop_dynamic_layer_stack()
+        try:
+            yield
+        finally:
+            torch._C._functorch.push_dynamic_layer_stack(level)
+
+
+def _folded(at: Site, N: int, dims: list[int | None], tensors: list[Tensor]) -> list[Tensor] | None:
+    """All N runs as one of N times as many rows; None if weights are mapped, or the cell does not treat rows alike."""
+    wide = site_of(*at.alive(), at.asked, N * at.batch)
+    mapped_weights = any(dim is not None for dim in dims[at.given :])
+    if mapped_weights or wide is None or wide.plan.recording != at.plan.recording:
+        return None
+    inputs, given = at.plan.recording.counts[0], list(enumerate(zip(tensors, dims, strict=True)))[: at.given]
+    rows = [_as_rows(tensor, dim, N, int(n < inputs)) for n, (tensor, dim) in given]
+    plans, cell = wide.alive()
+    around = call_with(cell, tensors[at.given :], lambda: run_mapped(plans, cell, *wide.trees(rows)))
+    return wide.run([*rows, *tensors[at.given :]]) if around is None else [*leaves(around[0]), *leaves(around[1])]
+
+
+def _as_rows(tensor: Tensor, dim: int | None, N: int, place: int) -> Tensor:
+    """The mapped dimension, of size N, folded into the rows at a place; what is not mapped is repeated."""
+    mapped = tensor.expand(N, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.movedim(0, place).flatten(place, place + 1)
+
+
+def _reference(at: Site, info: Any, dims: list[int | None], tensors: list[Tensor]) -> list[Tensor]:
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(at.run(given, by_reference=True))
+
+    return list(torch.vmap(run, in_dims=tuple(dims), randomness=info.randomness)(*tensors))
