@@ -12,6 +12,7 @@ from torch import Tensor
 from unrolled.bptt.walk import Walk, shifted
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
+from unrolled.engine.native.layout import Layout
 from unrolled.engine.native.memory import fresh
 from unrolled.engine.native.threads import team
 from unrolled.plan.loops import LoopProgram
@@ -27,6 +28,8 @@ class NativeLoop:
     def __init__(self, loop: LoopProgram) -> None:
         self.loop = loop
         self.source: Source = emit(loop)
+        groups = (loop.sequences, loop.fixed, loop.emitted)
+        self._layouts = [[Layout.of(loop.program.values[v]) for v in group] for group in groups]
         self._library = library(machine_lines() + self.source.text)
         self._panel = int(self._library.ur_panel())
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
@@ -42,12 +45,13 @@ class NativeLoop:
         reverse: bool,
     ) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
+        self._check([*sequences, *fixed, *states], steps, batch)
+        kept, constant, _ = self._layouts
         leaves = [
-            *(_dense(tensor, 2) for tensor in sequences),
-            *(tensor.contiguous() for tensor in fixed),
+            *(_dense(at.rows_first(tensor, 1, batch), 2) for at, tensor in zip(kept, sequences, strict=True)),
+            *(at.rows_first(tensor, 0, batch).contiguous() for at, tensor in zip(constant, fixed, strict=True)),
             *(_dense(tensor, 1) for tensor in states),
         ]
-        self._check(leaves, steps, batch)
         emitted, received = self._emitted(states, steps, batch, reverse=reverse)
         packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
@@ -67,6 +71,7 @@ class NativeLoop:
             ctypes.c_int64(int(reverse)),
         )
         self._walk(arguments, steps, batch)
+        emitted = [at.as_torch_has_it(room, 1) for at, room in zip(self._layouts[2], emitted, strict=True)]
         last = 0 if reverse else steps - 1
         places = [self.loop.emitted.index(value) for value in self.loop.next_states]
         return Walk(emitted, [emitted[place][last].clone() for place in places], received)
@@ -95,7 +100,7 @@ class NativeLoop:
         values = self.loop.program.values
         first = {self.loop.emitted.index(v): state for v, state in zip(self.loop.next_states, states, strict=True)}
         rooms = [
-            fresh((steps + (place in first), *values[v].sizes(batch)), values[v].dtype)
+            fresh((steps + (place in first), batch, *self._layouts[2][place].dims), values[v].dtype)
             for place, v in enumerate(self.loop.emitted)
         ]
         for place, state in first.items():

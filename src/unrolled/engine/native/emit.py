@@ -135,7 +135,7 @@ class _Emitter:
                     step.append(f"{kind} *const {name} = {start};")
                 else:
                     setup.append(f"{kind} *const {name} = ({kind} *)(w->scratch + {self.scratch} * rows);")
-                    self.scratch += -(-node.size * _width(node, self.lowered.real) // 64) * 64
+                    self.scratch += -(-node.size * node.dtype.itemsize // 64) * 64
         return setup, step
 
     def _leaf(self, node: Leaf, name: str, kind: str, setup: list[str], step: list[str]) -> None:
@@ -174,13 +174,11 @@ class _Emitter:
         K, N = node.matrix.dims
         self.matrices.setdefault(node.matrix.position, (node.matrix.position, K, N))
         index = list(self.matrices).index(node.matrix.position)
-        row = node.row
+        row, many = node.row, prod(node.dims[:-1])
         x = f"{self.names[row.node]} + {row.offset}"
-        self.flops += 2 * K * N
-        return (
-            f"product({self.names[node]}, {node.size}, {x}, {self.row_stride(row.node)}, w->packed[{index}], "
-            f"rows, {K}, {N});"
-        )
+        by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)
+        self.flops += 2 * many * K * N
+        return f"product({self.names[node]}, {N}, {x}, {by_row}, w->packed[{index}], {many} * rows, {K}, {N});"
 
     def reduce(self, node: Reduce) -> Iterator[str]:
         view = node.source
@@ -201,6 +199,7 @@ class _Emitter:
         at = _index(strides, "j")
         start, step = {
             "sum": ("0", f"total + x[{index} + {at}]"),
+            "prod": ("1", f"total * x[{index} + {at}]"),
             "amax": ("-INFINITY", f"larger(total, x[{index} + {at}])"),
             "amin": ("INFINITY", f"smaller(total, x[{index} + {at}])"),
         }[node.name]
@@ -283,15 +282,11 @@ class _Emitter:
 
 
 def _c_type(node: Node) -> str:
-    return "unsigned char" if node.dtype == torch.bool else "real"
+    return {torch.bool: "unsigned char", torch.int64: "int64_t"}.get(node.dtype, "real")
 
 
 def _register_type(node: Node) -> str:
-    return "int" if node.dtype == torch.bool else "real"
-
-
-def _width(node: Node, real: torch.dtype) -> int:
-    return 1 if node.dtype == torch.bool else real.itemsize
+    return {torch.bool: "int", torch.int64: "int64_t"}.get(node.dtype, "real")
 
 
 def _broadcast(view: View, dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -35,6 +35,10 @@ def _cheap(expression: str) -> Elementwise:
     return Elementwise(expression, cheap=True)
 
 
+_ONE_ARGUMENT = (
+    "sin cos tan sinh cosh asin acos atan asinh acosh atanh exp2 log2 log10 erf erfc floor ceil trunc".split()
+)
+
 # Comparisons are written such that NaN comes out where torch has it: a condition on NaN is false.
 ELEMENTWISE: dict[str, Elementwise] = {
     "literal": _cheap("{0}"),
@@ -56,14 +60,26 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "expm1": Elementwise("EXPM1({0})"),
     "tanh": Elementwise("ur_tanh({0})"),
     "sigmoid": Elementwise("ur_sigmoid({0})"),
-    "sin": Elementwise("SIN({0})"),
-    "cos": Elementwise("COS({0})"),
-    "erf": Elementwise("ERF({0})"),
-    "floor": Elementwise("FLOOR({0})"),
-    "ceil": Elementwise("CEIL({0})"),
+    **{name: Elementwise(f"FN({name})({{0}})") for name in _ONE_ARGUMENT},
     "round": Elementwise("RINT({0})"),
+    "frac": Elementwise("({0} - FN(trunc)({0}))"),
+    "signbit": Elementwise("(signbit({0}) != 0)"),
+    "isnan": Elementwise("({0} != {0})"),
+    "isinf": Elementwise("(ABS({0}) == INFINITY)"),
+    "isfinite": Elementwise("(ABS({0}) < INFINITY)"),
+    "nan_to_num": Elementwise("({0} != {0} ? {1} : {0} == INFINITY ? {2} : {0} == -INFINITY ? {3} : {0})"),
     "relu": Elementwise("({0} < 0 ? 0 : {0})"),
     "sign": Elementwise("(({0} > 0) - ({0} < 0) + 0 * {0})"),
+    "sgn": Elementwise("(({0} > 0) - ({0} < 0) + 0 * {0})"),
+    "heaviside": Elementwise("({0} == 0 ? {1} : (real)({0} > 0))"),
+    "threshold": Elementwise("({0} <= {1} ? {2} : {0})"),
+    **{
+        name: Elementwise(f"FN({name})({{0}}, {{1}})")
+        for name in ("atan2", "hypot", "copysign", "fmod", "fmin", "fmax")
+    },
+    "remainder": Elementwise("ur_remainder({0}, {1})"),
+    "floor_divide": Elementwise("ur_floor_divide({0}, {1})"),
+    "trunc_divide": Elementwise("FN(trunc)({0} / {1})"),
     "pow": Elementwise("ur_pow({0}, {1})"),
     "maximum": Elementwise("(({0} > {1}) | ({0} != {0}) ? {0} : {1})"),
     "minimum": Elementwise("(({0} < {1}) | ({0} != {0}) ? {0} : {1})"),
@@ -81,6 +97,8 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "logical_or": Elementwise("(({0} != 0) | ({1} != 0))"),
     "bitwise_not": Elementwise("(!{0})"),
     "bitwise_and": Elementwise("({0} & {1})"),
+    "logical_xor": Elementwise("(({0} != 0) ^ ({1} != 0))"),
+    "bitwise_xor": Elementwise("({0} ^ {1})"),
     "bitwise_or": Elementwise("({0} | {1})"),
     "clamp": Elementwise("ur_clamp({0}, {1}, {2})", named=(("min", None), ("max", None))),
     "clamp_min": Elementwise("({0} < {1} ? {1} : {0})"),
