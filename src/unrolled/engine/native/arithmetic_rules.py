@@ -16,6 +16,9 @@ _DIVISIONS = {None: "div", "floor": "floor_divide", "trunc": "trunc_divide"}
 class ArithmeticRules(Rules):
     """Element-wise operations that are not one expression each."""
 
+    def do_add(self, op: Op) -> list[View]:
+        return [self.elementwise(op, "logical_or" if self.values[op.outputs[0]].dtype == torch.bool else "add")]
+
     def do_div(self, op: Op) -> list[View]:
         return [self.elementwise(op, _DIVISIONS[dict(op.kwargs).get("rounding_mode")], ["rounding_mode"])]
 

@@ -15,6 +15,7 @@ from unrolled.plan.program import Op, Ref, Value
 __all__ = ["Rules"]
 
 _COUNT = torch.int64
+_CONDITIONS = {"where": 0, "masked_fill": 1}
 _PLAIN_KEYWORDS = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")
 
 
@@ -83,6 +84,8 @@ class Rules:
         """A view's entries in another dtype."""
         if dtype in (None, view.dtype):
             return view
+        if dtype == torch.bool:
+            return self.compute("ne", view, 0, dtype=dtype)
         if dtype == _COUNT and view.dtype != torch.bool:
             raise UnsupportedError(f"{view.dtype} made integers")
         return self.compute("cast", view, dtype=self.checked(dtype))
@@ -96,11 +99,17 @@ class Rules:
         arguments = [self.aligned(arg, out) for arg in op.args]
         if keywords.get("alpha", 1) != 1:
             arguments[1] = self.compute("mul", arguments[1], keywords["alpha"])
+        if dtype == self.real:
+            arguments = [self._number(arg, index == _CONDITIONS.get(name)) for index, arg in enumerate(arguments)]
         arguments += ELEMENTWISE[name].keywords(keywords)
         unknown = set(keywords).difference(_PLAIN_KEYWORDS, dict(ELEMENTWISE[name].named))
         if unknown:
             raise UnsupportedError(f"{op.name} with {', '.join(sorted(unknown))}")
         return self.compute(name, *arguments, dims=out.dims, dtype=dtype)
+
+    def _number(self, arg: Any, condition: bool) -> Any:
+        """An argument of arithmetic: C would divide bools as integers."""
+        return self.cast(arg, self.real) if isinstance(arg, View) and not condition else arg
 
     def _result(self, op: Op, name: str) -> torch.dtype:
         """The dtype of an element-wise result; arithmetic of integers alone is not that of floating numbers."""

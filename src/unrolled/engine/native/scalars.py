@@ -39,6 +39,8 @@ _ONE_ARGUMENT = (
     "sin cos tan sinh cosh asin acos atan asinh acosh atanh exp2 log2 log10 erf erfc floor ceil trunc".split()
 )
 
+_SHRINK = (("lambd", 0.5),)
+
 # Comparisons are written such that NaN comes out where torch has it: a condition on NaN is false.
 ELEMENTWISE: dict[str, Elementwise] = {
     "literal": _cheap("{0}"),
@@ -69,8 +71,8 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "isfinite": Elementwise("(ABS({0}) < INFINITY)"),
     "nan_to_num": Elementwise("({0} != {0} ? {1} : {0} == INFINITY ? {2} : {0} == -INFINITY ? {3} : {0})"),
     "relu": Elementwise("({0} < 0 ? 0 : {0})"),
-    "sign": Elementwise("(({0} > 0) - ({0} < 0) + 0 * {0})"),
-    "sgn": Elementwise("(({0} > 0) - ({0} < 0) + 0 * {0})"),
+    "sign": Elementwise("(({0} > 0) - ({0} < 0))"),
+    "sgn": Elementwise("(({0} > 0) - ({0} < 0))"),
     "heaviside": Elementwise("({0} == 0 ? {1} : (real)({0} > 0))"),
     "threshold": Elementwise("({0} <= {1} ? {2} : {0})"),
     **{
@@ -85,7 +87,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "minimum": Elementwise("(({0} < {1}) | ({0} != {0}) ? {0} : {1})"),
     "where": Elementwise("({0} ? {1} : {2})"),
     "masked_fill": Elementwise("({1} ? {2} : {0})"),
-    "lerp": Elementwise("({2} < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))"),
+    "lerp": Elementwise("(ABS({2}) < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))"),
     "gt": Elementwise("({0} > {1})"),
     "ge": Elementwise("({0} >= {1})"),
     "lt": Elementwise("({0} < {1})"),
@@ -103,6 +105,15 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "clamp": Elementwise("ur_clamp({0}, {1}, {2})", named=(("min", None), ("max", None))),
     "clamp_min": Elementwise("({0} < {1} ? {1} : {0})"),
     "clamp_max": Elementwise("({0} > {1} ? {1} : {0})"),
+    "hardsigmoid": Elementwise("(ur_clamp({0} + 3, 0, 6) / 6)"),
+    # torch's own factor is a float, whatever the dtype.
+    "hardsigmoid_backward": Elementwise("(({1} > -3) & ({1} < 3) ? {0} * (real)(1.0f / 6.0f) : 0)"),
+    "hardshrink": Elementwise("(({0} >= -{1}) & ({0} <= {1}) ? 0 : {0})", named=_SHRINK),
+    "softshrink": Elementwise("({0} > {1} ? {0} - {1} : {0} < -{1} ? {0} + {1} : 0 * {0})", named=_SHRINK),
+    **{
+        name: Elementwise("(({1} >= -{2}) & ({1} <= {2}) ? 0 : {0})", named=_SHRINK)
+        for name in ("hardshrink_backward", "softshrink_backward")
+    },
     "sigmoid_backward": Elementwise("({0} * ({1} * (1 - {1})))"),
     "tanh_backward": Elementwise("({0} * (1 - {1} * {1}))"),
     "threshold_backward": Elementwise("({1} <= {2} ? 0 : {0})"),
