@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from unrolled.engine.native.lower import lower
-from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, View, contiguous
+from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, Scan, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
 from unrolled.plan.loops import LoopProgram
@@ -182,17 +182,20 @@ class _Emitter:
 
     def reduce(self, node: Reduce) -> Iterator[str]:
         view = node.source
-        kept = len(node.dims)
+        kept = len(node.dims) - isinstance(node, Scan)
         inner_dims, inner_strides = view.dims[kept:], view.strides[kept:]
         yield "for (int64_t b = 0; b < rows; ++b) {"
         yield f"  const real *x = {self.names[view.node]} + b * {self.row_stride(view.node)} + {view.offset};"
         yield f"  real *y = {self.names[node]} + b * {node.size};"
         index = _index(view.strides[:kept])
-        yield from _nest(node.dims, self._reduction(node, inner_dims, inner_strides, index))
+        yield from _nest(node.dims[:kept], self._reduction(node, inner_dims, inner_strides, index))
         yield "}"
         self.flops += view.node.size
 
     def _reduction(self, node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], index: str) -> list[str]:
+        if isinstance(node, Scan):
+            step = f"y[{_index(contiguous(node.dims)[:-1])} + j0] = total += x[{index} + {_index(strides, 'j')}];"
+            return ["double total = 0;", *_nest(dims, [step], "j")]
         out = f"y[{_index(contiguous(node.dims))}]"
         if node.name == "sum" and strides == contiguous(dims):
             return [f"{out} = sum_of(x + {index}, {prod(dims)});"]

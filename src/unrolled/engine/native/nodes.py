@@ -26,6 +26,7 @@ __all__ = [
     "Node",
     "Product",
     "Reduce",
+    "Scan",
     "UnsupportedError",
     "View",
     "contiguous",
@@ -123,6 +124,11 @@ class Reduce(Node):
     def views(self) -> Sequence[View]:
         """What it reads."""
         return [self.source]
+
+
+@dataclass(eq=False)
+class Scan(Reduce):
+    """A running sum along the last dimension of a view, entry by entry: its dimensions are the view's."""
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unrolled.engine.native.layout import UnsupportedError
-from unrolled.engine.native.nodes import Reduce, View, contiguous
+from unrolled.engine.native.nodes import Reduce, Scan, View, contiguous
 from unrolled.engine.native.view_rules import ViewRules
 from unrolled.plan.program import Op
 
@@ -118,6 +118,13 @@ class ReductionRules(ViewRules):
         total = self.reduced("sum", self.compute("mul", apart, apart), dims)
         scale = 1.0 / (count - correction) if count > correction else float("nan")
         return self.compute("mul", total, scale), mean
+
+    def do_cumsum(self, op: Op) -> list[View]:
+        view, (dim,) = self.given(op, 0), self._dims(op, op.args[1])
+        order = [*(d for d in range(len(view.dims)) if d != dim), dim]
+        turned = self.ordered(view, order)
+        scan = self.add(Scan(turned.dims, self.real, "cumsum", turned, view.dims[dim]))
+        return [self.ordered(scan, [order.index(d) for d in range(len(order))])]
 
     def do_softmax(self, op: Op) -> list[View]:
         view = self.given(op, 0)
