@@ -285,6 +285,12 @@ def _layer_norm(call: Call) -> list[Place]:
     return call.same(place)
 
 
+def _group_norm(call: Call) -> list[Place]:
+    if call.place(call.arg(0)) != 0:
+        raise _refuse(call, "normalises over the rows")
+    return call.same(0)
+
+
 def _layer_norm_backward(call: Call) -> list[Place]:
     place = call.place(call.arg(1))
     if place is None or any(v >= 0 for v in call.op.outputs[1:]):
@@ -325,7 +331,7 @@ RULES: dict[str, Callable[[Call], list[Place]]] = {
     "squeeze": _squeeze,
     **dict.fromkeys(("select", "unbind"), _select),
     "slice": _over(1, None, 0),
-    "unfold": _over(1, None),
+    **dict.fromkeys(("unfold", "narrow"), _over(1, None)),
     "roll": _over(2, None),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "chunk"), _over(2, None, 0)),
     **dict.fromkeys(("slice_backward", "select_backward"), lambda call: _scattered(call)),
@@ -347,12 +353,20 @@ RULES: dict[str, Callable[[Call], list[Place]]] = {
         _over(1, None, -1),
     ),
     "topk": _over(2, None, -1),
-    **dict.fromkeys(("hardswish", "log_sigmoid_forward", "complex", "floor_divide", "_prelu_kernel"), pointwise),
+    # Torch forgets to tag these.
+    **dict.fromkeys(
+        """
+        hardswish log_sigmoid_forward complex real floor_divide where _prelu_kernel __or__ __and__ __xor__
+        softshrink_backward hardshrink_backward hardsigmoid_backward
+        """.split(),
+        pointwise,
+    ),
     "diagonal": _diagonal,
     **dict.fromkeys(("tril", "triu"), _triangle),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _over(2, None)),
     "constant_pad_nd": lambda call: _padded(call),
     "native_layer_norm": _layer_norm,
+    "native_group_norm": _group_norm,
     "native_layer_norm_backward": _layer_norm_backward,
 }
 

@@ -129,6 +129,10 @@ class ViewRules(Rules):
         begin, end, stride = slice(start, stop, step).indices(view.dims[dim])
         return [self.cut(view, dim, begin, len(range(begin, end, stride)), stride)]
 
+    def do_narrow(self, op: Op) -> list[View]:
+        dim = self.layout(op).dim(op.args[1], "a slice")
+        return [self.cut(self.given(op, 0), dim, op.args[2], op.args[3])]
+
     def do_select(self, op: Op) -> list[View]:
         view, dim = self.given(op, 0), self.layout(op).dim(op.args[1], "a selection")
         return [self._selected(view, dim, op.args[2] % view.dims[dim])]
