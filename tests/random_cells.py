@@ -297,8 +297,9 @@ class RandomCell(nn.Module):
             self.register_parameter(name, nn.Parameter(numbers / (2 * shape[-1] ** 0.5 if len(shape) > 1 else 2)))
 
     def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> tuple[Tensor, ...]:
-        many = self.recipe.states
-        return tuple(torch.full((batch_size, self.recipe.size), 0.1 * n, dtype=torch.float64) for n in range(many))
+        # No two units alike: which of two equal numbers is the larger is a matter of rounding.
+        units = torch.arange(self.recipe.size, dtype=torch.float64) / 31
+        return tuple((units + 0.1 * n).expand(batch_size, -1) for n in range(self.recipe.states))
 
     def forward(self, input: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         values = [input, *state]
