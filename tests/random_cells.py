@@ -177,6 +177,16 @@ def _outer(x: Tensor, y: Tensor) -> Tensor:
     return (x.unsqueeze(2) * y.unsqueeze(1)).mean(1)
 
 
+def _matrix(x: Tensor, y: Tensor) -> Tensor:
+    return x.unsqueeze(2) * y.unsqueeze(1) / x.shape[1]
+
+
+def _attended(cell: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    q = F.linear(torch.stack([x, y], 1), cell.weight, cell.bias).unsqueeze(2)
+    heads = torch.stack([q, 0.5 - q], 2).squeeze(3).transpose(1, 2)
+    return ((heads @ heads.transpose(2, 3)).softmax(-1) @ heads).mean((1, 2))
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "weighted": lambda cell, x, y: F.linear(x, cell.shared) + y,
     "weighted with bias": lambda cell, x, y: F.linear(x, cell.weight, cell.bias) * y,
@@ -236,6 +246,33 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "gates": lambda cell, x, y: torch.prod(
         torch.stack(F.linear(x, cell.tall, cell.tall[:, 0]).sigmoid().chunk(2, -1)), 0
     ),
+    "mish": lambda cell, x, y: F.mish(x) + F.hardtanh(y, -0.5, 0.5),
+    "hard": lambda cell, x, y: F.hardsigmoid(x) * F.softshrink(y, 0.1) + F.hardshrink(x, 0.2),
+    "prelu": lambda cell, x, y: F.prelu(x, cell.gate) + F.prelu(y, cell.gate[:1]),
+    "glu": lambda cell, x, y: F.glu(torch.cat([x, y], -1), -1),
+    "logsumexp": lambda cell, x, y: x - y.logsumexp(-1, keepdim=True) / 4,
+    "arcs": lambda cell, x, y: torch.atan(x) + torch.asinh(y) + torch.sinh(0.3 * torch.tanh(x)),
+    "atan2": lambda cell, x, y: torch.atan2(x, 1 + y.abs()) + torch.hypot(y, 1 + x) / 4,
+    "logarithms": lambda cell, x, y: torch.log2(1 + x.abs()) - torch.log10(2 + y * y) + torch.exp2(-x * x),
+    "bools": lambda cell, x, y: torch.where((x > 0) ^ x.isfinite() | y.isnan(), x, y) * ((x > 0) + (y > 0)),
+    "count": lambda cell, x, y: x * (y > 0).sum(-1, keepdim=True) / x.shape[1] + y * (x > 0).any(-1, keepdim=True),
+    "cumsum": lambda cell, x, y: x.cumsum(-1) / x.shape[1] + y,
+    "flip": lambda cell, x, y: x.flip(-1) + y,
+    "rolled back": lambda cell, x, y: x.roll(1, -1) - y.roll(-2, -1),
+    "repeat": lambda cell, x, y: x[:, :1].repeat(1, x.shape[1]) * y.repeat(1, 2)[:, 1 : 1 + x.shape[1]],
+    "every second": lambda cell, x, y: torch.cat([x[:, ::2], y[:, 1::2]], -1),
+    "pad both": lambda cell, x, y: F.pad(x[:, 1:], (0, 1), value=0.5) + F.pad(y, (1, -1)),
+    "unbound": lambda cell, x, y: torch.stack(torch.cat([x, y], -1).unbind(-1)[::2], -1),
+    "rows stacked": lambda cell, x, y: torch.stack([x, y]).prod(0),
+    "diagonal": lambda cell, x, y: _matrix(x, y).diagonal(dim1=1, dim2=2) * x.shape[1],
+    "matrix read": lambda cell, x, y: (_matrix(x, y) @ x.unsqueeze(-1)).squeeze(-1),
+    "matrix written": lambda cell, x, y: (
+        torch.bmm(_matrix(x, y), _matrix(y, x)).mean(2) + torch.einsum("bi,bj->bi", x, y) / 9
+    ),
+    "every row of a row": lambda cell, x, y: F.linear(torch.stack([x, y], 1), cell.weight, cell.bias).prod(1),
+    "weights of heads": lambda cell, x, y: torch.einsum("bhd,hde->bhe", torch.stack([x, y], 1), cell.heads).sum(1),
+    "attended": _attended,
+    "row by vector": lambda cell, x, y: (x @ cell.gate).unsqueeze(-1) * y,
     "heads of weights": lambda cell, x, y: torch.tanh(F.linear(y, cell.tall).view(len(x), 2, -1)).sum(1) * x,
 }
 
@@ -254,13 +291,15 @@ class RandomCell(nn.Module):
             "tall": (2 * size, size),
             "bias": (size,),
             "gate": (size,),
+            "heads": (2, size, size),
         }.items():
             numbers = torch.randn(shape, generator=made, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(numbers / (2 * shape[-1] ** 0.5 if len(shape) > 1 else 2)))
 
     def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> tuple[Tensor, ...]:
-        many = self.recipe.states
-        return tuple(torch.full((batch_size, self.recipe.size), 0.1 * n, dtype=torch.float64) for n in range(many))
+        # No two units alike: which of two equal numbers is the larger is a matter of rounding.
+        units = torch.arange(self.recipe.size, dtype=torch.float64) / 31
+        return tuple((units + 0.1 * n).expand(batch_size, -1) for n in range(self.recipe.states))
 
     def forward(self, input: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         values = [input, *state]

@@ -628,14 +628,19 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{
         name: getattr(torch, name)
         for name in "tanh sigmoid exp reciprocal abs sign relu floor ceil round sin cos erf expm1 "
-        "neg square sgn trunc frac sinh cosh atan tan".split()
+        "neg square sgn trunc frac sinh cosh atan tan asinh exp2 erfc sinc".split()
     },
     **{
         name: getattr(F, name)
         for name in "softplus elu gelu silu mish leaky_relu hardtanh hardswish logsigmoid hardsigmoid selu celu relu6 "
         "softsign tanhshrink hardshrink softshrink".split()
     },
-    **{name: lambda x, name=name: getattr(torch, name)(x.abs() + 0.1) for name in "log log1p sqrt rsqrt".split()},
+    **{
+        name: lambda x, name=name: getattr(torch, name)(x.abs() + 0.1)
+        for name in "log log1p sqrt rsqrt log2 log10".split()
+    },
+    **{name: lambda x, name=name: getattr(torch, name)(0.9 * torch.tanh(x)) for name in "asin acos atanh".split()},
+    "acosh": lambda x: torch.acosh(1.5 + x.abs()),
     **{
         name: lambda x, name=name: getattr(torch, name)(x).to(x.dtype)
         for name in "isnan isinf isfinite signbit".split()
@@ -741,6 +746,11 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "nan to num": lambda x: x.nan_to_num(),
     "heaviside": lambda x: torch.heaviside(x.detach(), x.detach()) + x,
     "atan2": lambda x: torch.atan2(x, 1 + x.abs()),
+    "fmod": lambda x: torch.fmod(x, 0.3),
+    "remainder of rows": lambda x: torch.remainder(x, x.flip(-1)),
+    "divided down by rows": lambda x: torch.div(x, x.flip(-1), rounding_mode="floor"),
+    "logaddexp": lambda x: torch.logaddexp(x, x.flip(-1)),
+    "bools divided": lambda x: (x > 0) / (1 + (x > -1).to(x.dtype)),
     "hypot": lambda x: torch.hypot(x, 1 + x),
     "copysign": lambda x: torch.copysign(x, x.flip(-1)),
     "xlogy": lambda x: torch.xlogy(x, x.abs()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,15 @@ def scaled(x: Tensor, by: float = 1.5) -> Tensor:
 
 def by_global(x: Tensor) -> Tensor:
     return GAIN * x
+
+
+def _scaled_by(by: float) -> Callable[..., Tensor]:
+    return lambda x, by=by: by * x
+
+
+OTHER = types.ModuleType("other")
+vars(OTHER).update(calls=0, helper=lambda x: 1.5 * x, scaled=_scaled_by(1.5), act=torch.tanh)
+ACT = torch.tanh
 
 
 def _closing_over(box: list[float]) -> Callable[..., Tensor]:
@@ -297,6 +307,18 @@ CHANGES: dict[str, Callable[[], Case]] = {
     ),
     **{kind: lambda kind=kind: _hooked(kind) for kind in ("register_forward_hook", "register_forward_pre_hook")},
     "global forward hook": lambda: Case(Cell(), _global_hook),
+    "function of another module": lambda: Case(
+        Cell(lambda cell, x: OTHER.helper(x)), lambda cell, patch: patch.setattr(OTHER, "helper", lambda x: 0.5 * x)
+    ),
+    "the same function with another default": lambda: Case(
+        Cell(lambda cell, x: OTHER.scaled(x)), lambda cell, patch: patch.setattr(OTHER, "scaled", _scaled_by(0.5))
+    ),
+    "builtin of another module": lambda: Case(
+        Cell(lambda cell, x: OTHER.act(x)), lambda cell, patch: patch.setattr(OTHER, "act", torch.sigmoid)
+    ),
+    "builtin that is a global": lambda: Case(
+        Cell(lambda cell, x: ACT(x)), lambda cell, patch: patch.setitem(globals(), "ACT", torch.sigmoid)
+    ),
     "wrapped by weight norm": lambda: Case(
         Cell(), lambda cell, patch: nn.utils.parametrizations.weight_norm(cell.linear)
     ),
@@ -466,6 +488,130 @@ class GlobalCounterCell(Cell):
     def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         GLOBAL_COUNT["n"] += 1
         return super().forward(input if GLOBAL_COUNT["n"] < 7 else 2 * input, state)
+
+
+CALLS = 0
+
+
+class GlobalNumberCell(Cell):
+    """Counts in a global that it binds anew."""
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        global CALLS
+        CALLS += 1
+        return super().forward(input if CALLS < 7 else 2 * input, state)
+
+
+class OtherModuleCell(Cell):
+    """Counts in another module."""
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        OTHER.calls += 1
+        return super().forward(input if OTHER.calls < 7 else 2 * input, state)
+
+
+class ClassCounterCell(Cell):
+    """Counts in its class."""
+
+    seen = 0
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        ClassCounterCell.seen += 1
+        return super().forward(input if ClassCounterCell.seen < 7 else 2 * input, state)
+
+
+def _counting_in_a_closure() -> nn.Module:
+    box, count = [0], 0
+
+    def f(cell: nn.Module, x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        box[0] += 1
+        return x if count + box[0] < 14 else 2 * x
+
+    cell = Cell(f)
+    cell.reset = lambda: (
+        f.__closure__[0].cell_contents.__setitem__(0, 0) or setattr(f.__closure__[1], "cell_contents", 0)
+    )
+    cell.counts = lambda: [held.cell_contents for held in f.__closure__]
+    return cell
+
+
+OUTSIDE: dict[str, Callable[[], nn.Module]] = {
+    "global in a dict": GlobalCounterCell,
+    "global number": GlobalNumberCell,
+    "number of another module": OtherModuleCell,
+    "number of the class": ClassCounterCell,
+    "closure": _counting_in_a_closure,
+}
+
+
+def _reset(cell: nn.Module) -> None:
+    global CALLS
+    CALLS = GLOBAL_COUNT["n"] = OTHER.calls = ClassCounterCell.seen = 0
+    if hasattr(cell, "reset"):
+        cell.reset()
+
+
+def _counts(cell: nn.Module) -> Any:
+    return CALLS, GLOBAL_COUNT["n"], OTHER.calls, ClassCounterCell.seen, getattr(cell, "counts", int)()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_a_step_counts_outside_of_the_cell_is_counted_as_in_the_loop(name, engine):
+    cell, x = OUTSIDE[name](), torch.randn(9, 2, H, dtype=F64)
+    _reset(cell)
+    before = str(_counts(cell))
+    found = decision(cell, x, engine)
+    assert (found.plan, found.engine) == (None, "reference")
+    assert "outside of the cell" in found.why
+    assert str(_counts(cell)) == before, "planning counted"
+    fast = unrolled(cell, engine)
+    for _ in range(2):
+        _reset(cell)
+        got, counted = fast(x), str(_counts(cell))
+        _reset(cell)
+        assert_match(got, unrolled(cell, "reference")(x))
+        assert counted == str(_counts(cell)) != before
+
+
+ASKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gradients": lambda x: 2 * x if torch.is_grad_enabled() else x,
+    "inference": lambda x: 2 * x if torch.is_inference_mode_enabled() else x,
+    "dtype": lambda x: 2 * x if torch.get_default_dtype() == F64 else x,
+    "threads": lambda x: x * torch.get_num_threads(),
+    "gradients, in a function that it calls": lambda x: 2 * x if _asks_deeper() else x,
+}
+
+
+def _asks_deeper() -> bool:
+    return torch.is_grad_enabled()
+
+
+@pytest.fixture
+def other_modes():
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.usefixtures("other_modes")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_mode_that_a_step_asks_for_is_that_of_the_call(asked, engine):
+    cell, x = Cell(lambda cell, x: ASKED[asked](x)), torch.randn(5, 2, H, dtype=F64)
+    assert decision(cell, x, engine).plan is not None
+    fast, slow = unrolled(cell, engine), unrolled(cell, "reference")
+    assert_match(fast(x), slow(x))
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert_match(fast(x), slow(x))
+    torch.set_num_threads(3)
+    assert_match(fast(x), slow(x))
+    torch.set_default_dtype(F64)
+    assert_match(fast(x), slow(x))
 
 
 LEAVING: dict[str, Callable[[], nn.Module]] = {

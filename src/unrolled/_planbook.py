@@ -23,7 +23,7 @@ from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.tape import UnrecordableError
-from unrolled.plan.twin import random_numbers_kept, scratch_of, twin_of
+from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves
 
 __all__ = ["Decision", "PlanBook"]
@@ -92,7 +92,7 @@ class PlanBook:
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
         needing = _needing(inputs, context)
         try:
-            with torch.inference_mode(False), random_numbers_kept():
+            with torch.inference_mode(False), surroundings_kept(cell):
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
                 plan, slower = self._planned(cell, inputs, state, context, needing)
                 _compare(plan, cell, inputs, state, context, self.runner, needing)

@@ -19,7 +19,8 @@ _NAMES = """
     silu silu_backward gelu gelu_backward mish mish_backward softplus softplus_backward elu elu_backward
     leaky_relu leaky_relu_backward hardtanh hardtanh_backward hardswish hardswish_backward
     log_sigmoid_forward log_sigmoid_backward addcmul addcdiv logsumexp xlogy celu selu linalg_vector_norm
-    norm square rsub
+    norm square rsub glu_backward _prelu_kernel _prelu_kernel_backward
+    logit logit_backward logaddexp sinc native_group_norm native_group_norm_backward
 """.split()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unrolled.plan.tape import UnrecordableError
 
-__all__ = ["fingerprint"]
+__all__ = ["Binding", "fingerprint", "surroundings"]
 
 _PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice)
 _BY_IDENTITY = (
@@ -33,6 +33,19 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 # `_unrolled` is where our own layers keep the network that runs them, plans and all: nothing that a step reads.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_unrolled"}
 _MOST_BYTES = 4096
+_MODES: dict[str, Callable[[], Any]] = {
+    name: getattr(torch, name)
+    for name in """
+    is_grad_enabled is_inference_mode_enabled get_default_dtype get_num_threads get_num_interop_threads
+    is_anomaly_enabled are_deterministic_algorithms_enabled get_float32_matmul_precision
+    """.split()
+    if hasattr(torch, name)
+}
+# What a recording has on whatever the mode of the call: a step that asks is recorded only for calls that have it too.
+_RECORDED_WITH = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
+
+Binding = tuple[Any, str, Any]
+"""A plain value that a step reads and the cell does not hold: whose name, the name, the value."""
 
 
 def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
@@ -43,13 +56,24 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     """
     if any(getattr(nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
         raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
+    return _Freezer().modules(cell)
+
+
+def surroundings(cell: nn.Module) -> tuple[list[Binding], list[Any]]:
+    """What a cell's step may read and share with its copies: names with their plain values; lists, dicts and sets."""
     freezer = _Freezer()
-    return tuple([freezer.module(name, module) for name, module in cell.named_modules()])
+    freezer.modules(cell)
+    return freezer.bindings, freezer.containers
 
 
 class _Freezer:
     def __init__(self) -> None:
         self.seen: set[int] = set()
+        self.bindings: list[Binding] = []
+        self.containers: list[Any] = []
+
+    def modules(self, cell: nn.Module) -> tuple[Any, ...]:
+        return tuple([self.module(name, module) for name, module in cell.named_modules()])
 
     def module(self, name: str, module: nn.Module) -> tuple[Any, ...]:
         for hooks in _HOOKS:
@@ -74,10 +98,10 @@ class _Freezer:
             if base.__module__.startswith("unrolled."):
                 found.append(getattr(vars(base).get("forward"), "__code__", None))
                 continue
-            found += [(key, self.class_entry(value, key)) for key, value in vars(base).items() if key[:2] != "__"]
+            found += [(key, self.class_entry(base, value, key)) for key, value in vars(base).items() if key[:2] != "__"]
         return tuple(found)
 
-    def class_entry(self, value: Any, name: str) -> Any:
+    def class_entry(self, owner: type, value: Any, name: str) -> Any:
         """A class's attribute: a plain value, or the code of a method or property."""
         if isinstance(value, staticmethod | classmethod):
             value = value.__func__
@@ -85,7 +109,12 @@ class _Freezer:
             value = value.fget
         if isinstance(value, types.FunctionType):
             return self.function(value)
-        return self.value(value, name) if isinstance(value, (*_PLAIN, tuple, list, dict)) else id(value)
+        return self.bound(owner, name, value) if _is_simple(value) else id(value)
+
+    def bound(self, owner: Any, name: str, value: Any, called: str = "") -> Any:
+        """A value by the name under which a step finds it outside of the cell."""
+        self.bindings.append((owner, name, value))
+        return self.value(value, called or name)
 
     def value(self, value: Any, name: str) -> Any:
         if value is None or isinstance(value, _PLAIN):
@@ -97,6 +126,7 @@ class _Freezer:
             if id(value) in self.seen:
                 return "seen before"
             self.seen.add(id(value))
+            self.containers.append(value)
         if isinstance(value, tuple | list | set | frozenset):
             return (type(value), tuple([self.value(child, name) for child in value]))
         if isinstance(value, dict):
@@ -125,12 +155,12 @@ class _Freezer:
         raise UnrecordableError(f"its attribute {name} is a {type(value).__name__}, whose changes cannot be seen")
 
     def function(self, function: types.FunctionType) -> tuple[Any, ...]:
-        cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+        closed = [cell for cell in function.__closure__ or () if not _is_empty(cell)]
         module = function.__module__ or ""
         inner = () if module.startswith("torch.") else tuple(self.globals_of(function))
         return (
             function.__code__,
-            self.value(cells, function.__name__),
+            tuple([self.bound(cell, "cell_contents", cell.cell_contents, function.__name__) for cell in closed]),
             self.value(function.__defaults__, function.__name__),
             self.value(function.__kwdefaults__, function.__name__),
             tuple([(key, repr(held)) for key, held in vars(function).items()]),
@@ -138,22 +168,55 @@ class _Freezer:
         )
 
     def globals_of(self, function: types.FunctionType) -> Iterator[Any]:
+        yield from _modes(function.__code__)
         for name in _names(function.__code__):
             value = function.__globals__.get(name)
-            simple = value is None or isinstance(value, (*_PLAIN, tuple, list, dict))
-            if simple or isinstance(value, types.FunctionType):
+            if value is None:
+                yield (name, None)
+            elif _is_simple(value):
+                yield (name, self.bound(function.__globals__, name, value))
+            elif isinstance(value, types.FunctionType):
                 yield (name, self.value(value, name))
             elif not getattr(value, "__name__", "").startswith("torch"):
+                yield (name, id(value))
                 yield from self.attributes_of(value, function.__code__)
 
     def attributes_of(self, thing: Any, code: types.CodeType) -> Iterator[Any]:
-        """Plain attributes of a module, class or object that a function may look up by name."""
+        """Attributes of a module, class or object that a function may look up by name."""
         held = getattr(thing, "__dict__", {})
         for name in _names(code):
-            if isinstance(held.get(name), (*_PLAIN, tuple, list, dict)):
-                yield (name, self.value(held[name], name))
-            elif isinstance(held.get(name), types.FunctionType):
-                yield (name, held[name].__code__)
+            value = held.get(name)
+            if _is_simple(value):
+                yield (name, self.bound(thing, name, value))
+            elif value is not None:
+                yield (name, self.helper(value, name))
+
+    def helper(self, value: Any, name: str) -> Any:
+        """A function by all that it reads, where that can be seen; anything else by itself."""
+        if not isinstance(value, types.FunctionType):
+            return id(value)
+        try:
+            return self.value(value, name)
+        except UnrecordableError:
+            return (id(value), value.__code__)
+
+
+def _is_simple(value: Any) -> bool:
+    return isinstance(value, (*_PLAIN, tuple, list, dict))
+
+
+def _modes(code: types.CodeType) -> Iterator[tuple[str, Any]]:
+    """The modes of torch that a function asks for, as they are."""
+    for name in _asked_modes(code):
+        value = _MODES[name]()
+        if value is not _RECORDED_WITH.get(name, value):
+            raise UnrecordableError(f"its step asks {name}(), which is {value} here")
+        yield (name, value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _asked_modes(code: types.CodeType) -> tuple[str, ...]:
+    return tuple(name for name in _names(code) if name in _MODES)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -244,10 +244,16 @@ def _refuse_unrecordable(func: Any) -> None:
 def _functional(func: Any) -> Any:
     name = func._schema.name.removeprefix("aten::")
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    functional = getattr(packet, func._overloadname, None)
-    if functional is None or functional._schema.is_mutable:
-        raise UnrecordableError(f"{func} has no functional counterpart")
-    return functional
+    # The counterpart may be called something else: that of `pow_.Scalar` is `pow.Tensor_Scalar`.
+    names = [] if packet is None else [func._overloadname, *packet.overloads()]
+    for functional in [getattr(packet, name) for name in names if hasattr(packet, name)]:
+        if not functional._schema.is_mutable and _kinds(functional) == _kinds(func):
+            return functional
+    raise UnrecordableError(f"{func} has no functional counterpart")
+
+
+def _kinds(func: Any) -> list[str]:
+    return [str(argument.type) for argument in func._schema.arguments]
 
 
 def tangent_like(tensor: Tensor) -> Tensor:

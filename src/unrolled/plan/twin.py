@@ -6,14 +6,15 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unrolled.plan.guards import fingerprint
+from unrolled.plan.guards import fingerprint, surroundings
 from unrolled.plan.tape import UnrecordableError
 
-__all__ = ["random_numbers_kept", "scratch_of", "twin_of"]
+__all__ = ["scratch_of", "surroundings_kept", "twin_of"]
 
 
 def twin_of(cell: nn.Module) -> nn.Module:
@@ -65,16 +66,48 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Python's random numbers as they were before; a step that draws some cannot be recorded.
+def surroundings_kept(cell: nn.Module) -> Iterator[None]:
+    """Python's random numbers, and what a cell's step reads outside of the cell, as they were before.
 
     Raises:
-        UnrecordableError: if any were drawn.
+        UnrecordableError: if the step drew random numbers, or left something there for the next one.
     """
-    before = random.getstate()
+    numbers, before = random.getstate(), fingerprint(cell)
+    bindings, containers = surroundings(cell)
+    contents = [copy.copy(container) for container in containers]
     try:
         yield
-        if random.getstate() != before:
+        if random.getstate() != numbers:
             raise UnrecordableError("it draws random numbers of Python's")
+        if fingerprint(cell) != before:
+            raise UnrecordableError("its step leaves something outside of the cell for the next one")
     finally:
-        random.setstate(before)
+        random.setstate(numbers)
+        for binding in bindings:
+            _rebind(*binding)
+        for container, content in zip(containers, contents, strict=True):
+            if not _holds_the_same(container, content):
+                _refill(container, content)
+
+
+def _rebind(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        if owner.get(name) is not value:
+            owner[name] = value
+    elif getattr(owner, name, None) is not value:
+        setattr(owner, name, value)
+
+
+def _holds_the_same(container: Any, content: Any) -> bool:
+    if isinstance(container, dict):
+        return _holds_the_same([*container, *container.values()], [*content, *content.values()])
+    return len(container) == len(content) and all(one is other for one, other in zip(container, content, strict=True))
+
+
+def _refill(container: Any, content: Any) -> None:
+    """A list, dict or set with what it held: the same things, in the same order."""
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)

@@ -15,6 +15,7 @@ from torch import Tensor
 from unrolled.bptt.walk import Walk, shifted
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
+from unrolled.engine.native.layout import Layout
 from unrolled.engine.native.memory import fresh
 from unrolled.engine.native.threads import team
 from unrolled.plan.loops import LoopProgram
@@ -26,7 +27,7 @@ _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _Sizes:
     """What is known of a call before it is made, for so many steps and rows.
 
     Attributes:
@@ -50,13 +51,15 @@ class NativeLoop:
     def __init__(self, loop: LoopProgram) -> None:
         self.loop = loop
         self.source: Source = emit(loop)
+        groups = (loop.program.inputs, loop.emitted)
+        self._layouts = [[Layout.of(loop.program.values[v]) for v in group] for group in groups]
         self._library = library(machine_lines() + self.source.text)
         self._library.ur_loop.argtypes = [c_void_p] * 7 + [c_int64] * 7 + [c_void_p]
         self._library.ur_pack.argtypes = [c_void_p] * 2 + [c_int64] * 4
         self._panel = int(self._library.ur_panel())
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
         self._next = [loop.emitted.index(value) for value in loop.next_states]
-        self._layout = lru_cache(maxsize=16)(self._new_layout)
+        self._sizes = lru_cache(maxsize=16)(self._sizes_for)
 
     def __call__(
         self,
@@ -69,11 +72,11 @@ class NativeLoop:
         reverse: bool,
     ) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
-        layout = self._layout(steps, batch)
+        sizes = self._sizes(steps, batch)
         given = [*sequences, *fixed, *states]
-        self._check(given, layout)
-        leaves, by_step, by_row = self._leaves(given, layout)
-        emitted, received = self._emitted(states, steps, layout, reverse=reverse)
+        self._check(given, sizes)
+        leaves, by_step, by_row = self._leaves(given, sizes, batch)
+        emitted, received = self._emitted(states, steps, sizes, reverse=reverse)
         packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
         threads = self._threads(steps, batch)
@@ -92,36 +95,37 @@ class NativeLoop:
             int(reverse),
         )
         self._walk(arguments, steps, batch, threads)
+        emitted = [at.as_torch_has_it(room, 1) for at, room in zip(self._layouts[1], emitted, strict=True)]
         last = 0 if reverse else steps - 1
         ends = [emitted[place][last].clone() for place in self._next]
         return Walk(emitted, ends, received, [total.sum(0) if threads > 1 else total[0] for total in totals])
 
-    def _new_layout(self, steps: int, batch: int) -> _Layout:
+    def _sizes_for(self, steps: int, batch: int) -> _Sizes:
         values, a = self.loop.program.values, self.loop.counts[0]
-        known = [values[v] for v in self.loop.program.inputs]
-        sizes = [value.sizes(batch) for value in known]
-        shapes = [(steps, *size) if i < a else size for i, size in enumerate(sizes)]
-        rows = [prod(size[1:]) if size else 0 for size in sizes]
+        known, layouts = [values[v] for v in self.loop.program.inputs], self._layouts[0]
+        shapes = [(steps, *v.sizes(batch)) if i < a else v.sizes(batch) for i, v in enumerate(known)]
+        by_row = [0 if at.place is None else prod(at.dims) for at in layouts]
+        by_step = [(prod(at.dims) * (1 if at.place is None else batch)) if i < a else 0 for i, at in enumerate(layouts)]
         rooms = [
-            ((steps + (place in self._next), *values[v].sizes(batch)), values[v].dtype)
+            ((steps + (place in self._next), batch, *self._layouts[1][place].dims), values[v].dtype)
             for place, v in enumerate(self.loop.emitted)
         ]
-        by_step = [prod(size) if i < a else 0 for i, size in enumerate(sizes)]
-        return _Layout(tuple(shapes), tuple(v.dtype for v in known), tuple(by_step), tuple(rows), tuple(rooms))
+        return _Sizes(tuple(shapes), tuple(v.dtype for v in known), tuple(by_step), tuple(by_row), tuple(rooms))
 
-    def _leaves(self, given: Sequence[Tensor], layout: _Layout) -> tuple[list[Tensor], list[int], list[int]]:
+    def _leaves(self, given: Sequence[Tensor], sizes: _Sizes, batch: int) -> tuple[list[Tensor], list[int], list[int]]:
         """The inputs, and their strides; copied are those in which a row's entries do not lie one after the other."""
         a, b, _ = self.loop.counts
-        leaves, by_step, by_row = list(given), list(layout.by_step), list(layout.by_row)
-        for i, tensor in enumerate(given):
+        leaves, by_step, by_row = list(given), list(sizes.by_step), list(sizes.by_row)
+        for i, at in enumerate(self._layouts[0]):
+            tensor = at.rows_first(given[i], int(i < a), batch)
             if tensor.is_contiguous():
-                continue
-            if a <= i < a + b:
+                leaves[i] = tensor
+            elif a <= i < a + b:
                 leaves[i] = tensor.contiguous()
-                continue
-            leaves[i] = dense = _dense(tensor, 2 if i < a else 1)
-            by_step[i] = dense.stride(0) if i < a else 0
-            by_row[i] = dense.stride(int(i < a))
+            else:
+                leaves[i] = dense = _dense(tensor, 2 if i < a else 1)
+                by_step[i] = dense.stride(0) if i < a else 0
+                by_row[i] = dense.stride(int(i < a))
         return leaves, by_step, by_row
 
     def _threads(self, steps: int, batch: int) -> int:
@@ -143,7 +147,7 @@ class NativeLoop:
             done = until
 
     def _emitted(
-        self, states: Sequence[Tensor], steps: int, layout: _Layout, *, reverse: bool
+        self, states: Sequence[Tensor], steps: int, sizes: _Sizes, *, reverse: bool
     ) -> tuple[list[Tensor], Callable[[int], Tensor]]:
         """Memory for what is emitted, and what every step receives.
 
@@ -151,7 +155,7 @@ class NativeLoop:
         place aside.
         """
         first = dict(zip(self._next, states, strict=True))
-        rooms = [fresh(shape, dtype) for shape, dtype in layout.rooms]
+        rooms = [fresh(shape, dtype) for shape, dtype in sizes.rooms]
         for place, state in first.items():
             rooms[place][-1 if reverse else 0] = state
         early, late = slice(0, steps), slice(1, steps + 1)
@@ -172,8 +176,8 @@ class NativeLoop:
         self._library.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
         return packed
 
-    def _check(self, given: Sequence[Tensor], layout: _Layout) -> None:
-        for tensor, shape, dtype in zip(given, layout.shapes, layout.dtypes, strict=True):
+    def _check(self, given: Sequence[Tensor], sizes: _Sizes) -> None:
+        for tensor, shape, dtype in zip(given, sizes.shapes, sizes.dtypes, strict=True):
             if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
                 raise ValueError(
                     f"a loop's input must be {dtype} {list(shape)} on the CPU, "

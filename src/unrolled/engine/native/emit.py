@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from unrolled.engine.native.lower import lower
-from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, View, contiguous
+from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, Scan, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
 from unrolled.plan.loops import LoopProgram
@@ -137,7 +137,7 @@ class _Emitter:
                     step.append(f"{kind} *const {name} = {start};")
                 else:
                     setup.append(f"{kind} *const {name} = ({kind} *)(w->scratch + {self.scratch} * rows);")
-                    self.scratch += -(-node.size * _width(node, self.lowered.real) // 64) * 64
+                    self.scratch += -(-node.size * node.dtype.itemsize // 64) * 64
         return setup, step
 
     def _leaf(self, node: Leaf, name: str, kind: str, setup: list[str], step: list[str]) -> None:
@@ -176,13 +176,11 @@ class _Emitter:
         K, N = node.matrix.dims
         self.matrices.setdefault(node.matrix.position, (node.matrix.position, K, N))
         index = list(self.matrices).index(node.matrix.position)
-        row = node.row
+        row, many = node.row, prod(node.dims[:-1])
         x = f"{self.names[row.node]} + {row.offset}"
-        self.flops += 2 * K * N
-        return (
-            f"product({self.names[node]}, {node.size}, {x}, {self.row_stride(row.node)}, w->packed[{index}], "
-            f"rows, {K}, {N});"
-        )
+        by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)
+        self.flops += 2 * many * K * N
+        return f"product({self.names[node]}, {N}, {x}, {by_row}, w->packed[{index}], {many} * rows, {K}, {N});"
 
     def total(self, number: int, view: View) -> str:
         (N,) = view.dims
@@ -191,23 +189,27 @@ class _Emitter:
 
     def reduce(self, node: Reduce) -> Iterator[str]:
         view = node.source
-        kept = len(node.dims)
+        kept = len(node.dims) - isinstance(node, Scan)
         inner_dims, inner_strides = view.dims[kept:], view.strides[kept:]
         yield "for (int64_t b = 0; b < rows; ++b) {"
         yield f"  const real *x = {self.names[view.node]} + b * {self.row_stride(view.node)} + {view.offset};"
         yield f"  real *y = {self.names[node]} + b * {node.size};"
         index = _index(view.strides[:kept])
-        yield from _nest(node.dims, self._reduction(node, inner_dims, inner_strides, index))
+        yield from _nest(node.dims[:kept], self._reduction(node, inner_dims, inner_strides, index))
         yield "}"
         self.flops += view.node.size
 
     def _reduction(self, node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], index: str) -> list[str]:
+        if isinstance(node, Scan):
+            step = f"y[{_index(contiguous(node.dims)[:-1])} + j0] = total += x[{index} + {_index(strides, 'j')}];"
+            return ["double total = 0;", *_nest(dims, [step], "j")]
         out = f"y[{_index(contiguous(node.dims))}]"
         if node.name == "sum" and strides == contiguous(dims):
             return [f"{out} = sum_of(x + {index}, {prod(dims)});"]
         at = _index(strides, "j")
         start, step = {
             "sum": ("0", f"total + x[{index} + {at}]"),
+            "prod": ("1", f"total * x[{index} + {at}]"),
             "amax": ("-INFINITY", f"larger(total, x[{index} + {at}])"),
             "amin": ("INFINITY", f"smaller(total, x[{index} + {at}])"),
         }[node.name]
@@ -290,15 +292,11 @@ class _Emitter:
 
 
 def _c_type(node: Node) -> str:
-    return "unsigned char" if node.dtype == torch.bool else "real"
+    return {torch.bool: "unsigned char", torch.int64: "int64_t"}.get(node.dtype, "real")
 
 
 def _register_type(node: Node) -> str:
-    return "int" if node.dtype == torch.bool else "real"
-
-
-def _width(node: Node, real: torch.dtype) -> int:
-    return 1 if node.dtype == torch.bool else real.itemsize
+    return {torch.bool: "int", torch.int64: "int64_t"}.get(node.dtype, "real")
 
 
 def _broadcast(view: View, dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,27 +11,19 @@
 #if REAL_IS_FLOAT
 typedef float real;
 typedef int32_t bits;
+#define FN(name) name##f
 #define ABS fabsf
 #define SQRT sqrtf
-#define SIN sinf
-#define COS cosf
-#define ERF erff
 #define EXPM1 expm1f
-#define FLOOR floorf
-#define CEIL ceilf
 #define RINT rintf
 #define POW powf
 #else
 typedef double real;
 typedef int64_t bits;
+#define FN(name) name
 #define ABS fabs
 #define SQRT sqrt
-#define SIN sin
-#define COS cos
-#define ERF erf
 #define EXPM1 expm1
-#define FLOOR floor
-#define CEIL ceil
 #define RINT rint
 #define POW pow
 #endif
@@ -149,6 +141,21 @@ INLINE real ur_log1p(real x) {
 
 INLINE real ur_pow(real x, real e) {
   return e == 2 ? x * x : e == 3 ? x * x * x : e == 1 ? x : e == (real)0.5 ? SQRT(x) : e == -1 ? 1 / x : POW(x, e);
+}
+
+/* As in Python: the sign of the divisor. */
+INLINE real ur_remainder(real a, real b) {
+  real r = FN(fmod)(a, b);
+  return (r != 0) & ((b < 0) != (r < 0)) ? r + b : r;
+}
+
+INLINE real ur_floor_divide(real a, real b) {
+  real r = FN(fmod)(a, b), q = (a - r) / b;
+  q = (r != 0) & ((b < 0) != (r < 0)) ? q - 1 : q;
+  real f = FN(floor)(q);
+  f = q - f > (real)0.5 ? f + 1 : f;
+  f = q == 0 ? FN(copysign)(0, a / b) : f;
+  return b == 0 ? a / b : f;
 }
 
 INLINE real ur_clamp(real x, real low, real high) {

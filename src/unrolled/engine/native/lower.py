@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from unrolled.engine.native.nodes import Leaf, Lowered, Node, UnsupportedError, View, without_rows
-from unrolled.engine.native.row_rules import ConstantRules, JoinRules, ProductRules, ReductionRules
+from unrolled.engine.native.arithmetic_rules import ArithmeticRules
+from unrolled.engine.native.join_rules import ConstantRules, JoinRules
+from unrolled.engine.native.layout import Layout, UnsupportedError
+from unrolled.engine.native.nodes import Leaf, Lowered, Node, View
+from unrolled.engine.native.product_rules import ProductRules
 from unrolled.engine.native.scalars import ELEMENTWISE
-from unrolled.engine.native.view_rules import ViewRules
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.program import Op
 
@@ -25,15 +27,18 @@ def lower(loop: LoopProgram) -> Lowered:
         lowering.run(op)
     views = lowering.views
     for value in loop.emitted:
-        rows, dims = without_rows(loop.program.values[value])
-        if not rows or (views[value].dtype, views[value].dims) != (loop.program.values[value].dtype, dims):
-            raise UnsupportedError(f"to keep a {loop.program.values[value]} of every step")
+        known = loop.program.values[value]
+        layout = Layout.of(known)
+        if layout.place is None or (views[value].dtype, views[value].dims) != (known.dtype, layout.dims):
+            raise UnsupportedError(f"to keep a {known} of every step")
+    if not all(Layout.of(loop.program.values[value]).first for value in (*loop.states, *loop.next_states)):
+        raise UnsupportedError("a state whose batch is not its first dimension")
     totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
     emitted, following = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
     return Lowered(lowering.nodes, emitted, following, totals, lowering.real)
 
 
-class _Lowering(ViewRules, JoinRules, ProductRules, ReductionRules, ConstantRules):
+class _Lowering(ArithmeticRules, JoinRules, ProductRules, ConstantRules):
     def __init__(self, loop: LoopProgram) -> None:
         self.values = loop.program.values
         self.nodes: list[Node] = []
@@ -48,10 +53,11 @@ class _Lowering(ViewRules, JoinRules, ProductRules, ReductionRules, ConstantRule
 
     def leaf(self, kind: str, position: int, value: int) -> None:
         known = self.values[value]
-        rows, dims = without_rows(known)
-        if not rows and kind != "fixed":
+        layout = Layout.of(known)
+        if layout.place is None and kind != "fixed":
             raise UnsupportedError(f"a {kind} without a batch, {known}")
-        self.views[value] = self.add(Leaf(dims, self.checked(known.dtype), kind, position, rows))
+        leaf = Leaf(layout.dims, self.checked(known.dtype), kind, position, layout.place is not None)
+        self.views[value] = self.add(leaf)
 
     def run(self, op: Op) -> None:
         name = op.name.removeprefix("aten.")

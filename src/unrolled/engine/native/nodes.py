@@ -14,8 +14,8 @@ from math import prod
 
 import torch
 
+from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.scalars import Scalar
-from unrolled.plan.program import Size, Value
 
 __all__ = [
     "Compute",
@@ -26,15 +26,12 @@ __all__ = [
     "Node",
     "Product",
     "Reduce",
+    "Scan",
     "UnsupportedError",
     "View",
     "contiguous",
-    "without_rows",
+    "thick",
 ]
-
-
-class UnsupportedError(Exception):
-    """An operation that this engine does not emit; the message names it."""
 
 
 @dataclass(eq=False)
@@ -104,7 +101,7 @@ class Compute(Node):
 
 @dataclass(eq=False)
 class Product(Node):
-    """A row times a fixed matrix `[K, N]`."""
+    """A row, or each of a row's rows `[..., K]`, times a fixed matrix `[K, N]`."""
 
     row: View = None  # type: ignore[assignment]
     matrix: Leaf = None  # type: ignore[assignment]
@@ -127,6 +124,11 @@ class Reduce(Node):
     def views(self) -> Sequence[View]:
         """What it reads."""
         return [self.source]
+
+
+@dataclass(eq=False)
+class Scan(Reduce):
+    """A running sum along the last dimension of a view, entry by entry: its dimensions are the view's."""
 
 
 @dataclass(eq=False)
@@ -159,10 +161,7 @@ def contiguous(dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(prod(dims[i + 1 :]) for i in range(len(dims)))
 
 
-def without_rows(value: Value) -> tuple[bool, tuple[int, ...]]:
-    """Whether a value has rows, and its shape without them."""
-    rows = bool(value.shape) and value.shape[0] == Size(1, 0)
-    dims = value.shape[1:] if rows else value.shape
-    if any(isinstance(n, Size) for n in dims):
-        raise UnsupportedError(f"a value of shape {value}, whose batch is not its first dimension")
-    return rows, dims  # type: ignore[return-value]
+def thick(view: View, dim: int) -> View:
+    """A view with one more dimension, of length 1."""
+    dims, strides = (*view.dims[:dim], 1, *view.dims[dim:]), (*view.strides[:dim], 0, *view.strides[dim:])
+    return View(view.node, dims, strides, view.offset)

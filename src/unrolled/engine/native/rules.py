@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 
-from unrolled.engine.native.nodes import Compute, Leaf, Node, UnsupportedError, View, contiguous, without_rows
+from unrolled.engine.native.layout import Layout, UnsupportedError
+from unrolled.engine.native.nodes import Compute, Leaf, Node, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, Scalar
 from unrolled.plan.program import Op, Ref, Value
 
 __all__ = ["Rules"]
+
+_COUNT = torch.int64
+_CONDITIONS = {"where": 0, "masked_fill": 1}
+_PLAIN_KEYWORDS = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")
 
 
 class Rules:
@@ -23,8 +28,8 @@ class Rules:
     real: torch.dtype
 
     def checked(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype, if this engine has it."""
-        if dtype not in (self.real, torch.bool):
+        """The dtype, if this engine has it. Integers are counts: they are read, and made of bools, no more."""
+        if dtype not in (self.real, torch.bool, _COUNT):
             raise UnsupportedError(f"values of {dtype} beside {self.real}")
         return dtype
 
@@ -42,6 +47,31 @@ class Rules:
         """Whether a view is of a fixed value without a batch."""
         return isinstance(view.node, Leaf) and not view.node.rows
 
+    def layout(self, op: Op, index: int = 0) -> Layout:
+        """Where the batch is in an argument."""
+        return Layout.of(self.values[op.args[index].value])
+
+    def layout_of(self, op: Op, output: int = 0) -> Layout:
+        """Where the batch is in a result."""
+        return Layout.of(self.values[op.outputs[output]])
+
+    def aligned(self, arg: Any, out: Layout) -> Any:
+        """An argument as an element-wise operation reads it: rows with rows, what has none broadcast over them."""
+        if not isinstance(arg, Ref):
+            return arg
+        view, have = self.views[arg.value], Layout.of(self.values[arg.value])
+        assert out.place is not None
+        where = out.place - (len(out.shape) - len(have.shape))
+        if have.place is not None:
+            if (have.place, have.many) != (where, out.many):
+                raise UnsupportedError("an operation of rows with other rows")
+            return view
+        if where < 0 or out.many > 1:
+            return view
+        if have.shape[where] != 1:
+            raise UnsupportedError("an operation of rows with what is as long as they are")
+        return self.ordered(view, [d for d in range(len(view.dims)) if d != where])
+
     def compute(
         self, name: str, *arguments: View | Scalar, dims: Sequence[int] | None = None, dtype: Any = None
     ) -> View:
@@ -50,19 +80,44 @@ class Rules:
         found = tuple(dims) if dims is not None else tuple(torch.broadcast_shapes(*shapes))
         return self.add(Compute(found, dtype or self.real, name, tuple(arguments)))
 
-    def elementwise(self, op: Op, name: str) -> View:
-        """Lower an operation that is one expression for each entry."""
-        out = self.values[op.outputs[0]]
-        rows, dims = without_rows(out)
-        if not rows:
+    def cast(self, view: View, dtype: torch.dtype | None) -> View:
+        """A view's entries in another dtype."""
+        if dtype in (None, view.dtype):
+            return view
+        if dtype == torch.bool:
+            return self.compute("ne", view, 0, dtype=dtype)
+        if dtype == _COUNT and view.dtype != torch.bool:
+            raise UnsupportedError(f"{view.dtype} made integers")
+        return self.compute("cast", view, dtype=self.checked(dtype))
+
+    def elementwise(self, op: Op, name: str, done: Sequence[str] = ()) -> View:
+        """Lower an operation that is one expression for each entry; `done` keywords have chosen the expression."""
+        out, keywords = self.layout_of(op), {key: given for key, given in op.kwargs if key not in done}
+        if out.place is None:
             raise UnsupportedError(f"{name} of values without a batch inside of a loop")
-        arguments = [self.given(op, i) for i in range(len(op.args))]
-        keywords = dict(op.kwargs)
-        alpha = keywords.pop("alpha", 1)
-        if alpha != 1:
-            arguments[1] = self.compute("mul", arguments[1], alpha)
+        dtype = self._result(op, name)
+        arguments = [self.aligned(arg, out) for arg in op.args]
+        if keywords.get("alpha", 1) != 1:
+            arguments[1] = self.compute("mul", arguments[1], keywords["alpha"])
+        if dtype == self.real:
+            arguments = [self._number(arg, index == _CONDITIONS.get(name)) for index, arg in enumerate(arguments)]
         arguments += ELEMENTWISE[name].keywords(keywords)
-        return self.compute(name, *arguments, dims=dims, dtype=self.checked(out.dtype))
+        unknown = set(keywords).difference(_PLAIN_KEYWORDS, dict(ELEMENTWISE[name].named))
+        if unknown:
+            raise UnsupportedError(f"{op.name} with {', '.join(sorted(unknown))}")
+        return self.compute(name, *arguments, dims=out.dims, dtype=dtype)
+
+    def _number(self, arg: Any, condition: bool) -> Any:
+        """An argument of arithmetic: C would divide bools as integers."""
+        return self.cast(arg, self.real) if isinstance(arg, View) and not condition else arg
+
+    def _result(self, op: Op, name: str) -> torch.dtype:
+        """The dtype of an element-wise result; arithmetic of integers alone is not that of floating numbers."""
+        found = self.checked(self.values[op.outputs[0]].dtype)
+        read = {self.checked(self.values[value].dtype) for value in op.inputs}
+        if found == _COUNT or read == {_COUNT}:
+            raise UnsupportedError(f"{name} of integers")
+        return found
 
     def in_memory(self, row: View) -> View:
         """A view of entries that lie one after the other."""
@@ -72,18 +127,17 @@ class Rules:
 
     def shape_of(self, op: Op, output: int = 0) -> tuple[int, ...]:
         """The shape of an operation's result, without the batch."""
-        return without_rows(self.values[op.outputs[output]])[1]
-
-    def rank(self, op: Op, view: View) -> int:
-        """How many dimensions torch counts."""
-        return len(view.dims) + (not self.rowless(view))
-
-    def dim(self, op: Op, view: View, dim: int) -> int:
-        """A dimension as torch counts it, as the view does: the batch is not counted."""
-        rank = self.rank(op, view)
-        return dim % rank - (rank - len(view.dims))
+        return self.layout_of(op, output).dims
 
     def ordered(self, view: View, order: Sequence[int]) -> View:
         """A view with its dimensions in another order."""
         dims, strides = tuple(view.dims[d] for d in order), tuple(view.strides[d] for d in order)
+        return View(view.node, dims, strides, view.offset)
+
+    def spread(self, view: View, dims: tuple[int, ...]) -> View:
+        """A view broadcast to a shape."""
+        added = len(dims) - len(view.dims)
+        strides = (0,) * added + tuple(
+            0 if have == 1 else stride for have, stride in zip(view.dims, view.strides, strict=True)
+        )
         return View(view.node, dims, strides, view.offset)

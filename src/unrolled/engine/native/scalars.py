@@ -35,6 +35,12 @@ def _cheap(expression: str) -> Elementwise:
     return Elementwise(expression, cheap=True)
 
 
+_ONE_ARGUMENT = (
+    "sin cos tan sinh cosh asin acos atan asinh acosh atanh exp2 log2 log10 erf erfc floor ceil trunc".split()
+)
+
+_SHRINK = (("lambd", 0.5),)
+
 # Comparisons are written such that NaN comes out where torch has it: a condition on NaN is false.
 ELEMENTWISE: dict[str, Elementwise] = {
     "literal": _cheap("{0}"),
@@ -56,20 +62,32 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "expm1": Elementwise("EXPM1({0})"),
     "tanh": Elementwise("ur_tanh({0})"),
     "sigmoid": Elementwise("ur_sigmoid({0})"),
-    "sin": Elementwise("SIN({0})"),
-    "cos": Elementwise("COS({0})"),
-    "erf": Elementwise("ERF({0})"),
-    "floor": Elementwise("FLOOR({0})"),
-    "ceil": Elementwise("CEIL({0})"),
+    **{name: Elementwise(f"FN({name})({{0}})") for name in _ONE_ARGUMENT},
     "round": Elementwise("RINT({0})"),
+    "frac": Elementwise("({0} - FN(trunc)({0}))"),
+    "signbit": Elementwise("(signbit({0}) != 0)"),
+    "isnan": Elementwise("({0} != {0})"),
+    "isinf": Elementwise("(ABS({0}) == INFINITY)"),
+    "isfinite": Elementwise("(ABS({0}) < INFINITY)"),
+    "nan_to_num": Elementwise("({0} != {0} ? {1} : {0} == INFINITY ? {2} : {0} == -INFINITY ? {3} : {0})"),
     "relu": Elementwise("({0} < 0 ? 0 : {0})"),
-    "sign": Elementwise("(({0} > 0) - ({0} < 0) + 0 * {0})"),
+    "sign": Elementwise("(({0} > 0) - ({0} < 0))"),
+    "sgn": Elementwise("(({0} > 0) - ({0} < 0))"),
+    "heaviside": Elementwise("({0} == 0 ? {1} : (real)({0} > 0))"),
+    "threshold": Elementwise("({0} <= {1} ? {2} : {0})"),
+    **{
+        name: Elementwise(f"FN({name})({{0}}, {{1}})")
+        for name in ("atan2", "hypot", "copysign", "fmod", "fmin", "fmax")
+    },
+    "remainder": Elementwise("ur_remainder({0}, {1})"),
+    "floor_divide": Elementwise("ur_floor_divide({0}, {1})"),
+    "trunc_divide": Elementwise("FN(trunc)({0} / {1})"),
     "pow": Elementwise("ur_pow({0}, {1})"),
     "maximum": Elementwise("(({0} > {1}) | ({0} != {0}) ? {0} : {1})"),
     "minimum": Elementwise("(({0} < {1}) | ({0} != {0}) ? {0} : {1})"),
     "where": Elementwise("({0} ? {1} : {2})"),
     "masked_fill": Elementwise("({1} ? {2} : {0})"),
-    "lerp": Elementwise("({2} < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))"),
+    "lerp": Elementwise("(ABS({2}) < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))"),
     "gt": Elementwise("({0} > {1})"),
     "ge": Elementwise("({0} >= {1})"),
     "lt": Elementwise("({0} < {1})"),
@@ -81,10 +99,24 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "logical_or": Elementwise("(({0} != 0) | ({1} != 0))"),
     "bitwise_not": Elementwise("(!{0})"),
     "bitwise_and": Elementwise("({0} & {1})"),
+    "logical_xor": Elementwise("(({0} != 0) ^ ({1} != 0))"),
+    "bitwise_xor": Elementwise("({0} ^ {1})"),
     "bitwise_or": Elementwise("({0} | {1})"),
+    "__xor__": Elementwise("({0} ^ {1})"),
+    "__and__": Elementwise("({0} & {1})"),
+    "__or__": Elementwise("({0} | {1})"),
     "clamp": Elementwise("ur_clamp({0}, {1}, {2})", named=(("min", None), ("max", None))),
     "clamp_min": Elementwise("({0} < {1} ? {1} : {0})"),
     "clamp_max": Elementwise("({0} > {1} ? {1} : {0})"),
+    "hardsigmoid": Elementwise("(ur_clamp({0} + 3, 0, 6) / 6)"),
+    # torch's own factor is a float, whatever the dtype.
+    "hardsigmoid_backward": Elementwise("(({1} > -3) & ({1} < 3) ? {0} * (real)(1.0f / 6.0f) : 0)"),
+    "hardshrink": Elementwise("(({0} >= -{1}) & ({0} <= {1}) ? 0 : {0})", named=_SHRINK),
+    "softshrink": Elementwise("({0} > {1} ? {0} - {1} : {0} < -{1} ? {0} + {1} : 0 * {0})", named=_SHRINK),
+    **{
+        name: Elementwise("(({1} >= -{2}) & ({1} <= {2}) ? 0 : {0})", named=_SHRINK)
+        for name in ("hardshrink_backward", "softshrink_backward")
+    },
     "sigmoid_backward": Elementwise("({0} * ({1} * (1 - {1})))"),
     "tanh_backward": Elementwise("({0} * (1 - {1} * {1}))"),
     "threshold_backward": Elementwise("({1} <= {2} ? 0 : {0})"),

@@ -1,0 +1,127 @@
+"""Lowering operations that write pieces side by side, and values made of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from unrolled.engine.native.layout import Layout, UnsupportedError
+from unrolled.engine.native.nodes import Copy, Join, View, contiguous, thick
+from unrolled.engine.native.scalars import Scalar
+from unrolled.engine.native.view_rules import ViewRules
+from unrolled.plan.program import Op
+
+__all__ = ["ConstantRules", "JoinRules"]
+
+
+class JoinRules(ViewRules):
+    """What writes pieces side by side: joins, and the backward of slices."""
+
+    def do_cat(self, op: Op) -> list[View]:
+        refs, out = op.args[0], self.layout_of(op)
+        dim = out.dim(self.given(op, 1, dict(op.kwargs).get("dim", 0)), "a join")
+        pieces = [self.aligned(ref, out) for ref in refs if len(self.values[ref.value].shape) == len(out.shape)]
+        return [self.joined(out.dims, dim, pieces, pieces[0].dtype)]
+
+    def do_stack(self, op: Op) -> list[View]:
+        out = self.layout_of(op)
+        dim = out.dim(self.given(op, 1, 0), "a stack")
+        pieces = [thick(self.views[ref.value], dim) for ref in op.args[0]]
+        return [self.joined(out.dims, dim, pieces, pieces[0].dtype)]
+
+    def joined(self, dims: tuple[int, ...], dim: int, pieces: Sequence[View], dtype: torch.dtype) -> View:
+        """Pieces written side by side along a dimension."""
+        starts = accumulate((piece.dims[dim] for piece in pieces), initial=0)
+        return self.placed(dims, dim, [(piece, start, 1) for piece, start in zip(pieces, starts, strict=False)], dtype)
+
+    def placed(
+        self, dims: tuple[int, ...], dim: int, pieces: Sequence[tuple[View, int, int]], dtype: torch.dtype
+    ) -> View:
+        """Pieces written along a dimension, each from some entry on in some steps; together they are all there is."""
+        join = Join(dims, dtype)
+        place = View(join, dims, contiguous(dims))
+        for piece, start, step in pieces:
+            part = (*dims[:dim], piece.dims[dim], *dims[dim + 1 :])
+            strides = (*place.strides[:dim], place.strides[dim] * step, *place.strides[dim + 1 :])
+            copy = Copy(part, dtype, "copy", (piece,), View(join, part, strides, start * place.strides[dim]))
+            self.nodes.append(copy)
+            join.pieces.append(copy)
+        self.nodes.append(join)
+        return place
+
+    def do_slice_backward(self, op: Op) -> list[View]:
+        view, out = self.given(op, 0), self.layout_of(op)
+        dim = out.dim(op.args[2], "the backward of a slice")
+        begin, _, _ = slice(op.args[3], op.args[4]).indices(out.dims[dim])
+        return [self.padded(view, out.dims, dim, begin, op.args[5])]
+
+    def do_select_backward(self, op: Op) -> list[View]:
+        view, out = self.given(op, 0), self.layout_of(op)
+        dim = out.dim(op.args[2], "the backward of a selection")
+        return [self.padded(thick(view, dim), out.dims, dim, op.args[3] % out.dims[dim])]
+
+    def padded(
+        self, view: View, dims: tuple[int, ...], dim: int, begin: int, step: int = 1, fill: Scalar = 0.0
+    ) -> View:
+        """A view put into a dimension of what is otherwise all one number."""
+        whole, count = dims[dim], view.dims[dim]
+        end = min(begin + step * count, whole)
+        runs = [range(begin), *(range(begin + between, end, step) for between in range(1, step)), range(end, whole)]
+        pieces = [(view, begin, step)] if count else []
+        for run in runs:
+            if run:
+                part = (*dims[:dim], len(run), *dims[dim + 1 :])
+                pieces.append((self.compute("literal", fill, dims=part, dtype=view.dtype), run.start, run.step))
+        return self.placed(dims, dim, pieces, view.dtype)
+
+    def do_constant_pad_nd(self, op: Op) -> list[View]:
+        view, have = self.given(op, 0), self.layout(op)
+        sides, fill = op.args[1], self.given(op, 2, 0)
+        for back, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True)):
+            if before or after:
+                dim = have.dim(-1 - back, "padding")
+                left = view.dims[dim] + min(before, 0) + min(after, 0)
+                view = self.cut(view, dim, max(-before, 0), left)
+                longer = (*view.dims[:dim], left + max(before, 0) + max(after, 0), *view.dims[dim + 1 :])
+                view = self.padded(view, longer, dim, max(before, 0), 1, float(fill))
+        return [view]
+
+    def do_roll(self, op: Op) -> list[View]:
+        view, have = self.given(op, 0), self.layout(op)
+        if not self.given(op, 2, ()):
+            raise UnsupportedError("a roll along the batch")
+        for shift, d in zip(op.args[1], op.args[2], strict=True):
+            dim = have.dim(d, "a roll")
+            length = view.dims[dim]
+            last = shift % length if length else 0
+            parts = [self.cut(view, dim, length - last, last), self.cut(view, dim, 0, length - last)]
+            view = self.joined(view.dims, dim, parts, view.dtype)
+        return [view]
+
+
+class ConstantRules(ViewRules):
+    """Values made of numbers."""
+
+    def do_zeros_like(self, op: Op) -> list[View]:
+        return [self._literal(op, 0.0)]
+
+    do_zeros = do_new_zeros = do_zeros_like
+
+    def do_ones_like(self, op: Op) -> list[View]:
+        return [self._literal(op, 1.0)]
+
+    do_ones = do_new_ones = do_ones_like
+
+    def do_full(self, op: Op) -> list[View]:
+        return [self._literal(op, op.args[-1])]
+
+    do_full_like = do_new_full = do_full
+
+    def do_scalar_tensor(self, op: Op) -> list[View]:
+        return [self._literal(op, op.args[0])]
+
+    def _literal(self, op: Op, number: Scalar) -> View:
+        value = self.values[op.outputs[0]]
+        return self.compute("literal", number, dims=Layout.of(value).dims, dtype=self.checked(value.dtype))

@@ -1,0 +1,227 @@
+"""Operations that cells of the literature are made of run as C, forward and backward, with the reference's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from random_cells import assert_as_reference, decision, unrolled
+
+F64, F32 = torch.float64, torch.float32
+H = 6
+# A compilation of some seconds each, so that `make slow` runs the second half.
+DTYPES = [pytest.param(F64, id="float64"), pytest.param(F32, id="float32", marks=pytest.mark.slow)]
+
+
+class ManyCell(nn.Module):
+    """`h' = tanh(W (f(h) + g(h) + ...) + x)`: many functions of the state in one loop."""
+
+    def __init__(self, functions: list[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.functions, self.linear = functions, nn.Linear(H, H)
+        self.slope = nn.Parameter(torch.rand(H))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.zeros(batch_size, H, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        total = F.prelu(state, self.slope)
+        for f in self.functions:
+            total = total + f(state) / len(self.functions)
+        hidden = torch.tanh(self.linear(total) + input)
+        return hidden, hidden
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.unsqueeze(2) * x.flip(-1).unsqueeze(1)
+
+
+PACKS: dict[str, list[Callable[[Tensor], Tensor]]] = {
+    "activations": [
+        F.softplus,
+        F.silu,
+        F.gelu,
+        F.elu,
+        F.leaky_relu,
+        F.hardtanh,
+        F.hardsigmoid,
+        F.hardswish,
+        F.mish,
+        F.selu,
+        F.celu,
+        F.relu6,
+        F.logsigmoid,
+        F.softsign,
+        F.tanhshrink,
+        F.hardshrink,
+        F.softshrink,
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x: F.threshold(x, 0.1, 0.7),
+        lambda x: F.glu(torch.cat([x, x.flip(-1)], -1), -1),
+        lambda x: F.softplus(x, 2.0, 1.0),
+    ],
+    "functions": [
+        torch.sinh,
+        torch.cosh,
+        torch.tan,
+        torch.atan,
+        torch.asinh,
+        torch.exp2,
+        torch.erfc,
+        torch.sinc,
+        torch.frac,
+        lambda x: torch.asin(x / 2) + torch.acos(x / 2) * torch.atanh(x / 2),
+        lambda x: torch.log2(1.5 + x) + torch.log10(1.5 + x) * torch.acosh(2.5 + x),
+        lambda x: torch.atan2(x, 1 + x.abs()) + torch.hypot(x, 1 + x),
+        lambda x: torch.copysign(x, x.flip(-1)) + torch.logaddexp(x, x.flip(-1)),
+        lambda x: torch.fmod(x, 0.3) + torch.remainder(x, 0.3) + torch.remainder(x, -0.3),
+        lambda x: torch.div(x, 0.3, rounding_mode="floor") + torch.div(x, 0.3, rounding_mode="trunc") + x.trunc(),
+        lambda x: torch.round(x, decimals=1) + torch.heaviside(x.detach(), x.detach()),
+        lambda x: torch.where(x.isnan() | x.isinf() | ~x.isfinite() | x.signbit(), x, -x).nan_to_num(0.5),
+        lambda x: ((x > 0) + (x > -1)).to(x.dtype) + x.bool().to(x.dtype) + ((x > 0) ^ (x < 0.5)).to(x.dtype),
+        lambda x: torch.lerp(x, x.flip(-1), x - 1),
+        lambda x: ((x > 0) / (1 + (x > 0.2).to(x.dtype))) * x,
+    ],
+    "reductions": [
+        lambda x: x.log_softmax(-1) / H,
+        lambda x: x.logsumexp(-1, keepdim=True) * x,
+        lambda x: x * x.norm(dim=-1, keepdim=True) + x * x.norm(p=1, dim=-1, keepdim=True),
+        lambda x: F.normalize(x, dim=-1) + x.norm(p=3, dim=-1, keepdim=True),
+        lambda x: x.prod(-1, keepdim=True) * x.cumsum(-1),
+        lambda x: x.view(-1, 2, 3).cumsum(1).flatten(1) - x.view(-1, 2, 3).amax((1, 2)).unsqueeze(-1),
+        lambda x: (
+            x * (x > 0).sum(-1, keepdim=True) + x * (x > 0).any(-1, keepdim=True) * (x > -1).all(-1, keepdim=True)
+        ),
+        lambda x: torch.std_mean(x, -1, keepdim=True)[0] * x + x.amin(-1, keepdim=True),
+        lambda x: F.group_norm(x, 2) + F.layer_norm(x, (H,)),
+    ],
+    "views": [
+        lambda x: x.flip(-1) + x.roll(2, -1) + x.roll(-1, -1),
+        lambda x: x[:, :2].repeat(1, 3) + x.unsqueeze(1).repeat(1, 3, 1).sum(1) + x.tile(1, 2)[:, 3:9],
+        lambda x: x[:, :3].repeat_interleave(2, -1) + x[:, :1].expand(-1, H),
+        lambda x: torch.cat([x[:, ::2], x[:, 1::2]], -1) + torch.cat([x[:, 1::3], x[:, :4]], -1),
+        lambda x: F.pad(x[:, 1:], (1, 0)) + F.pad(x, (-2, 2), value=1.0) + F.pad(x[:, 2:5], (1, 2)),
+        lambda x: torch.stack(x.unbind(-1)[::-1], -1) + torch.stack([x, 2 * x], 1).flip(1, 2)[:, 0],
+        lambda x: x.view(-1, 2, 3).transpose(0, 1).flip(0).transpose(0, 1).reshape(-1, H),
+        lambda x: torch.stack([x, 2 * x]).mean(0) + torch.stack([x, -x], -1).flatten(1)[:, 3:9],
+    ],
+    "products": [
+        lambda x: torch.bmm(x.unsqueeze(1), _matrix(x)).squeeze(1),
+        lambda x: (_matrix(x) @ x.unsqueeze(-1)).squeeze(-1),
+        lambda x: torch.einsum("bij,bj->bi", _matrix(x), x) + torch.einsum("bi,bj->bj", x, x),
+        lambda x: (_matrix(x) @ _matrix(x).transpose(1, 2)).mean(1),
+        lambda x: torch.baddbmm(_matrix(x), _matrix(x), _matrix(x), beta=0.5, alpha=0.2).sum(1),
+        lambda x: torch.addmm(x, x, torch.ones(H, H, dtype=x.dtype), beta=0.5, alpha=0.1),
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pack", PACKS)
+def test_many_operations_in_one_loop_of_c(pack, dtype):
+    torch.manual_seed(2)
+    cell = ManyCell(PACKS[pack]).to(dtype)
+    fast = unrolled(cell, "native")
+    found = decision(cell, torch.randn(4, 3, H, dtype=dtype), "native")
+    assert found.engine == "native", found.why
+    for B in (1, 2, 3, 5):
+        x, state = torch.randn(4, B, H, dtype=dtype), 0.7 * torch.rand(B, H, dtype=dtype) - 0.4
+        assert_as_reference(cell, x, state, engine="native", rnn=fast, what=f"B={B}")
+
+
+# -- cells of the literature -----------------------------------------------------------------------------------------
+
+
+class MatrixMemoryCell(nn.Module):
+    """mLSTM: a matrix for each head, written with `v k^T` and read with q; the gates are exponential."""
+
+    def __init__(self, heads: int = 2, size: int = 3) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.qkv, self.gates = nn.Linear(H, 3 * heads * size), nn.Linear(H, 2 * heads)
+        self.back = nn.Parameter(torch.randn(heads, size, size) / 3)
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Any:
+        shape = (batch_size, self.heads, self.size)
+        zeros = torch.zeros(*shape, self.size, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        return *zeros, torch.zeros(batch_size, self.heads, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    def forward(self, input: Tensor, state: Any) -> tuple[Tensor, Any]:
+        C, n, m, h = state
+        q, k, v = self.qkv(input).view(-1, 3, self.heads, self.size).unbind(1)
+        q = q + torch.einsum("bhd,hde->bhe", h, self.back)
+        i, f = self.gates(input).chunk(2, -1)
+        f = F.logsigmoid(f + h.mean(-1))
+        stable = torch.maximum(f + m, i)
+        i, f = torch.exp(i - stable).unsqueeze(-1), torch.exp(f + m - stable).unsqueeze(-1)
+        C = f.unsqueeze(-1) * C + i.unsqueeze(-1) * torch.einsum("bhi,bhj->bhij", v, k)
+        n = f * n + i * k
+        size = (n * q).sum(-1, keepdim=True).abs().clamp(min=1.0)
+        h = torch.tanh((C @ q.unsqueeze(-1)).squeeze(-1) / size)
+        return h.flatten(1), (C, n, stable, h)
+
+
+class SlotAttentionCell(nn.Module):
+    """Attention of several heads over slots that are the state, each slot through a gated linear unit."""
+
+    def __init__(self, heads: int = 2, slots: int = 3) -> None:
+        super().__init__()
+        self.heads, self.slots = heads, slots
+        self.q, self.kv, self.out, self.glu = (nn.Linear(H, n * H) for n in (1, 2, 1, 2))
+        self.norm = nn.LayerNorm(H)
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.ones(batch_size, self.slots, H, dtype=dtype)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        batch = input.shape[0]
+        seen = torch.cat([state, input.unsqueeze(1)], 1)
+        q = self.q(state).view(batch, self.slots, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(seen).view(batch, self.slots + 1, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(2, 3) / (H / self.heads) ** 0.5).softmax(-1)
+        mixed = (weights @ v).transpose(1, 2).reshape(batch, self.slots, H)
+        state = torch.tanh(self.norm(state + self.out(mixed)))
+        return state.mean(1), 0.8 * state + 0.2 * F.glu(self.glu(state), -1)
+
+
+class OrderedCell(nn.Module):
+    """ON-LSTM: gates that are running sums of a softmax; and a learned slope for each unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.slope = nn.Linear(H, 6 * H), nn.Parameter(torch.rand(H))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Any:
+        return torch.zeros(batch_size, H, dtype=dtype), torch.zeros(batch_size, H, dtype=dtype)
+
+    def forward(self, input: Tensor, state: Any) -> tuple[Tensor, Any]:
+        h, c = state
+        f, i, o, g, master_f, master_i = (self.hidden(h) + input.repeat(1, 6)).chunk(6, -1)
+        master_f, master_i = master_f.softmax(-1).cumsum(-1), master_i.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        both = master_f * master_i
+        c = (f.sigmoid() * both + master_f - both) * c + (i.sigmoid() * both + master_i - both) * g.tanh()
+        h = o.sigmoid() * F.prelu(torch.tanh(c), self.slope)
+        return h, (h, c)
+
+
+LITERATURE = {"matrix memory": MatrixMemoryCell, "slot attention": SlotAttentionCell, "ordered neurons": OrderedCell}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LITERATURE)
+def test_cells_of_the_literature_run_as_c(name, dtype):
+    torch.manual_seed(4)
+    cell = LITERATURE[name]().to(dtype)
+    fast = unrolled(cell, "native")
+    found = decision(cell, torch.randn(4, 3, H, dtype=dtype), "native")
+    assert found.engine == "native", found.why
+    for T, B in ((5, 1), (3, 2), (6, 5)):
+        x = torch.randn(T, B, H, dtype=dtype)
+        assert_as_reference(cell, x, engine="native", rnn=fast, what=f"T={T} B={B}")
+        carried = unrolled(cell, "reference")(x)[1]
+        assert_as_reference(cell, x, carried, engine="native", rnn=fast, what=f"carried, T={T} B={B}")
