@@ -153,7 +153,9 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
     "parameter replaced": lambda model: setattr(model.rnn.cell.inner, "weight", nn.Parameter(torch.eye(H))),
     "bias removed": lambda model: setattr(model.rnn.cell.inner, "bias", None),
     "parameter frozen": lambda model: model.rnn.cell.outer.weight.requires_grad_(False),
-    "submodule replaced": lambda model: setattr(model.rnn.cell, "inner", nn.Sequential(nn.Linear(H, H), nn.PReLU())),
+    "submodule replaced": lambda model: setattr(
+        model.rnn.cell, "inner", nn.Sequential(nn.Linear(H, H), nn.Linear(H, H))
+    ),
     "cell replaced": lambda model: setattr(model.rnn, "cell", Own()),
     "network replaced": lambda model: setattr(model, "rnn", ur.unroll(Own())),
     "hook": lambda model: model.rnn.cell.inner.register_forward_hook(lambda module, given, result: 2 * result),

@@ -25,18 +25,21 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    needs: bool
 
     @classmethod
     def of(cls, tensor: Tensor, leading: int) -> Kind:
-        """What kind a tensor is."""
-        return cls(min(leading, tensor.dim()), tuple(map(int, tensor.shape[leading:])), tensor.dtype, tensor.device)
+        """What kind a tensor is, and whether a gradient for it is wanted."""
+        sizes, needs = tuple(map(int, tensor.shape[leading:])), torch.is_grad_enabled() and tensor.requires_grad
+        return cls(min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device, needs)
 
     def sample(self, *sizes: int) -> Tensor:
         """A tensor of this kind, its leading dimensions of these sizes; integers are zero, an index into anything."""
         shape = torch.Size((*sizes[: self.leading], *self.shape))
         if not self.dtype.is_floating_point and not self.dtype.is_complex:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return torch.linspace(-0.5, 0.5, shape.numel(), dtype=self.dtype, device=self.device).view(shape)
+        numbers = torch.linspace(-0.5, 0.5, shape.numel(), dtype=self.dtype, device=self.device)
+        return numbers.view(shape).requires_grad_(self.needs)
 
 
 class Asked(NamedTuple):
@@ -86,7 +89,7 @@ def real(tensor: Tensor) -> Tensor:
             return tensor.detach()
         except RuntimeError:
             pass
-    return Kind.of(tensor, 0).sample()
+    return Kind.of(tensor, 0).sample().detach()
 
 
 _making = threading.Lock()

@@ -68,17 +68,18 @@ def left_alone(call: Callable[..., tuple[Tree, Tree]], inputs: Tree, state: Tree
 def _plain(tree: Tree, leading: int) -> tuple[Any, Any]:
     """A tree's structure and the kinds of its leaves out of plain tuples, which a trace can hold as constants."""
     tensors, structure = flatten(tree)
-    return _takenapart(structure), tuple([_kind(tensor, leading) for tensor in tensors])
+    return _taken_apart(structure), tuple([_kind(tensor, leading) for tensor in tensors])
 
 
-def _kind(tensor: Tensor, leading: int) -> tuple[int, tuple[int, ...], torch.dtype, torch.device]:
+def _kind(tensor: Tensor, leading: int) -> tuple[Any, ...]:
     # A symbol among the sizes, other than T and B, is made a number by counting to it: the plan depends on it.
     sizes = tuple([len(range(size)) for size in tensor.shape[leading:]])
-    return min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device
+    needs = torch.is_grad_enabled() and tensor.requires_grad
+    return min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device, needs
 
 
-def _takenapart(structure: Structure) -> tuple[Any, ...]:
-    children = tuple([_takenapart(child) for child in structure.children])
+def _taken_apart(structure: Structure) -> tuple[Any, ...]:
+    children = tuple([_taken_apart(child) for child in structure.children])
     return structure.kind, structure.keys, children, structure.order
 
 
