@@ -68,6 +68,7 @@ class StepPlan:
         read: states that are read outside of the loop that hands them on.
         handed: for each output that a loop makes the number of its copy, which is the caller's alone.
         beside: operations that a loop does beside what it must.
+        asked: inputs and fixed values whose gradients are asked for.
     """
 
     recording: Recording
@@ -80,6 +81,7 @@ class StepPlan:
     read: frozenset[int]
     handed: Mapping[int, int]
     beside: frozenset[int]
+    asked: frozenset[int]
 
 
 def plan_step(
@@ -144,7 +146,9 @@ def _coloured(
     }
     found = tuple(places(program, stages))
     beside = frozenset(_loop_ops(stages) - _loop_ops(apart))
-    return StepPlan(recording, stages, tuple(cut), planned, found, rows, coupled, read, handed, beside)
+    return StepPlan(
+        recording, stages, tuple(cut), planned, found, rows, coupled, read, handed, beside, frozenset(asked)
+    )
 
 
 def _loop_ops(stages: Sequence[Stage]) -> set[int]:

@@ -26,7 +26,8 @@ def twin_of(cell: nn.Module) -> nn.Module:
     # Tensors with a graph, as a step before may have left in an attribute, do not copy themselves.
     held = [t for module in cell.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return copy.deepcopy(cell, {id(tensor): tensor.detach().clone() for tensor in held})
+        copies = {id(tensor): tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in held}
+        return copy.deepcopy(cell, copies)
     except Exception as error:
         raise UnrecordableError(f"it cannot be copied to be recorded: {error}") from error
 
