@@ -35,11 +35,20 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def in_turn(*runs: Callable[[], object], rounds: int = 7) -> list[float]:
-    """The median time of each run, in seconds, after one warm-up, one run after the other in every round."""
+    """The median time of each run, in seconds, one run after the other in every round.
+
+    Each is run once untimed before it is timed: threads of the one before it still wait for work, spinning, for some
+    milliseconds, and would slow down whatever comes next.
+    """
     for run in runs:
         run()
-    rows = [[seconds(run) for run in runs] for _ in range(rounds)]
+    rows = [[_settled(run) for run in runs] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def _settled(run: Callable[[], object]) -> float:
+    run()
+    return seconds(run)
 
 
 def refuse_busy_machine(most: float = 0.5) -> None:
