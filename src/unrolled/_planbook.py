@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class PlanBook:
             context: what is the same at every step, or None.
         """
         given = [*leaves(inputs), *leaves(state), *(leaves(context) if context is not None else [])]
-        why = why_not_recorded([*given, *cell.parameters(), *cell.buffers()])
+        why = why_not_recorded([*given, *_held(cell)])
         if why is not None:
             return Decision(None, "reference", why)
         try:
@@ -81,7 +81,7 @@ class PlanBook:
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
         # A step may do something else for some batch sizes, which a recording at two others does not show.
-        key = (guards, needing, sequence.sizes(inputs)[1])
+        key = (guards, needing, given[0].shape[1])
         known = self._entries.get(key)
         if known is None or not _still_fits(known.plan, cell):
             self._entries[key] = self._decide(cell, inputs, state, context)
@@ -167,6 +167,14 @@ def _training_loops(plan: StepPlan) -> list[LoopProgram]:
     forward = [planned.loop for planned in plan.planned.values()]
     backward = [loop for planned in plan.planned.values() for loop in planned.backward.loops if loop is not None]
     return forward + backward
+
+
+def _held(cell: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers; torch's own way also makes their names, which takes longer than all that is asked."""
+    for module in cell.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
 
 
 def _needing(inputs: Tree, context: Tree) -> tuple[bool, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from unrolled import sequence
 from unrolled.bptt.batched import Batched, Entry
 from unrolled.bptt.glue import LoopUnderAutograd
 from unrolled.bptt.segment import Stages, over_time
@@ -35,8 +34,9 @@ def run_plan(
         The outputs, `[T, B, ...]`, and the last copy's state.
     """
     recording = plan.recording
-    T, B = sequence.sizes(inputs)
-    env: dict[int, Entry] = {v: Timed(leaf, T) for v, leaf in zip(recording.inputs, leaves(inputs), strict=True)}
+    given = leaves(inputs)
+    T, B = given[0].shape[:2]
+    env: dict[int, Entry] = {v: Timed(leaf, T) for v, leaf in zip(recording.inputs, given, strict=True)}
     context_leaves = [] if context is None else leaves(context)
     externals = [external.fetch(cell) for external in recording.externals]
     env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))
@@ -49,9 +49,10 @@ def run_plan(
         LoopUnderAutograd(plan.planned, runner),
         plan.read,
     )
-    last = stages.run(env, leaves(state))
+    first = leaves(state)
+    last = stages.run(env, first)
     outputs = [over_time(env[plan.handed.get(v, v)], T) for v in recording.outputs]
-    read = [*leaves(inputs), *leaves(state), *context_leaves, *externals]
+    read = [*given, *first, *context_leaves, *externals]
     copies = [v in plan.handed for v in recording.outputs] + [True] * len(last)
     results = list(_callers_own([*outputs, *last], copies, read))
     return unflatten(recording.structures[3], results[: len(outputs)]), unflatten(

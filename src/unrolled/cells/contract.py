@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,12 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
         StateError: if the cell cannot make one, or makes one that is no pytree of tensors.
     """
     tensors = leaves(inputs)
-    check_state_maker(cell.initial_state, name_of(cell))
     try:
         state = cell.initial_state(batch_size, device=tensors[0].device, dtype=floating_dtype(cell, tensors))
     except UnrolledError:
         raise
     except Exception as error:
+        check_state_maker(cell.initial_state, name_of(cell))
         raise StateError(f"{name_of(cell)}.initial_state raised {type(error).__name__}: {error}") from error
     try:
         leaves(state)
@@ -43,7 +44,7 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
 
 def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
     """The dtype in which a cell makes its state: that of its parameters, else that of the inputs."""
-    candidates = [*cell.parameters(), *inputs]
+    candidates = chain(cell.parameters(), inputs)
     return next((x.dtype for x in candidates if x.is_floating_point()), torch.get_default_dtype())
 
 

@@ -117,7 +117,7 @@ class NativeLoop:
         a, b, _ = self.loop.counts
         leaves, by_step, by_row = list(given), list(sizes.by_step), list(sizes.by_row)
         for i, at in enumerate(self._layouts[0]):
-            tensor = at.rows_first(given[i], int(i < a), batch)
+            tensor = given[i] if at.plain else at.rows_first(given[i], int(i < a), batch)
             if tensor.is_contiguous():
                 leaves[i] = tensor
             elif a <= i < a + b:

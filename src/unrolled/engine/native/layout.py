@@ -69,6 +69,11 @@ class Layout:
         """Whether the rows are the first dimension, and nothing else is in it."""
         return self.place == 0 and self.many == 1
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether tensors of this layout are looked at as they are."""
+        return self.place is None or self.first
+
     def is_batch(self, dim: int) -> bool:
         """Whether a dimension, as torch counts, is the batch."""
         return dim % max(len(self.shape), 1) == self.place
@@ -88,14 +93,14 @@ class Layout:
 
     def rows_first(self, tensor: Tensor, leading: int, batch: int) -> Tensor:
         """A tensor of this layout, after so many other dimensions, as `[..., B, *dims]`; no copy."""
-        if self.place is None or self.first:
+        if self.place is None or self.plain:
             return tensor
         at = leading + self.place
         return tensor.unflatten(at, (batch, self.many)).movedim(at, leading)
 
     def as_torch_has_it(self, tensor: Tensor, leading: int) -> Tensor:
         """The other way: `[..., B, *dims]` in torch's shape; no copy where there is one entry of each row."""
-        if self.place is None or self.first:
+        if self.place is None or self.plain:
             return tensor
         if self.many == 1:
             return tensor.movedim(leading, leading + self.place)
