@@ -17,6 +17,7 @@ from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.layout import Layout
 from unrolled.engine.native.memory import fresh
+from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.threads import team
 from unrolled.plan.loops import LoopProgram
 
@@ -55,8 +56,8 @@ class NativeLoop:
         self._layouts = [[Layout.of(loop.program.values[v]) for v in group] for group in groups]
         self._library = library(machine_lines() + self.source.text)
         self._library.ur_loop.argtypes = [c_void_p] * 7 + [c_int64] * 7 + [c_void_p]
-        self._library.ur_pack.argtypes = [c_void_p] * 2 + [c_int64] * 4
-        self._panel = int(self._library.ur_panel())
+        if self.source.matrices:
+            product_library(self.source.real)  # a compiler that fails is to be found out now
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
         self._next = [loop.emitted.index(value) for value in loop.next_states]
         self._sizes = lru_cache(maxsize=16)(self._sizes_for)
@@ -77,7 +78,7 @@ class NativeLoop:
         self._check(given, sizes)
         leaves, by_step, by_row = self._leaves(given, sizes, batch)
         emitted, received = self._emitted(states, steps, sizes, reverse=reverse)
-        packed = [self._packed(fixed[position], K, N) for position, K, N in self.source.matrices]
+        packed = [packed_matrix(fixed[position]) for position, _, _ in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
         threads = self._threads(steps, batch)
         totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
@@ -170,11 +171,6 @@ class NativeLoop:
             return shifted(states[number], emitted[place], reverse=reverse)
 
         return emitted, received
-
-    def _packed(self, matrix: Tensor, K: int, N: int) -> Tensor:
-        packed = torch.empty(-(-N // self._panel) * self._panel * K, dtype=matrix.dtype)
-        self._library.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
-        return packed
 
     def _check(self, given: Sequence[Tensor], sizes: _Sizes) -> None:
         for tensor, shape, dtype in zip(given, sizes.shapes, sizes.dtypes, strict=True):

@@ -87,12 +87,6 @@ int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, 
   share(run, walk, tasks, threads);
   return 0;
 }
-
-void ur_pack(real *packed, const real *matrix, int64_t K, int64_t N, int64_t by_row, int64_t by_column) {
-  pack(packed, matrix, K, N, by_row, by_column);
-}
-
-int64_t ur_panel(void) { return PANEL; }
 """
 
 

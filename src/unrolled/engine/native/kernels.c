@@ -210,52 +210,6 @@ static void share(team run, void (*work)(void *, int64_t), void *argument, int64
 #endif
 #define PANEL (2 * LANES)
 typedef real lanes __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-typedef bits whole __attribute__((vector_size(VECTOR_BYTES)));
-
-/* Columns of a matrix, side by side: LANES entries of LANES columns at a time are turned over in registers. At each
-   stage pairs of vectors exchange the entries whose index differs in one bit. */
-INLINE void turn_over(lanes *v) {
-  for (int bit = 1; bit < LANES; bit *= 2) {
-    whole low, high;
-    for (int l = 0; l < LANES; ++l) low[l] = l & bit ? LANES + l - bit : l, high[l] = l & bit ? LANES + l : l + bit;
-    for (int i = 0; i < LANES; ++i)
-      if (!(i & bit)) {
-        lanes a = v[i], b = v[i + bit];
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i + bit] = __builtin_shuffle(a, b, high);
-      }
-  }
-}
-
-static void pack_columns(real *packed, const real *from, int64_t K, int64_t by_column) {
-  int64_t k = 0;
-  for (; k + LANES <= K; k += LANES)
-    for (int half = 0; half < 2; ++half) {
-      lanes v[LANES];
-      _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i)
-        v[i] = *(const lanes *)(from + (half * LANES + i) * by_column + k);
-      turn_over(v);
-      _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) *(lanes *)(packed + (k + i) * PANEL + half * LANES) = v[i];
-    }
-  for (; k < K; ++k)
-    for (int64_t n = 0; n < PANEL; ++n) packed[k * PANEL + n] = from[n * by_column + k];
-}
-
-static void pack(real *packed, const real *matrix, int64_t K, int64_t N, int64_t by_row, int64_t by_column) {
-  for (int64_t n0 = 0; n0 < N; n0 += PANEL, packed += K * PANEL) {
-    int64_t columns = N - n0 < PANEL ? N - n0 : PANEL;
-    const real *from = matrix + n0 * by_column;
-    if (columns == PANEL && by_column == 1) {
-      for (int64_t k = 0; k < K; ++k) memcpy(packed + k * PANEL, from + k * by_row, PANEL * sizeof(real));
-    } else if (columns == PANEL && by_row == 1) {
-      pack_columns(packed, from, K, by_column);
-    } else {
-      memset(packed, 0, (size_t)(K * PANEL) * sizeof(real));
-      for (int64_t n = 0; n < columns; ++n)
-        for (int64_t k = 0; k < K; ++k) packed[k * PANEL + n] = from[k * by_row + n * by_column];
-    }
-  }
-}
 
 /* ROWS rows of x times a panel. It starts from what `start` points at, or from zero; compiled for constant strides. */
 INLINE void block(const int ROWS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row, int64_t x_by_k,

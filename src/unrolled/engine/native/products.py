@@ -18,7 +18,7 @@ from unrolled.engine.native.build import BuildError, library, machine_lines
 from unrolled.engine.native.memory import fresh
 from unrolled.engine.native.threads import team
 
-__all__ = ["affine", "worthwhile"]
+__all__ = ["affine", "packed_matrix", "product_library", "worthwhile"]
 
 _PER_THREAD = 8_000_000  # multiplications that are worth starting a thread for
 _LEAST = 200_000  # multiplications below which a call costs more than it saves
@@ -26,17 +26,42 @@ _LONG = 4  # how much longer K is than M where threads share K
 
 
 @cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+def product_library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernel for large products, compiled.
+
+    Raises:
+        BuildError: if there is no compiler, or it fails.
+    """
     folder = resources.files("unrolled.engine.native")
     source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "products.c"))
-    try:
-        loaded = library(f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n{source}")
-    except BuildError:
-        return None
+    loaded = library(f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n{source}")
     loaded.ur_room.restype, loaded.ur_room.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    loaded.ur_pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
     for function in (loaded.ur_multiply, loaded.ur_contract):
         function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_void_p]
     return loaded
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    try:
+        return product_library(dtype)
+    except BuildError:
+        return None
+
+
+def packed_matrix(matrix: Tensor) -> Tensor:
+    """A matrix `[K, N]` in panels of columns, as loops read it.
+
+    Raises:
+        BuildError: if the kernel cannot be built.
+    """
+    loaded = product_library(matrix.dtype)
+    K, N = matrix.shape
+    panel = loaded.ur_panel()
+    packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
+    loaded.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
+    return packed
 
 
 def worthwhile(x: Tensor, y: Tensor) -> bool:
