@@ -141,7 +141,7 @@ def unroll(cell: nn.Module | Callable[..., Any], *, batch_first: bool = False, e
     Args:
         cell: a cell, or anything `as_cell` makes one of without further arguments.
         batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
-        engine: "auto" or "reference".
+        engine: "auto" (the fastest that can run the cell), "reference", "eager" or "native".
 
     Returns:
         A module: `outputs, state = rnn(inputs, state=None, context=None)`.
