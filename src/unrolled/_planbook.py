@@ -84,13 +84,12 @@ class PlanBook:
         key = (guards, needing, given[0].shape[1])
         known = self._entries.get(key)
         if known is None or not _still_fits(known.plan, cell):
-            self._entries[key] = self._decide(cell, inputs, state, context)
+            self._entries[key] = self._decide(cell, inputs, state, context, needing)
             while len(self._entries) > _MOST_PLANS:
                 self._entries.popitem(last=False)
         return self._entries[key]
 
-    def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
-        needing = _needing(inputs, context)
+    def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
         try:
             with torch.inference_mode(False), surroundings_kept(cell):
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))

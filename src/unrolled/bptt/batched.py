@@ -131,10 +131,10 @@ class Batched:
         if is_multilinear(op):
             tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Summed) else e for v, e in entries.items()}
         else:
-            tensors = {v: self.total(v, entry) for v, entry in entries.items()}
+            tensors = {v: self.total(entry) for v, entry in entries.items()}
         return [Summed(result) for result in run_op(op, tensors, self.batch)]
 
-    def total(self, value: int, entry: Entry) -> Tensor:
+    def total(self, entry: Entry) -> Tensor:
         """A value added up over all steps."""
         if isinstance(entry, Summed):
             return entry.tensor

@@ -124,7 +124,7 @@ class _Call:
             elif position < a:
                 found.append(over_time(env[value], self.steps))
             else:
-                found.append(batched.total(value, env[value]))
+                found.append(batched.total(env[value]))
         return found
 
 

@@ -115,7 +115,7 @@ class _Fusing:
 
     def _is_total(self, op: Op) -> bool:
         """Whether an operation adds up the rows `[B, N]` of a value, and only the sum over all steps is asked for."""
-        if _name(op) != "sum" or not set(op.outputs).issubset(self.sums):
+        if op.base != "sum" or not set(op.outputs).issubset(self.sums):
             return False
         source = self.program.values[op.inputs[0]]
         over_rows = len(op.args) > 1 and tuple(op.args[1] or ()) == (0,)
@@ -124,20 +124,16 @@ class _Fusing:
     def _beside(self, n: int) -> bool:
         op = self.program.ops[n]
         known = [self.program.values[v] for v in (*op.inputs, *op.outputs) if v >= 0]
-        return n not in self.coupled and _name(op) in _BESIDE and all(value.dtype in _NUMBERS for value in known)
+        return n not in self.coupled and op.base in _BESIDE and all(value.dtype in _NUMBERS for value in known)
 
     def _small_product(self, n: int, inside: set[int]) -> bool:
         op = self.program.ops[n]
-        if _name(op) not in _PRODUCTS or n in self.coupled:
+        if op.base not in _PRODUCTS or n in self.coupled:
             return False
         most = WEIGHT_BYTES if self.batch_size >= LEAST_ROWS else WEIGHT_BYTES // 4
         return sum(self._weight_bytes(m) for m in {*inside, n}) <= most
 
     def _weight_bytes(self, n: int) -> int:
         op = self.program.ops[n]
-        fixed = [self.program.values[v] for v in op.inputs if v in self.fixed] if _name(op) in _PRODUCTS else []
+        fixed = [self.program.values[v] for v in op.inputs if v in self.fixed] if op.base in _PRODUCTS else []
         return sum(value.bytes(1) for value in fixed if len(value.shape) == 2)
-
-
-def _name(op: Op) -> str:
-    return op.name.removeprefix("aten.").partition(".")[0]

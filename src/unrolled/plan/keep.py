@@ -45,4 +45,4 @@ def made_again(ops: Collection[Op], read: Sequence[int], there: Collection[int])
 
 
 def _is_light(op: Op) -> bool:
-    return op.name.removeprefix("aten.").partition(".")[0] in LIGHT and len(op.outputs) == 1
+    return op.base in LIGHT and len(op.outputs) == 1

@@ -85,6 +85,11 @@ class Op:
         return str(self.target).removesuffix(".default")
 
     @cached_property
+    def base(self) -> str:
+        """The name without namespace and overload: `mm`."""
+        return self.name.removeprefix("aten.").partition(".")[0]
+
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values that it reads, in order."""
         return tuple(refs_of((self.args, self.kwargs)))

@@ -145,12 +145,12 @@ _MOVES_ONLY = frozenset(
 
 
 def _flops(program: Program, op: Op, rows: int) -> int:
-    if op.name.removeprefix("aten.").split(".")[0] in _MOVES_ONLY:
+    if op.base in _MOVES_ONLY:
         return 0
     if not any(program.values[v].differentiable for v in (*op.inputs, *op.outputs) if v >= 0):
         return 0
     made = sum(prod(program.values[v].sizes(rows)) for v in op.outputs if v >= 0)
-    if op.name.removeprefix("aten.").split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):
+    if op.base in ("mm", "addmm", "bmm", "baddbmm"):
         left = op.args[-2] if len(op.args) == 2 else op.args[1]
         if isinstance(left, Ref):
             return 2 * made * program.values[left.value].sizes(rows)[-1]

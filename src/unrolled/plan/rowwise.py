@@ -67,7 +67,7 @@ class Call:
 
 
 def _same_for_every_row(op: Op) -> bool:
-    name = op.name.removeprefix("aten.").split(".")[0]
+    name = op.base
     return name in {
         "zeros",
         "ones",

@@ -15,7 +15,7 @@ __all__ = ["contracts_rows", "is_multilinear", "summable"]
 
 def contracts_rows(op: Op, rows: Mapping[int, int], program: Program) -> bool:
     """Whether an operation adds up over the rows, so that folded over T it adds up over the steps too."""
-    name = op.name.removeprefix("aten.").split(".")[0]
+    name = op.base
     places = [rows.get(v) for v in op.inputs]
     if name == "mm":
         return places == [1, 0]
@@ -61,7 +61,7 @@ def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> 
 
 
 def _linear(op: Op, value: int, same: Collection[int]) -> bool:
-    name = op.name.removeprefix("aten.").split(".")[0]
+    name = op.base
     if name in {"add", "sub"}:  # alpha, and adding a number at every step, are not worth the proof
         return not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
     if name in _LINEAR_ALWAYS:
@@ -72,4 +72,4 @@ def _linear(op: Op, value: int, same: Collection[int]) -> bool:
 
 def is_multilinear(op: Op) -> bool:
     """Whether an operation is linear in each operand, rather than in all of them together."""
-    return op.name.removeprefix("aten.").split(".")[0] in _LINEAR_IN_ONE
+    return op.base in _LINEAR_IN_ONE

@@ -78,7 +78,7 @@ class NativeLoop:
         self._check(given, sizes)
         leaves, by_step, by_row = self._leaves(given, sizes, batch)
         emitted, received = self._emitted(states, steps, sizes, reverse=reverse)
-        packed = [packed_matrix(fixed[position]) for position, _, _ in self.source.matrices]
+        packed = [packed_matrix(fixed[position]) for position in self.source.matrices]
         scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
         threads = self._threads(steps, batch)
         totals = [self._zeros(v, threads) for v, _ in self.loop.totals]

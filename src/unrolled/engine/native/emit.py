@@ -25,14 +25,14 @@ class Source:
     Attributes:
         text: the C source; its entry is `ur_loop`.
         real: the dtype of its numbers.
-        matrices: for each packed matrix its position among the fixed values, K and N.
+        matrices: the positions among the fixed values of those that it reads packed.
         scratch: bytes of scratch memory per row.
         flops: floating-point operations per row and step, roughly.
     """
 
     text: str
     real: torch.dtype
-    matrices: tuple[tuple[int, int, int], ...]
+    matrices: tuple[int, ...]
     scratch: int
     flops: int
 
@@ -94,7 +94,7 @@ class _Emitter:
     def __init__(self, loop: LoopProgram, lowered: Lowered, scheduled: Scheduled) -> None:
         self.loop, self.lowered, self.scheduled = loop, lowered, scheduled
         self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
-        self.matrices: dict[int, tuple[int, int, int]] = {}
+        self.matrices: list[int] = []
         self.scratch = 0
         self.flops = 0
         self.next_home = self._next_homes()
@@ -107,7 +107,7 @@ class _Emitter:
         real = self.lowered.real
         head = f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{kernels}"
         text = head + _ENTRY % {"setup": _indented(setup, 1), "step": _indented([*step, *body], 2)}
-        return Source(text, real, tuple(self.matrices.values()), self.scratch, self.flops)
+        return Source(text, real, tuple(self.matrices), self.scratch, self.flops)
 
     # -- memory
 
@@ -168,8 +168,9 @@ class _Emitter:
 
     def product(self, node: Product) -> str:
         K, N = node.matrix.dims
-        self.matrices.setdefault(node.matrix.position, (node.matrix.position, K, N))
-        index = list(self.matrices).index(node.matrix.position)
+        if node.matrix.position not in self.matrices:
+            self.matrices.append(node.matrix.position)
+        index = self.matrices.index(node.matrix.position)
         row, many = node.row, prod(node.dims[:-1])
         x = f"{self.names[row.node]} + {row.offset}"
         by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)

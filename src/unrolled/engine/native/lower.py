@@ -60,15 +60,13 @@ class _Lowering(ArithmeticRules, JoinRules, ProductRules, ConstantRules):
         self.views[value] = self.add(leaf)
 
     def run(self, op: Op) -> None:
-        name = op.name.removeprefix("aten.")
-        base = name.partition(".")[0]
-        rule = getattr(self, f"do_{base.strip('_')}", None)
+        rule = getattr(self, f"do_{op.base.strip('_')}", None)
         if rule is not None:
             results = rule(op)
-        elif base in ELEMENTWISE:
-            results = [self.elementwise(op, base)]
+        elif op.base in ELEMENTWISE:
+            results = [self.elementwise(op, op.base)]
         else:
-            raise UnsupportedError(name)
+            raise UnsupportedError(op.name.removeprefix("aten."))
         for value, view in zip(op.outputs, results, strict=False):
             if value >= 0:
                 self.views[value] = view
