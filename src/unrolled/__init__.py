@@ -4,6 +4,7 @@ from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy, copies
 from unrolled._draw import draw
 from unrolled._layers import GRU, LSTM, RNN
+from unrolled._stack import Bidirectional, Stack, stack
 from unrolled._unroll import Unrolled, unroll
 from unrolled._verify import Check, Verification, verify
 from unrolled.cells import (
@@ -51,6 +52,9 @@ __all__ = [
     # unrolled networks
     "unroll",
     "Unrolled",
+    "stack",
+    "Stack",
+    "Bidirectional",
     "RNN",
     "LSTM",
     "GRU",

@@ -108,16 +108,34 @@ class Unrolled(nn.Module):
         self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         given = given_as(inputs, lengths, batch_first=self.batch_first)
-        steps, first, context = self.checked(given, inputs, state, context)
+        outputs, last = self.through(given, given.sequences(inputs), state, resets, context)
+        return given.outputs(outputs), last
+
+    def through(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        """Run over sequences that are laid out as engines take them; so one layer after the other is.
+
+        Args:
+            given: how the caller gave the batch.
+            steps: the inputs.
+            state: `[B, ...]` with the caller's rows, or None.
+            resets: as the caller gave them, or None.
+            context: `[B, ...]` with the caller's rows, or None.
+
+        Returns:
+            The outputs as engines return them, and the last state with the caller's rows.
+        """
+        first = self.checked(given, steps, state, context)
         if not given.extent.rows:
-            return given.outputs(self._no_outputs(inputs, first, context)), first
+            return self._no_outputs(given, steps, first, context), first
         rnn, started = self, given.rows(context)
         if resets is not None:
             mask = given.sequences(given.resets(resets, reverse=self.reverse))
             fresh = first if state is None else make_state(self.cell, steps, given.batch)
             rnn, steps, started = self._with_resets(), (steps, mask), (started, given.rows(fresh))
         outputs, last = rnn._run(steps, given.rows(first), started, given.extent)
-        return given.outputs(outputs), given.last(last, first)
+        return outputs, given.last(last, first)
 
     def _run(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Tree, Tree]:
         if self.engine != "reference":
@@ -152,7 +170,8 @@ class Unrolled(nn.Module):
         given = given_as(inputs, lengths, batch_first=self.batch_first)
         # Where the initial state is drawn at random, asking must not use up random numbers.
         with torch.random.fork_rng(devices=[]):
-            steps, state, context = self.checked(given, inputs, state, context)
+            steps = given.sequences(inputs)
+            state = self.checked(given, steps, state, context)
         T, B, name = given.extent.steps, given.extent.batch, name_of(self.cell)
         if self.engine == "reference":
             return Plan(name, T, B, "reference", "it was asked for")
@@ -164,23 +183,19 @@ class Unrolled(nn.Module):
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""
         given = given_as(inputs, None, batch_first=self.batch_first)
-        return self.checked(given, inputs, state, context)[:2]
-
-    def checked(self, given: Given, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree, Tree]:
-        """Check what a caller passed.
-
-        Returns:
-            The inputs as engines take them, the state or the cell's own, and the context, both with the caller's rows.
-        """
-        check_context(self.cell, context, given.batch)
         steps = given.sequences(inputs)
+        return steps, self.checked(given, steps, state, context)
+
+    def checked(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+        """Check what a caller passed; return the state that each row's first copy receives, or the cell's own."""
+        check_context(self.cell, context, given.batch)
         if state is None:
             state = make_state(self.cell, steps, given.batch)
         else:
             check_state(self.cell, state, steps, given.batch)
         if given.extent.ragged:
             self._refuse_lengths(given, steps, state, context)
-        return steps, state, context
+        return state
 
     def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
         """Refuse lengths for a cell whose rows are not rows of their own."""
@@ -198,9 +213,9 @@ class Unrolled(nn.Module):
                 "rows; leave lengths= out, or take what couples them (a batch norm in training?) out of the cell"
             )
 
-    def _no_outputs(self, inputs: Tree, state: Tree, context: Tree) -> Tree:
+    def _no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
-        first = map_leaves(lambda x: torch.zeros_like(x[0]), self.in_callers_layout(inputs))
+        first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
         with torch.no_grad(), torch.random.fork_rng():
             output, _ = CheckedStep(self.cell, context)(0, first, state)
         return map_leaves(lambda x: x[:0], output)
