@@ -138,6 +138,13 @@ def test_batches_come_in_random_order():
     assert np.std(firsts) > lengths.std() / 2
 
 
+def test_the_smaller_batch_is_neither_always_the_shortest_nor_always_the_longest():
+    lengths = np.arange(1, 104)
+    sampler = ur.BucketSampler(lengths, 10)
+    means = [lengths[min(sampler, key=len)].mean() for _ in range(50)]
+    assert min(means) < 25 < 75 < max(means)
+
+
 @pytest.mark.parametrize("law", ["geometric, mean 50", "log-normal, median 150", "uniform", "all the same"])
 def test_a_sample_has_other_neighbours_each_epoch(law):
     lengths = drawn(LAWS[law], 2000)

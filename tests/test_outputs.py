@@ -291,6 +291,15 @@ REFUSED = [
         r"T = 2, lengths \[2\] and T = 1, lengths \[1\]; one target",
     ),
     (
+        lambda: ur.sequence_loss(
+            F.mse_loss,
+            pack_sequence([torch.zeros(2), torch.zeros(1)]),
+            pack_sequence([torch.zeros(1), torch.zeros(2)], enforce_sorted=False),
+        ),
+        InputError,
+        r"lengths \[2, 1\] and T = 2, lengths \[1, 2\]",
+    ),
+    (
         lambda: ur.sequence_loss(F.mse_loss, torch.zeros(3, 2), torch.zeros(4, 2)),
         InputError,
         r"share T, B and lengths, got T = 3, lengths \[3, 3\] and T = 4",
