@@ -263,6 +263,21 @@ def test_a_network_learns_nothing_from_padding():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", [*ours, "loss"])
+def test_torchs_transforms_know_them(name):
+    lengths, batch = [3, 1, T], torch.randn(2, T, 3, H, dtype=F64)
+
+    def reduced(outputs: Tensor) -> Tensor:
+        if name == "loss":
+            return ur.sequence_loss(F.mse_loss, outputs, torch.zeros_like(outputs), lengths)
+        return ours[name](outputs, lengths).pow(2).sum()
+
+    torch.testing.assert_close(torch.vmap(reduced)(batch), torch.stack([reduced(one) for one in batch]))
+    directions = torch.randn_like(batch[0])
+    _, along = torch.func.jvp(reduced, (batch[0],), (directions,))
+    torch.testing.assert_close(along, (torch.func.grad(reduced)(batch[0]) * directions).sum())
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 REFUSED = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from unrolled.errors import InputError, OptionError
-from unrolled.lengths import Ragged, checked_lengths
+from unrolled.lengths import checked_lengths
 from unrolled.sequence import swap_time_and_batch
 from unrolled.trees import Tree, describe, leaves, map_leaves
 
@@ -129,8 +129,9 @@ def sequence_loss(
         )
     if not found.any():
         raise InputError(f"sequence_loss needs at least one step, got lengths {found.tolist()}; skip such a batch")
-    packed = Ragged(found, steps).packed
-    return _mean_of(loss, map_leaves(packed, outputs), map_leaves(packed, targets), int(found.sum()))
+    times, rows = (torch.arange(steps).unsqueeze(1) < found).nonzero(as_tuple=True)
+    outputs, targets = map_leaves(lambda leaf: leaf[times.to(leaf.device), rows.to(leaf.device)], (outputs, targets))
+    return _mean_of(loss, outputs, targets, len(times))
 
 
 def _padded(outputs: Tree, lengths: Lengths, batch_first: bool, name: str = "outputs") -> tuple[Tree, Tensor]:
