@@ -3,6 +3,7 @@
 from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy, copies
 from unrolled._draw import draw
+from unrolled._generate import Step, generate, stream
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._unroll import Unrolled, unroll
 from unrolled._verify import Check, Verification, verify
@@ -56,6 +57,10 @@ __all__ = [
     "GRU",
     "from_torch",
     "to_torch",
+    # a cell on its own outputs
+    "generate",
+    "stream",
+    "Step",
     # the copies of one run
     "copies",
     "Copies",
