@@ -30,7 +30,7 @@ from unrolled.errors import (
     StateError,
     UnrolledError,
 )
-from unrolled.wrappers import DropoutCell, SeededState, ZoneoutCell
+from unrolled.wrappers import DropoutCell, FedState, ScheduledSampling, SeededState, ZoneoutCell
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,8 @@ __all__ = [
     # cells around cells
     "DropoutCell",
     "ZoneoutCell",
+    "ScheduledSampling",
+    "FedState",
     "SeededState",
     # unrolled networks
     "unroll",
