@@ -325,6 +325,7 @@ BEFORE: dict[str, tuple[dict[str, Any], type[ur.UnrolledError], tuple[str, ...]]
     "a first of no row": ({"first": torch.zeros(0, H), "max_steps": 1}, ur.InputError, ("B >= 1", "float32[0, 4]")),
     "a first of two batches": ({"first": (X, X[:2]), "max_steps": 1}, ur.InputError, ("first[1]", "float32[2, 4]")),
     "a layer": ({"cell": nn.GRU(H, H), "max_steps": 1}, ur.OptionError, ("a cell", "layer")),
+    "a stack": ({"cell": ur.stack([ur.GRUCell(H, H)]), "max_steps": 1}, ur.OptionError, ("one cell", "Stack")),
     "a state that all rows share": (
         {
             "cell": ur.as_cell(lambda x, s: (x, s), state=lambda *_, **__: (torch.zeros(3), torch.zeros(()))),

@@ -136,8 +136,8 @@ def test_verification_leaves_grad_buffers_and_random_state_untouched():
 def test_verification_finds_an_engine_that_is_wrong(monkeypatch):
     right = bptt_run.run_plan
 
-    def wrong(*arguments):
-        outputs, state = right(*arguments)
+    def wrong(*given, **options):
+        outputs, state = right(*given, **options)
         return outputs * 1.001, state
 
     monkeypatch.setattr("unrolled._unroll.run_plan", wrong)

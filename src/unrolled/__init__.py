@@ -5,8 +5,12 @@ from unrolled._copies import Copies, Copy, copies
 from unrolled._draw import draw
 from unrolled._generate import Step, generate, stream
 from unrolled._layers import GRU, LSTM, RNN
+from unrolled._outputs import last_output, pooled, sequence_loss
+from unrolled._stack import Bidirectional, Stack, stack
 from unrolled._unroll import Unrolled, unroll
 from unrolled._verify import Check, Verification, verify
+from unrolled.batches.buckets import BucketSampler
+from unrolled.batches.collate import collate_packed, collate_padded
 from unrolled.cells import (
     Cell,
     GRUCell,
@@ -54,6 +58,9 @@ __all__ = [
     # unrolled networks
     "unroll",
     "Unrolled",
+    "stack",
+    "Stack",
+    "Bidirectional",
     "RNN",
     "LSTM",
     "GRU",
@@ -63,6 +70,13 @@ __all__ = [
     "generate",
     "stream",
     "Step",
+    # batches of sequences that differ in length, and what is made of their outputs
+    "BucketSampler",
+    "collate_padded",
+    "collate_packed",
+    "last_output",
+    "pooled",
+    "sequence_loss",
     # the copies of one run
     "copies",
     "Copies",

@@ -16,6 +16,7 @@ from unrolled._unroll import Unrolled
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError, GradientError, OptionError
+from unrolled.lengths import Extent
 from unrolled.trees import Tree, describe
 
 __all__ = ["Copies", "Copy", "copies"]
@@ -258,8 +259,8 @@ class _AliasedStep(CheckedStep):
         super().__init__(network.cell, None if network.context is None else network.context.tree)
         self._aliases = dict(zip(network.paths.values(), aliases, strict=True))
 
-    def run(self, input: Tree, state: Tree) -> tuple[Tree, Tree]:
-        return torch.func.functional_call(self.cell, self._aliases, (input, state, *self.rest))
+    def run(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
+        return torch.func.functional_call(self.cell, self._aliases, (input, state, *self.rest(t)))
 
 
 def _recording(network: Network, members: list[Copy]) -> Callable[[int, Tree, Tree], tuple[Tree, Tree]]:
@@ -333,5 +334,6 @@ def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
     inputs, state = rnn.prepared(inputs, state, context)
     network = Network(rnn.cell, state, context, own_state=own_state)
     members: list[Copy] = []
-    reference.run(_recording(network, members), inputs, network.initial.tree)
+    extent = Extent(*sequence.sizes(inputs))
+    reference.run(_recording(network, members), inputs, network.initial.tree, extent)
     return Copies(network, members, batch_first=rnn.batch_first)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled._live import Kind, LeavingRows, LiveRows, StayingRows, check_rows, kind_of_outputs, taken, written
+from unrolled._stack import Layered
 from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import check_context, check_state, make_state
@@ -85,7 +86,8 @@ def generate(
         lengths, int64 `[B]`; and the state, each row's own at its end.
 
     Raises:
-        OptionError: for neither `until` nor `max_steps`, one that is no such thing, or no mask from `until`.
+        OptionError: for neither `until` nor `max_steps`, one that is no such thing, no mask from `until`, or a module
+            of several cells.
         InputError: for a `first` or context that is no batch of B rows, or a `feed` that makes no input like `first`.
         StateError: for a state that does not fit, or whose rows cannot end apart.
         CellError: if the cell breaks its contract or raises.
@@ -137,7 +139,7 @@ def stream(
         >>> [step.output.item() for step in steps]
         [1, 2, 3, 5, 8, 13, 21, 34]
     """
-    cell = cell.cell if isinstance(cell, Unrolled) else as_cell(cell)
+    cell = _cell_of(cell)
     _check_ends(until, max_steps)
     B = _batch_size(first)
     check_context(cell, context, B)
@@ -150,6 +152,15 @@ def stream(
     alone = until is None or B == 1 or rows_are_independent(cell, first, state, context)
     batch = LeavingRows(cell, context) if alone else StayingRows(cell, context)
     return _steps(batch, state, first, feed, until, max_steps)
+
+
+def _cell_of(cell: nn.Module | Callable[..., Any]) -> nn.Module:
+    if isinstance(cell, Layered):
+        raise OptionError(
+            f"generation runs one cell, step by step, got a {type(cell).__name__} of several over time; write a cell "
+            "that calls one after the other, with a tuple of their states"
+        )
+    return cell.cell if isinstance(cell, Unrolled) else as_cell(cell)
 
 
 def _steps(

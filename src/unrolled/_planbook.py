@@ -18,6 +18,8 @@ from unrolled.bptt.walk import LoopRunner
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.choice import Runner
+from unrolled.lengths import Extent
+from unrolled.plan.coupling import couples_rows
 from unrolled.plan.guards import fingerprint
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
@@ -44,47 +46,84 @@ class PlanBook:
     """The plans of one unrolled network.
 
     Args:
-        engine: 'auto', 'eager' or 'native'.
+        engine: 'auto', 'reference', 'eager' or 'native'.
         quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
     """
 
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
-        self._engine, self._quiet = engine, quiet
-        self.runner = Runner(use_native=engine != "eager")
+        self._engine, self.quiet = engine, quiet
+        self.runner = Runner(use_native=engine in ("auto", "native"))
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
+        self._coupling: OrderedDict[Any, bool] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
         return {
             "_engine": self._engine,
-            "_quiet": self._quiet,
+            "quiet": self.quiet,
             "runner": Runner(self.runner.use_native),
             "_entries": OrderedDict(),
+            "_coupling": OrderedDict(),
         }
 
-    def look_up(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Decision:
+    def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
+        """Whether a row's results depend on other rows; the step is tried once for each kind of call.
+
+        Args:
+            cell: the cell.
+            inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
+            state: what copy 0 receives.
+            context: what is the same at every step, or None.
+            extent: how far the inputs reach.
+        """
+        sample = map_leaves(lambda x: x[0], _first_steps(inputs, extent))
+        try:
+            key: Any = (fingerprint(cell), _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1), extent.batch)
+        except UnrecordableError:
+            key = None
+        if key not in self._coupling:
+            with torch.inference_mode(False), surroundings_kept(cell):
+                found = couples_rows(twin_of(cell), sample, state, context)
+            if key is None:
+                return found
+            self._coupling[key] = found
+            while len(self._coupling) > _MOST_PLANS:
+                self._coupling.popitem(last=False)
+        return self._coupling[key]
+
+    def look_up(
+        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None
+    ) -> Decision:
         """The plan for a call, made now if there is none yet.
 
         Args:
             cell: the cell.
-            inputs: `[T, B, ...]`.
+            inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
             state: what copy 0 receives.
             context: what is the same at every step, or None.
+            extent: how far the inputs reach; None for T and B of their own.
         """
+        decision = self._decision(cell, inputs, state, context, extent or Extent(*leaves(inputs)[0].shape[:2]))
+        if extent is not None and extent.ragged and decision.plan is not None and decision.plan.coupled:
+            reason = next(iter(decision.plan.coupled.values()))
+            return Decision(None, "reference", f"rows of different lengths need steps that act row by row: {reason}")
+        return decision
+
+    def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
         given = [*leaves(inputs), *leaves(state), *(leaves(context) if context is not None else [])]
         why = why_not_recorded([*given, *_held(cell)])
         if why is not None:
             return Decision(None, "reference", why)
         try:
-            guards = (fingerprint(cell), _shapes(inputs, 2), _shapes(state, 1), _shapes(context, 1))
+            guards = (fingerprint(cell), _shapes(inputs, 2 - extent.ragged), _shapes(state, 1), _shapes(context, 1))
             needing = _needing(inputs, context)
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
         # A step may do something else for some batch sizes, which a recording at two others does not show.
-        key = (guards, needing, given[0].shape[1])
+        key = (guards, needing, extent.batch)
         known = self._entries.get(key)
         if known is None or not _still_fits(known.plan, cell):
-            self._entries[key] = self._decide(cell, inputs, state, context, needing)
+            self._entries[key] = self._decide(cell, _first_steps(inputs, extent), state, context, needing)
             while len(self._entries) > _MOST_PLANS:
                 self._entries.popitem(last=False)
         return self._entries[key]
@@ -132,9 +171,9 @@ class PlanBook:
 
     def _told(self, decision: Decision) -> Decision:
         """Say it where another engine runs than the one that was asked for by name, and where there is no compiler."""
-        if self._engine == "auto" and self.runner.no_compiler and not self._quiet:
+        if self._engine == "auto" and self.runner.no_compiler and not self.quiet:
             _say_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
-        if not self._quiet and self._engine not in ("auto", decision.engine):
+        if not self.quiet and self._engine not in ("auto", decision.engine):
             warnings.warn(
                 f"engine={self._engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
                 stacklevel=2,
@@ -189,6 +228,11 @@ def _shapes(tree: Tree, leading: int) -> Any:
     return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
 
 
+def _first_steps(inputs: Tree, extent: Extent) -> Tree:
+    """The first two steps of all rows as `[2, B, ...]`; the first one alone where the second has fewer rows."""
+    return map_leaves(lambda x: x[: extent.batch].unsqueeze(0) if extent.ragged else x[:2], inputs)
+
+
 def _compare(
     plan: StepPlan,
     cell: nn.Module,
@@ -204,10 +248,11 @@ def _compare(
         needed = iter(needing)
         sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(needed)), inputs)
         start = map_leaves(_leaf, state)
-        planned = _tensors(run_plan(plan, twin, sample, start, context, runner), twin, sample, start)
-        truth = _tensors(reference.run(CheckedStep(twin, context), sample, start), twin, sample, start)
+        extent = Extent(2, sequence.sizes(sample)[1])
+        planned = _tensors(run_plan(plan, twin, sample, start, context, runner, extent), twin, sample, start)
+        truth = _tensors(reference.run(CheckedStep(twin, context), sample, start, extent), twin, sample, start)
     with torch.no_grad():
-        inferred = run_plan(plan, twin, sample, start, context, runner)
+        inferred = run_plan(plan, twin, sample, start, context, runner, extent)
     planned += [*leaves(inferred[0]), *leaves(inferred[1])]
     truth += truth[: len(leaves(inferred[0])) + len(leaves(inferred[1]))]
     scratch_of(cell, twin)

@@ -21,6 +21,7 @@ from unrolled.bptt.run import run_plan
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError, OptionError
+from unrolled.lengths import Extent
 from unrolled.plan.guards import fingerprint
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.program import Size
@@ -90,18 +91,18 @@ class Site:
         """
         plans, cell = self.alive()
         inputs, state, context = self.trees(tensors)
+        extent = Extent(*leaves(inputs)[0].shape[:2])
 
         def call() -> tuple[Tree, Tree]:
             plan = None if by_reference else plans.look_up(cell, inputs, state, context).plan
             if plan is None:
-                outputs, last = reference.run(CheckedStep(cell, context), inputs, state)
+                outputs, last = reference.run(CheckedStep(cell, context), inputs, state, extent)
                 return map_leaves(torch.clone, outputs), map_leaves(torch.clone, last)
             _refuse_strays(plan, cell, tensors)
-            return run_plan(plan, cell, inputs, state, context, plans.runner)
+            return run_plan(plan, cell, inputs, state, context, plans.runner, extent)
 
         results = leaves(call_with(cell, tensors[self.given :], call))
-        T, B = leaves(inputs)[0].shape[:2]
-        if not by_reference and [(tuple(x.shape), x.dtype) for x in results] != self.shapes(T, B):
+        if not by_reference and [(tuple(x.shape), x.dtype) for x in results] != self.shapes(extent.steps, extent.batch):
             raise self.outdated("other shapes of its results")
         return results
 

@@ -60,9 +60,9 @@ _OUTPUTS: dict[int, Structure] = {}
 
 
 @torch.compiler.disable
-def left_alone(call: Callable[..., tuple[Tree, Tree]], inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+def left_alone(call: Callable[..., tuple[Tree, Tree]], *given: Any) -> tuple[Tree, Tree]:
     """Call what no compiler is to look into: it breaks its graph here."""
-    return call(inputs, state, context)
+    return call(*given)
 
 
 def _plain(tree: Tree, leading: int) -> tuple[Any, Any]:

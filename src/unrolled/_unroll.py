@@ -6,18 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from unrolled import sequence
+from unrolled._given import Given, Lengths, given_as
 from unrolled._mapped import run_mapped
 from unrolled._planbook import PlanBook
 from unrolled.bptt.run import run_plan
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
 from unrolled.engine import reference
-from unrolled.errors import OptionError
+from unrolled.errors import InputError, OptionError
+from unrolled.lengths import Extent
 from unrolled.plan.report import Plan, report
-from unrolled.trees import Tree
+from unrolled.trees import Tree, describe, flatten, leaves, map_leaves, paths
+from unrolled.wrappers.resetting import ResettingCell
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
 
@@ -32,10 +36,17 @@ class Unrolled(nn.Module):
         cell: the cell, shared by all copies.
         batch_first: whether inputs and outputs are `[B, T, ...]`.
         engine: what runs the copies.
+        reverse: whether the state is handed from the last copy to the first.
     """
 
     def __init__(
-        self, cell: nn.Module, *, batch_first: bool = False, engine: str = "auto", quiet: bool = False
+        self,
+        cell: nn.Module,
+        *,
+        batch_first: bool = False,
+        engine: str = "auto",
+        reverse: bool = False,
+        quiet: bool = False,
     ) -> None:
         super().__init__()
         if engine not in ENGINES:
@@ -43,54 +54,109 @@ class Unrolled(nn.Module):
         self.cell = cell
         self.batch_first = batch_first
         self.engine = engine
+        self.reverse = reverse
         self._plans = PlanBook(engine, quiet=quiet)
 
-    def forward(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> tuple[Tree, Tree]:
+    def forward(
+        self,
+        inputs: Tree,
+        state: Tree = None,
+        *,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        context: Tree = None,
+    ) -> tuple[Tree, Tree]:
         """Run the unrolled network over a sequence.
 
         Args:
-            inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
-            state: the state copy 0 receives; by default the cell's own initial state.
+            inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`), or a PackedSequence.
+            state: the state that each row's first copy receives; by default the cell's own initial state.
+            lengths: how many steps each row has, integers `[B]` from 0 to T. A row that has ended costs nothing: its
+                outputs are zero, its last state is that of its own end, and what stands in the padding reaches neither
+                values nor gradients.
+            resets: a bool `[T, B]` (`[B, T]` with `batch_first`): rows that start afresh from the cell's initial state
+                just before step t.
             context: what a cell with a third argument receives at every step.
 
         Returns:
-            The outputs, `[T, B, ...]` (`[B, T, ...]` with `batch_first`), and the last copy's state.
+            The outputs, `[T, B, ...]` (`[B, T, ...]` with `batch_first`, a PackedSequence for one), and the state that
+            each row's last copy hands on.
 
         Raises:
-            InputError: for inputs or a context that the cell cannot take.
+            InputError: for inputs, lengths, resets or a context that the cell cannot take.
             StateError: for a state that does not fit, or that cannot be made.
             CellError: if the cell breaks its contract or raises.
         """
         if torch.compiler.is_compiling():
-            return self._traced(inputs, state, context)
-        return self._run_prepared(inputs, state, context)
+            return self._traced(inputs, state, lengths, resets, context)
+        return self._run_prepared(inputs, state, lengths, resets, context)
 
-    def _traced(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+    def _traced(
+        self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
         # Imported here since it brings in torch's compiler, which takes a second.
         from unrolled._traced import left_alone, run_traced
 
-        if self.engine != "reference":
-            found = run_traced(self._plans, self.cell, self.in_callers_layout(inputs), state, context)
+        plain = lengths is None and resets is None and not isinstance(inputs, PackedSequence)
+        if plain and self.engine != "reference":
+            found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:
-                return self.in_callers_layout(found[0]), found[1]
-        return left_alone(self._run_prepared, inputs, state, context)
+                return self.in_callers_layout(self._forwards(found[0])), found[1]
+        return left_alone(self._run_prepared, inputs, state, lengths, resets, context)
 
-    def _run_prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
-        inputs, state = self.prepared(inputs, state, context)
-        outputs, state = self._run(inputs, state, context)
-        return self.in_callers_layout(outputs), state
+    def _run_prepared(
+        self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        given = given_as(inputs, lengths, batch_first=self.batch_first)
+        outputs, last = self.through(given, given.sequences(inputs), state, resets, context)
+        return given.outputs(outputs), last
 
-    def _run(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+    def through(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        """Run over sequences that are laid out as engines take them; so one layer after the other is.
+
+        Args:
+            given: how the caller gave the batch.
+            steps: the inputs.
+            state: `[B, ...]` with the caller's rows, or None.
+            resets: as the caller gave them, or None.
+            context: `[B, ...]` with the caller's rows, or None.
+
+        Returns:
+            The outputs as engines return them, and the last state with the caller's rows.
+        """
+        first = self.checked(given, steps, state, context)
+        if not given.extent.rows:
+            return self._no_outputs(given, steps, first, context), first
+        rnn, started = self, given.rows(context)
+        if resets is not None:
+            mask = given.sequences(given.resets(resets, reverse=self.reverse))
+            fresh = first if state is None else make_state(self.cell, steps, given.batch)
+            rnn, steps, started = self._with_resets(), (steps, mask), (started, given.rows(fresh))
+        outputs, last = rnn._run(steps, given.rows(first), started, given.extent)
+        return outputs, given.last(last, first)
+
+    def _run(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Tree, Tree]:
         if self.engine != "reference":
-            plan = self._plans.look_up(self.cell, inputs, state, context).plan
+            plan = self._plans.look_up(self.cell, inputs, state, context, extent).plan
             if plan is not None:
-                return run_plan(plan, self.cell, inputs, state, context, self._plans.runner)
-            mapped = run_mapped(self._plans, self.cell, inputs, state, context)
+                return run_plan(
+                    plan, self.cell, inputs, state, context, self._plans.runner, extent, reverse=self.reverse
+                )
+            mapped = None
+            if not extent.ragged:
+                mapped = run_mapped(self._plans, self.cell, self._forwards(inputs), state, context)
             if mapped is not None:
-                return mapped
-        return reference.run(CheckedStep(self.cell, context), inputs, state)
+                return self._forwards(mapped[0]), mapped[1]
+        step = CheckedStep(self.cell, context, extent)
+        return reference.run(step, inputs, state, extent, reverse=self.reverse)
 
-    def plan(self, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Plan:
+    def _forwards(self, steps: Tree) -> Tree:
+        """Sequences `[T, ...]` turned such that the first copy to run is copy 0, and back."""
+        return map_leaves(lambda x: x.flip(0), steps) if self.reverse else steps
+
+    def plan(self, inputs: Tree, state: Tree = None, *, lengths: Lengths = None, context: Tree = None) -> Plan:
         """How a call with these arguments will be run: what runs where, and why; bytes and FLOPs.
 
         Takes what the call takes, and raises what it raises. The plan is made if there is none yet.
@@ -101,26 +167,66 @@ class Unrolled(nn.Module):
             >>> plan.engine, plan.loops
             ('eager', 1)
         """
+        given = given_as(inputs, lengths, batch_first=self.batch_first)
         # Where the initial state is drawn at random, asking must not use up random numbers.
         with torch.random.fork_rng(devices=[]):
-            inputs, state = self.prepared(inputs, state, context)
-        T, B = sequence.sizes(inputs)
+            steps = given.sequences(inputs)
+            state = self.checked(given, steps, state, context)
+        T, B, name = given.extent.steps, given.extent.batch, name_of(self.cell)
         if self.engine == "reference":
-            return Plan(name_of(self.cell), T, B, "reference", "it was asked for")
-        decision = self._plans.look_up(self.cell, inputs, state, context)
+            return Plan(name, T, B, "reference", "it was asked for")
+        decision = self._plans.look_up(self.cell, steps, given.rows(state), given.rows(context), given.extent)
         if decision.plan is None:
-            return Plan(name_of(self.cell), T, B, decision.engine, decision.why)
-        return report(decision.plan, name_of(self.cell), T, B, decision.engine, decision.why)
+            return Plan(name, T, B, decision.engine, decision.why)
+        return report(decision.plan, name, T, B, decision.engine, decision.why)
 
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""
-        _, B = sequence.sizes(inputs, batch_first=self.batch_first)
-        check_context(self.cell, context, B)
+        given = given_as(inputs, None, batch_first=self.batch_first)
+        steps = given.sequences(inputs)
+        return steps, self.checked(given, steps, state, context)
+
+    def checked(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+        """Check what a caller passed; return the state that each row's first copy receives, or the cell's own."""
+        check_context(self.cell, context, given.batch)
         if state is None:
-            state = make_state(self.cell, inputs, B)
+            state = make_state(self.cell, steps, given.batch)
         else:
-            check_state(self.cell, state, inputs, B)
-        return self.in_callers_layout(inputs), state
+            check_state(self.cell, state, steps, given.batch)
+        if given.extent.ragged:
+            self._refuse_lengths(given, steps, state, context)
+        return state
+
+    def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
+        """Refuse lengths for a cell whose rows are not rows of their own."""
+        name = name_of(self.cell)
+        for path, leaf in zip(paths(flatten(state)[1]), leaves(state), strict=True):
+            if leaf.dim() == 0 or leaf.shape[0] != given.batch:
+                raise InputError(
+                    f"lengths need a state whose leaves have a row for each sequence, [B, ...] with B = {given.batch}; "
+                    f"state{path} of {name} is {describe(leaf)}; leave lengths= out, or give it rows"
+                )
+        rows = given.rows(state), given.rows(context)
+        if given.extent.rows and self._plans.couples(self.cell, steps, *rows, given.extent):
+            raise InputError(
+                f"lengths need a cell that acts row by row, but in a step of {name} one row's results depend on other "
+                "rows; leave lengths= out, or take what couples them (a batch norm in training?) out of the cell"
+            )
+
+    def _no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+        """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
+        first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
+        with torch.no_grad(), torch.random.fork_rng():
+            output, _ = CheckedStep(self.cell, context)(0, first, state)
+        return map_leaves(lambda x: x[:0], output)
+
+    def _with_resets(self) -> Unrolled:
+        """The network whose rows start afresh where they are told to; no submodule, which would list weights twice."""
+        made: Unrolled | None = self.__dict__.get("_resetting")
+        if made is None or (made.cell.cell, made.engine, made.reverse) != (self.cell, self.engine, self.reverse):
+            made = Unrolled(ResettingCell(self.cell), engine=self.engine, reverse=self.reverse, quiet=self._plans.quiet)
+            self.__dict__["_resetting"] = made
+        return made
 
     def in_callers_layout(self, steps: Tree) -> Tree:
         """Time-first to the caller's layout, or back: the swap is its own inverse."""
@@ -128,23 +234,30 @@ class Unrolled(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that differ from the defaults."""
-        options = [] if self.engine == "auto" else [f"engine={self.engine!r}"]
-        return ", ".join(options + (["batch_first=True"] if self.batch_first else []))
+        options = {
+            "engine": (self.engine, "auto"),
+            "batch_first": (self.batch_first, False),
+            "reverse": (self.reverse, False),
+        }
+        return ", ".join(f"{name}={value!r}" for name, (value, default) in options.items() if value != default)
 
     def _get_name(self) -> str:
         return f"Unrolled[{name_of(self.cell)}]"
 
 
-def unroll(cell: nn.Module | Callable[..., Any], *, batch_first: bool = False, engine: str = "auto") -> Unrolled:
+def unroll(
+    cell: nn.Module | Callable[..., Any], *, batch_first: bool = False, engine: str = "auto", reverse: bool = False
+) -> Unrolled:
     """Unroll a cell into copies that share its weights, as many as a sequence has steps.
 
     Args:
         cell: a cell, or anything `as_cell` makes one of without further arguments.
         batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
         engine: "auto" (the fastest that can run the cell), "reference", "eager" or "native".
+        reverse: whether the state is handed from the last copy to the first: a row begins at its own last step.
 
     Returns:
-        A module: `outputs, state = rnn(inputs, state=None, context=None)`.
+        A module: `outputs, state = rnn(inputs, state=None, lengths=None, resets=None, context=None)`.
 
     Raises:
         OptionError: for an unknown engine, or something that is no cell.
@@ -158,4 +271,4 @@ def unroll(cell: nn.Module | Callable[..., Any], *, batch_first: bool = False, e
         >>> outputs.shape, h.shape
         (torch.Size([100, 32, 128]), torch.Size([32, 128]))
     """
-    return Unrolled(as_cell(cell), batch_first=batch_first, engine=engine)
+    return Unrolled(as_cell(cell), batch_first=batch_first, engine=engine, reverse=reverse)

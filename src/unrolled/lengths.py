@@ -83,12 +83,16 @@ class Extent:
 
     @cached_property
     def before(self) -> Tensor:
-        """For each of the N rows where the same row one step earlier is, if B rows stood before the first step: `[N]`.
-
-        Forward in time a state's memory is `[B + N]`: what the first step receives, then what every step hands on.
-        """
+        """Where the same row is one step earlier, for each of the N rows, if B more stand before them all: `[N]`."""
         earlier = torch.tensor((0, *(self.batch + offset for offset in self.offsets[:-1])))
         return earlier[self.time_of] + self.row_of
+
+    @cached_property
+    def after(self) -> Tensor:
+        """Where the same row is one step later, for each of the N rows, if B more stand after them all: `[N]`."""
+        later = torch.tensor((*self.offsets[1:], self.rows))[self.time_of] + self.row_of
+        later[self.ends] = self.rows + torch.arange(self.batch)
+        return later
 
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
@@ -138,6 +142,7 @@ class Ragged:
     Args:
         lengths: `[B]`, checked.
         steps: T of the padded batch.
+        order: the rows, the longest first; found if it is not given.
 
     Attributes:
         extent: of the rows that have any step at all, the longest first.
@@ -151,9 +156,11 @@ class Ragged:
         tensor([1, 0, 4, 7])
     """
 
-    def __init__(self, lengths: Tensor, steps: int) -> None:
+    def __init__(self, lengths: Tensor, steps: int, order: Tensor | None = None) -> None:
         self.lengths, self.steps = lengths, steps
-        ordered, order = lengths.sort(descending=True, stable=True)
+        if order is None:
+            order = lengths.argsort(descending=True, stable=True)
+        ordered = lengths[order]
         batch = int((lengths > 0).sum())
         self.order = order[:batch]
         longest = int(ordered[0]) if batch else 0

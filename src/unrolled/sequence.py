@@ -6,16 +6,17 @@ features, `L` layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unrolled.errors import CellError, InputError
+from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, paths, unflatten
 
-__all__ = ["device_of", "each_step", "sizes", "stacked", "swap_time_and_batch"]
+__all__ = ["device_of", "each_step", "joined", "sizes", "stacked", "swap_time_and_batch"]
 
 
 def sizes(inputs: Tree, *, batch_first: bool = False) -> tuple[int, int]:
@@ -53,7 +54,7 @@ def sizes(inputs: Tree, *, batch_first: bool = False) -> tuple[int, int]:
 
 def _flatten_inputs(inputs: Tree) -> tuple[list[Tensor], Structure]:
     if isinstance(inputs, PackedSequence):
-        raise InputError("a PackedSequence is not taken yet; pad it: torch.nn.utils.rnn.pad_packed_sequence")
+        raise InputError("a PackedSequence is not taken here; pad it: torch.nn.utils.rnn.pad_packed_sequence")
     try:
         tensors, structure = flatten(inputs)
     except TypeError as error:
@@ -73,15 +74,25 @@ def swap_time_and_batch(sequence: Tree) -> Tree:
     return map_leaves(lambda tensor: tensor.transpose(0, 1), sequence)
 
 
-def each_step(inputs: Tree) -> Iterator[Tree]:
+def each_step(inputs: Tree, extent: Extent) -> Iterator[Tree]:
     """The inputs of copy 0, 1, 2, ...
 
-    `unbind` has one backward for all T steps. Indexing `inputs[t]` would allocate a gradient of the whole
+    `unbind` and `split` have one backward for all T steps. Indexing `inputs[t]` would allocate a gradient of the whole
     sequence at every step, which is quadratic in T.
     """
     tensors, structure = flatten(inputs)
-    for step in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
+    columns = [tensor.split(extent.sizes) if extent.ragged else tensor.unbind(0) for tensor in tensors]
+    for step in zip(*columns, strict=True):
         yield unflatten(structure, step)
+
+
+def joined(steps: Sequence[Tree], extent: Extent) -> Tree:
+    """Put T trees of `[B, ...]` together: `[T, B, ...]`, or `[N, ...]` where rows end at different times.
+
+    Raises:
+        CellError: naming the first step whose structure, shape or dtype differs from that of step 0.
+    """
+    return _joined(steps, torch.cat, 1) if extent.ragged else stacked(steps)
 
 
 def stacked(steps: Sequence[Tree]) -> Tree:
@@ -90,19 +101,25 @@ def stacked(steps: Sequence[Tree]) -> Tree:
     Raises:
         CellError: naming the first step whose structure, shape or dtype differs from that of step 0.
     """
+    return _joined(steps, torch.stack, 0)
+
+
+def _joined(steps: Sequence[Tree], join: Callable[[list[Tensor]], Tensor], rows: int) -> Tree:
+    """Trees put together leaf by leaf; the first `rows` dimensions may differ."""
     flat = [flatten(step) for step in steps]
     first, structure = flat[0]
     for t, (tensors, other) in enumerate(flat):
-        if other != structure or any(not _alike(a, b) for a, b in zip(tensors, first, strict=True)):
+        if other != structure or any(not _alike(a, b, rows) for a, b in zip(tensors, first, strict=True)):
             raise CellError(
                 f"a cell's output must keep its structure, shape and dtype: copy 0 returned "
                 f"{_say(first)}, copy {t} returned {_say(tensors)}; return the same kind of output at every step"
             )
-    return unflatten(structure, [torch.stack(column) for column in zip(*(tensors for tensors, _ in flat), strict=True)])
+    columns = zip(*(tensors for tensors, _ in flat), strict=True)
+    return unflatten(structure, [join(list(column)) for column in columns])
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype
+def _alike(a: Tensor, b: Tensor, rows: int) -> bool:
+    return a.shape[rows:] == b.shape[rows:] and a.dim() == b.dim() and a.dtype == b.dtype
 
 
 def _say(tensors: Sequence[Tensor]) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unrolled.bptt.batched import Batched, Entry
 from unrolled.bptt.segment import Stages, over_time
+from unrolled.bptt.stepping import stepped
 from unrolled.bptt.timed import Timed
-from unrolled.bptt.walk import LoopRunner, Walk, shifted
-from unrolled.plan.interpret import compiled
+from unrolled.bptt.walk import LoopRunner, Request, Walk, ended, shifted
+from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import PlannedLoop
 
@@ -36,31 +37,21 @@ class LoopUnderAutograd:
         """A product, as the runner does it."""
         return self.runner.affine(x, y, bias)
 
-    def __call__(
-        self,
-        loop: LoopProgram,
-        sequences: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        states: Sequence[Tensor],
-        *,
-        steps: int,
-        batch: int,
-        reverse: bool,
-    ) -> Walk:
+    def __call__(self, loop: LoopProgram, request: Request) -> Walk:
         """Run a loop; see `LoopRunner`."""
-        given = (*sequences, *fixed, *states)
+        given, states = request.given, request.states
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
             planned = self.planned[loop]
-            walk = self.runner(planned.inference, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
+            walk = self.runner(planned.inference, request)
             return Walk([walk.emitted[place] for place in planned.shared], walk.last, walk.received)
-        call = _Call(self.planned[loop], self.runner, steps, batch)
+        call = _Call(self.planned[loop], self.runner, request.extent, request.reverse)
         results = _LoopFunction.apply(call, *given)
         emitted = results[: len(loop.emitted)]
         places = [loop.emitted.index(value) for value in loop.next_states]
         return Walk(
             emitted,
             results[len(loop.emitted) :],
-            lambda state: shifted(states[state], emitted[places[state]], reverse=False),
+            lambda state: shifted(states[state], emitted[places[state]], request.extent, reverse=request.reverse),
         )
 
 
@@ -68,33 +59,38 @@ class LoopUnderAutograd:
 class _Call:
     planned: PlannedLoop
     runner: LoopRunner
-    steps: int
-    batch: int
+    extent: Extent
+    reverse: bool
 
     def forward(self, given: Sequence[Tensor]) -> Walk:
         loop = self.planned.loop
         a, b, _ = loop.counts
-        return self.runner(
-            loop, given[:a], given[a : a + b], given[a + b :], steps=self.steps, batch=self.batch, reverse=False
-        )
+        return self.runner(loop, Request(given[:a], given[a : a + b], given[a + b :], self.extent, self.reverse))
 
     def backward(self, values: dict[int, Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the loop's inputs, from the values it kept and the gradients of its results."""
         planned, back = self.planned, self.planned.backward
         emitted, last = grads[: planned.emits], grads[planned.emits :]
-        batched = Batched(
-            back.program, planned.rows, planned.coupled, self.steps, self.batch, planned.sums, self.runner.affine
-        )
+        batched = Batched(back.program, planned.rows, planned.coupled, self.extent, planned.sums, self.runner.affine)
         a, b, _ = planned.loop.counts
         state_grads = [back.program.outputs[a + b + leaf] for leaf in back.states]
         stages = Stages(
-            back.stages, back.loops, self._state_tangents(), state_grads, batched, self.runner, back.read, reverse=True
+            back.stages,
+            back.loops,
+            self._state_tangents(),
+            state_grads,
+            batched,
+            self.runner,
+            back.read,
+            reverse=not self.reverse,
         )
-        env: dict[int, Entry] = {v: Timed(values[v], self.steps) for v in back.kept}
+        env: dict[int, Entry] = {v: self._timed(v, values[v]) for v in back.kept}
         env |= {v: values[v] for v in back.fixed}
+        device = next(iter(values.values())).device
         for v, position in zip(self._emitted_tangents(), back.emitted, strict=True):
-            env[v] = Timed(self._or_zeros(emitted[position], planned.loop.emitted[position]), self.steps)
-        first = stages.run(env, [self._last(last[leaf], leaf) for leaf in back.states])
+            grad = emitted[position]
+            env[v] = self._zeros(planned.loop.emitted[position], device) if grad is None else self._timed(v, grad)
+        first = stages.run(env, [self._last(last[leaf], leaf, device) for leaf in back.states])
         return self._collected(env, batched, dict(zip(back.states, first, strict=True)))
 
     def _emitted_tangents(self) -> tuple[int, ...]:
@@ -106,11 +102,20 @@ class _Call:
         back = self.planned.backward
         return back.program.inputs[len(back.kept) + len(back.fixed) + len(back.emitted) :]
 
-    def _or_zeros(self, grad: Tensor | None, value: int) -> Tensor:
-        return self.planned.zeros(value, self.batch, self.steps) if grad is None else grad
+    def _timed(self, value: int, tensor: Tensor) -> Timed:
+        return Timed(tensor, self.extent, self.planned.rows.get(value) if self.extent.ragged else None)
 
-    def _last(self, grad: Tensor | None, leaf: int) -> Tensor:
-        return self.planned.zeros(self.planned.loop.next_states[leaf], self.batch) if grad is None else grad
+    def _zeros(self, value: int, device: torch.device) -> Timed:
+        """Zeros at every step in the shape of a value, without memory for them."""
+        rows = self.planned.loop.program.values[value].rows
+        if self.extent.ragged and rows is not None:
+            return Timed(self.planned.zeros(value, self.extent.rows, device), self.extent, rows)
+        zeros = self.planned.zeros(value, self.extent.batch, device)
+        return Timed(zeros.expand(self.extent.steps, *zeros.shape), self.extent)
+
+    def _last(self, grad: Tensor | None, leaf: int, device: torch.device) -> Tensor:
+        following = self.planned.loop.next_states[leaf]
+        return self.planned.zeros(following, self.extent.batch, device) if grad is None else grad
 
     def _collected(self, env: dict[int, Entry], batched: Batched, of_states: dict[int, Tensor]) -> list[Tensor | None]:
         back = self.planned.backward
@@ -122,9 +127,9 @@ class _Call:
             elif value < 0:
                 found.append(None)
             elif position < a:
-                found.append(over_time(env[value], self.steps))
+                found.append(over_time(env[value], self.extent, self.planned.rows.get(value)))
             else:
-                found.append(batched.total(env[value]))
+                found.append(batched.total(value, env[value]))
         return found
 
 
@@ -166,14 +171,7 @@ def _differentiable_backward(
     a, b, _ = loop.counts
     # Views of the inputs: the graph of the first forward stays as it is, yet the result still leads to the inputs.
     inputs = [tensor.view_as(tensor) for tensor in given]
-    step, states = compiled(loop.program), inputs[a + b :]
-    columns = [tensor.unbind(0) for tensor in inputs[:a]]
-    kept = []
-    for t in range(call.steps):
-        results = step(call.batch, *(column[t] for column in columns), *inputs[a : a + b], *states)
-        kept.append(results[: call.planned.emits])
-        states = list(results[len(loop.emitted) :])
-    outputs = [*(torch.stack(column) for column in zip(*kept, strict=True)), *states]
+    outputs = _by_autograd(call, Request(inputs[:a], inputs[a : a + b], inputs[a + b :], call.extent, call.reverse))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     asked = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
@@ -188,3 +186,19 @@ def _differentiable_backward(
         for i, grad in zip(asked, results, strict=True):
             found[i] = grad
     return found
+
+
+def _by_autograd(call: _Call, request: Request) -> list[Tensor]:
+    """A loop's results, step by step under ordinary autograd."""
+    loop, extent = call.planned.loop, call.extent
+    found = dict(stepped(loop, request))
+    first = len(loop.emitted) + len(loop.totals)
+    following = [_joined([found[t][first + n] for t in range(extent.steps)], extent, 0) for n in range(loop.counts[2])]
+    values = [loop.program.values[v] for v in loop.emitted[: call.planned.emits]]
+    columns = [[found[t][place] for t in range(extent.steps)] for place in range(len(values))]
+    emitted = [_joined(column, extent, value.rows) for column, value in zip(columns, values, strict=True)]
+    return [*emitted, *(ended(entries, extent, reverse=call.reverse) for entries in following)]
+
+
+def _joined(column: Sequence[Tensor], extent: Extent, rows: int | None) -> Tensor:
+    return torch.stack(tuple(column)) if rows is None or not extent.ragged else torch.cat(tuple(column), rows)

@@ -11,6 +11,7 @@ from unrolled.bptt.glue import LoopUnderAutograd
 from unrolled.bptt.segment import Stages, over_time
 from unrolled.bptt.timed import Timed
 from unrolled.bptt.walk import LoopRunner
+from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.trees import Tree, leaves, unflatten
 
@@ -18,25 +19,35 @@ __all__ = ["run_plan"]
 
 
 def run_plan(
-    plan: StepPlan, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, runner: LoopRunner
+    plan: StepPlan,
+    cell: nn.Module,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    runner: LoopRunner,
+    extent: Extent,
+    *,
+    reverse: bool = False,
 ) -> tuple[Tree, Tree]:
     """Run an unrolled cell by its plan.
 
     Args:
         plan: how.
         cell: the cell, whose tensors are read as they are now.
-        inputs: `[T, B, ...]`.
-        state: what copy 0 receives.
+        inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
+        state: what the first copy receives.
         context: what is the same at every step, or None.
         runner: the engine's way of running loops.
+        extent: how far the sequence reaches.
+        reverse: whether the last copy comes first.
 
     Returns:
-        The outputs, `[T, B, ...]`, and the last copy's state.
+        The outputs, laid out as the inputs, and the last copy's state.
     """
     recording = plan.recording
     given = leaves(inputs)
-    T, B = given[0].shape[:2]
-    env: dict[int, Entry] = {v: Timed(leaf, T) for v, leaf in zip(recording.inputs, given, strict=True)}
+    fold = 0 if extent.ragged else None
+    env: dict[int, Entry] = {v: Timed(leaf, extent, fold) for v, leaf in zip(recording.inputs, given, strict=True)}
     context_leaves = [] if context is None else leaves(context)
     externals = [external.fetch(cell) for external in recording.externals]
     env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))
@@ -45,13 +56,14 @@ def run_plan(
         plan.loops,
         recording.state,
         recording.next_state,
-        Batched(recording.program, plan.rows, plan.coupled, T, B, affine=runner.affine),
+        Batched(recording.program, plan.rows, plan.coupled, extent, affine=runner.affine),
         LoopUnderAutograd(plan.planned, runner),
         plan.read,
+        reverse=reverse,
     )
     first = leaves(state)
     last = stages.run(env, first)
-    outputs = [over_time(env[plan.handed.get(v, v)], T) for v in recording.outputs]
+    outputs = [over_time(env[plan.handed.get(v, v)], extent, plan.rows.get(v)) for v in recording.outputs]
     read = [*given, *first, *context_leaves, *externals]
     copies = [v in plan.handed for v in recording.outputs] + [True] * len(last)
     results = list(_callers_own([*outputs, *last], copies, read))

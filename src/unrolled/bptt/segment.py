@@ -9,18 +9,19 @@ from torch import Tensor
 
 from unrolled.bptt.batched import Batched, Entry
 from unrolled.bptt.timed import Summed, Timed, spread
-from unrolled.bptt.walk import LoopRunner, counted, shifted
+from unrolled.bptt.walk import LoopRunner, Request, counted, ended, shifted
+from unrolled.lengths import Extent
 from unrolled.plan.colour import Counter, Held, Loop, Shift, Stage, Steps
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["Stages", "over_time"]
 
 
-def over_time(entry: Entry, steps: int) -> Tensor:
-    """A value over a segment as `[T, ...]`."""
+def over_time(entry: Entry, extent: Extent, rows: int | None) -> Tensor:
+    """A value over a segment as loops and callers take it; `rows` is the dimension of its rows, if it has any."""
     if isinstance(entry, Summed):
         raise TypeError("a sum over all steps has no entries of its own")
-    return entry.stacked() if isinstance(entry, Timed) else spread(entry, steps)
+    return (entry if isinstance(entry, Timed) else spread(entry, extent, rows)).over_time()
 
 
 class Stages:
@@ -64,49 +65,54 @@ class Stages:
         Returns:
             The state that the last copy hands on (the first one, in reverse).
         """
-        steps = self.batched.steps
         final: dict[int, Tensor] = {}
         for stage, loop in zip(self.stages, self.loops, strict=True):
             if isinstance(stage, Steps):
                 self.batched.run(stage.ops, env)
-            elif isinstance(stage, Held):
-                env[self.state[stage.leaf]] = final[stage.leaf] = initial[stage.leaf]
-            elif isinstance(stage, Counter):
-                counts = counted(initial[stage.leaf], stage.step, steps)
-                env[self.state[stage.leaf]], final[stage.leaf] = Timed(counts[:-1], steps), counts[-1]
-            elif isinstance(stage, Shift):
-                entries = self._entries(env, stage.leaf, initial[stage.leaf])
-                env[self.state[stage.leaf]] = Timed(shifted(initial[stage.leaf], entries, reverse=self.reverse), steps)
-                final[stage.leaf] = entries[0 if self.reverse else -1]
             elif isinstance(stage, Loop) and loop is not None:
                 final |= self._run_loop(stage, loop, env, initial)
+            elif not isinstance(stage, Loop):
+                leaf = stage.leaf
+                env[self.state[leaf]], final[leaf] = self._known(stage, env, initial[leaf])
         return [final[leaf] for leaf in range(len(self.state))]
 
-    def _entries(self, env: MutableMapping[int, Entry], leaf: int, like: Tensor) -> Tensor:
-        value = self.next_state[leaf]
-        return (
-            over_time(env[value], self.batched.steps)
-            if value >= 0
-            else spread(torch.zeros_like(like), self.batched.steps)
-        )
+    def _known(
+        self, stage: Held | Counter | Shift, env: MutableMapping[int, Entry], first: Tensor
+    ) -> tuple[Entry, Tensor]:
+        """What every copy receives of a leaf that is in no loop, and what the last one hands on."""
+        extent = self.batched.extent
+        if isinstance(stage, Held):
+            return (spread(first, extent, 0) if extent.ragged else first), first
+        if isinstance(stage, Counter):
+            counts, last = counted(first, stage.step, extent, reverse=self.reverse)
+            return self._timed(self.state[stage.leaf], counts), last
+        value = self.next_state[stage.leaf]
+        entry = env[value] if value >= 0 else torch.zeros_like(first)
+        entries = over_time(entry, extent, 0)
+        received = shifted(first, entries, extent, reverse=self.reverse)
+        return self._timed(self.state[stage.leaf], received), ended(entries, extent, reverse=self.reverse)
+
+    def _timed(self, value: int, tensor: Tensor) -> Timed:
+        """A value as it came over time, folded where rows end at different times."""
+        extent = self.batched.extent
+        return Timed(tensor, extent, self.batched.rows.get(value) if extent.ragged else None)
 
     def _run_loop(
         self, stage: Loop, loop: LoopProgram, env: MutableMapping[int, Entry], initial: Sequence[Tensor]
     ) -> dict[int, Tensor]:
-        steps = self.batched.steps
-        walk = self.runner(
-            loop,
-            [over_time(env[v], steps) for v in loop.sequences],
+        extent, rows = self.batched.extent, self.batched.rows
+        request = Request(
+            [over_time(env[v], extent, rows.get(v)) for v in loop.sequences],
             [env[v] for v in loop.fixed],
             [initial[leaf] for leaf in stage.leaves],
-            steps=steps,
-            batch=self.batched.batch,
-            reverse=self.reverse,
+            extent,
+            self.reverse,
         )
-        env.update({v: Timed(tensor, steps) for v, tensor in zip(loop.emitted, walk.emitted, strict=True)})
+        walk = self.runner(loop, request)
+        env.update({v: self._timed(v, tensor) for v, tensor in zip(loop.emitted, walk.emitted, strict=True)})
         for (_, value), total in zip(loop.totals, walk.totals, strict=True):
-            env[value] = Summed(total.view(self.batched.program.values[value].sizes(self.batched.batch)))
+            env[value] = Summed(total.view(self.batched.program.values[value].sizes(extent.batch)))
         for number, leaf in enumerate(stage.leaves):
             if self.state[leaf] in self.read:
-                env[self.state[leaf]] = Timed(walk.received(number), steps)
+                env[self.state[leaf]] = self._timed(self.state[leaf], walk.received(number))
         return dict(zip(stage.leaves, walk.last, strict=True))

@@ -1,4 +1,4 @@
-"""What a walk through time gives back."""
+"""What a walk through time is asked for, and what it gives back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["LoopRunner", "Walk", "counted", "shifted"]
+__all__ = ["LoopRunner", "Request", "Walk", "counted", "ended", "shifted"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine gets for a walk: values for a loop's inputs, in the order of its program.
+
+    Attributes:
+        sequences: `[T, ...]` each; where rows end at different times, all steps' rows one after the other.
+        fixed: what is the same at every step.
+        states: what each row's first step walked receives.
+        extent: how far the segment reaches.
+        reverse: whether to begin with the last step.
+    """
+
+    sequences: Sequence[Tensor]
+    fixed: Sequence[Tensor]
+    states: Sequence[Tensor]
+    extent: Extent
+    reverse: bool
+
+    @property
+    def given(self) -> list[Tensor]:
+        """All inputs, in order."""
+        return [*self.sequences, *self.fixed, *self.states]
 
 
 @dataclass(frozen=True)
@@ -19,9 +44,9 @@ class Walk:
     """A loop's results.
 
     Attributes:
-        emitted: the emitted values, `[T, ...]` each.
-        last: the states after the last step walked.
-        received: for each state what every step received, `[T, ...]`; made when it is asked for.
+        emitted: the emitted values, laid out as a request's sequences.
+        last: the states after each row's last step walked.
+        received: for each state what every step received, laid out likewise; made when it is asked for.
         totals: the sums over all rows and steps.
     """
 
@@ -38,39 +63,52 @@ class LoopRunner(Protocol):
         """`x @ y + bias` for `[M, K]`, `[K, N]`, `[N]`; None for those that are left to torch."""
         ...
 
-    def __call__(
-        self,
-        loop: LoopProgram,
-        sequences: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        states: Sequence[Tensor],
-        *,
-        steps: int,
-        batch: int,
-        reverse: bool,
-    ) -> Walk:
-        """Walk through time.
-
-        Args:
-            loop: the program.
-            sequences: `[T, ...]` each.
-            fixed: what is the same at every step.
-            states: what the first step walked receives.
-            steps: T.
-            batch: B.
-            reverse: whether to begin with the last step.
-        """
+    def __call__(self, loop: LoopProgram, request: Request) -> Walk:
+        """Walk through time."""
         ...
 
 
-def shifted(first: Tensor, entries: Tensor, *, reverse: bool) -> Tensor:
-    """What each copy receives if it is what the copy before it (after it, in reverse) made."""
+def shifted(first: Tensor, entries: Tensor, extent: Extent, *, reverse: bool) -> Tensor:
+    """What each copy receives if it is what the copy before it (after it, in reverse) made.
+
+    Args:
+        first: what each row's first step walked receives, `[B, ...]`.
+        entries: what the copies made: `[T, B, ...]`, or `[N, ...]` where rows end at different times.
+        extent: of the segment.
+        reverse: whether the last step is walked first.
+    """
+    if extent.ragged:
+        joined = torch.cat([entries, first] if reverse else [first, entries])
+        return joined.index_select(0, (extent.after if reverse else extent.before).to(joined.device))
     if reverse:
         return torch.cat([entries[1:], first.unsqueeze(0)])
     return torch.cat([first.unsqueeze(0), entries[:-1]])
 
 
-def counted(first: Tensor, step: int, steps: int) -> Tensor:
-    """What each copy receives of a counter, and what the last one hands on: `[T + 1, ...]`."""
-    counts = torch.arange(steps + 1, device=first.device) * step
-    return first + counts.to(first.dtype).view(-1, *(1,) * first.dim())
+def ended(entries: Tensor, extent: Extent, *, reverse: bool) -> Tensor:
+    """What each row's last step walked made, `[B, ...]`."""
+    if extent.ragged:
+        return entries[: extent.batch] if reverse else entries.index_select(0, extent.ends.to(entries.device))
+    return entries[0 if reverse else -1]
+
+
+def counted(first: Tensor, step: int, extent: Extent, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """What each copy receives of a counter, and what each row's last step walked hands on.
+
+    Args:
+        first: what each row's first step walked receives, `[B, ...]` or `[]`.
+        step: what every copy adds.
+        extent: of the segment.
+        reverse: whether the last step is walked first.
+    """
+    shape = (-1, *(1,) * first.dim())
+    if extent.ragged:
+        lengths = extent.lengths.to(first.device)
+        walked = extent.time_of.to(first.device)
+        rows = extent.row_of.to(first.device)
+        walked = lengths[rows] - 1 - walked if reverse else walked
+        counts = first[rows] + (walked * step).to(first.dtype).view(shape[: first.dim()])
+        return counts, first + (lengths * step).to(first.dtype).view(shape[: first.dim()])
+    counts = torch.arange(extent.steps + 1, device=first.device) * step
+    found = first + counts.to(first.dtype).view(shape)
+    return (found[:-1].flip(0) if reverse else found[:-1]), found[-1]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
-from unrolled.trees import Structure, Tree, describe, flatten, leaves, paths
+from unrolled.lengths import Extent
+from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
 
 __all__ = ["CheckedStep", "check_context", "check_state", "floating_dtype", "make_state", "name_of"]
 
@@ -157,11 +158,21 @@ class CheckedStep:
     Args:
         cell: the cell.
         context: what a cell with a third argument attends to, or None.
+        extent: how far the sequence reaches; None where all copies have the context's rows.
     """
 
-    def __init__(self, cell: nn.Module, context: Tree = None) -> None:
+    def __init__(self, cell: nn.Module, context: Tree = None, extent: Extent | None = None) -> None:
         self.cell = cell
-        self.rest = () if context is None else (context,)
+        self._context, self._extent = context, extent
+
+    def rest(self, t: int) -> tuple[Tree, ...]:
+        """What copy t receives beside input and state: the context's rows that are alive."""
+        if self._context is None:
+            return ()
+        if self._extent is None or not self._extent.ragged:
+            return (self._context,)
+        alive = self._extent.sizes[t]
+        return (map_leaves(lambda leaf: leaf[:alive], self._context),)
 
     def __call__(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
         """Run copy t.
@@ -174,7 +185,7 @@ class CheckedStep:
         tensors, structure = flatten((input, state))
         versions = _versions(tensors)
         try:
-            returned = self.run(input, state)
+            returned = self.run(t, input, state)
         except UnrolledError:
             raise
         except torch.OutOfMemoryError:
@@ -191,9 +202,9 @@ class CheckedStep:
             raise self._changed(t, state, following)
         return output, following
 
-    def run(self, input: Tree, state: Tree) -> tuple[Tree, Tree]:
+    def run(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
         """Call the cell, unchecked."""
-        return self.cell(input, state, *self.rest)
+        return self.cell(input, state, *self.rest(t))
 
     def _explained(self, t: int, input: Tree, state: Tree, error: Exception) -> UnrolledError:
         told = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from unrolled.bptt.walk import Walk
+from unrolled.bptt.walk import Request, Walk
 from unrolled.engine import eager, native
 from unrolled.plan.loops import LoopProgram
 
@@ -50,18 +50,8 @@ class Runner:
         """`x @ y + bias` by the native kernel; None where torch is left to do it."""
         return native.affine(x, y, bias) if self.use_native and native.worthwhile(x, y) else None
 
-    def __call__(
-        self,
-        loop: LoopProgram,
-        sequences: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        states: Sequence[Tensor],
-        *,
-        steps: int,
-        batch: int,
-        reverse: bool,
-    ) -> Walk:
+    def __call__(self, loop: LoopProgram, request: Request) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
-        on_cpu = states[0].device.type == "cpu"
+        on_cpu = request.states[0].device.type == "cpu"
         run = native.run_loop if self.use_native and on_cpu and not self._refusal(loop) else eager.run_loop
-        return run(loop, sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
+        return run(loop, request)

@@ -4,40 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from unrolled.bptt.walk import Walk, shifted
-from unrolled.plan.interpret import compiled
+from unrolled.bptt.stepping import stepped
+from unrolled.bptt.walk import Request, Walk, ended, shifted
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["run_loop"]
 
 
-def run_loop(
-    loop: LoopProgram,
-    sequences: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    states: Sequence[Tensor],
-    *,
-    steps: int,
-    batch: int,
-    reverse: bool,
-) -> Walk:
+def run_loop(loop: LoopProgram, request: Request) -> Walk:
     """Walk through time, one step of the loop's program after another; see `bptt.walk.LoopRunner`."""
-    step, first = compiled(loop.program), states
-    many = len(loop.emitted)
-    columns = [tensor.unbind(0) for tensor in sequences]
-    emitted: list[Tensor] = []
+    extent, reverse = request.extent, request.reverse
+    many, added = len(loop.emitted), len(loop.totals)
+    kept = _Kept(loop, request)
     totals: list[Tensor] = []
-    for t in reversed(range(steps)) if reverse else range(steps):
-        results = step(batch, *(column[t] for column in columns), *fixed, *states)
-        if not emitted:
-            emitted = [torch.empty((steps, *r.shape), dtype=r.dtype, device=r.device) for r in results[:many]]  # type: ignore[union-attr]
-        for kept, result in zip(emitted, results, strict=False):
-            kept[t].copy_(result)
-        added = [result.sum(0) for result in results[many : many + len(loop.totals)]]  # type: ignore[union-attr]
-        totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
-        states = results[many + len(loop.totals) :]
-    places = [loop.emitted.index(value) for value in loop.next_states]
-    return Walk(emitted, states, lambda state: shifted(first[state], emitted[places[state]], reverse=reverse), totals)
+    for t, results in stepped(loop, request):
+        kept.write(t, results[:many])
+        more = [result.sum(0) for result in results[many : many + added]]
+        totals = [total + new for total, new in zip(totals, more, strict=True)] if totals else more
+    following = [kept.tensors[loop.emitted.index(value)] for value in loop.next_states]
+    last = (
+        [ended(entries, extent, reverse=reverse) for entries in following] if extent.ragged else results[many + added :]
+    )
+
+    def received(state: int) -> Tensor:
+        return shifted(request.states[state], following[state], extent, reverse=reverse)
+
+    return Walk(kept.tensors, last, received, totals)
+
+
+class _Kept:
+    """Memory for what every step emits, made when the first step has."""
+
+    def __init__(self, loop: LoopProgram, request: Request) -> None:
+        self.extent = request.extent
+        self.rows = [loop.program.values[v].rows if self.extent.ragged else None for v in loop.emitted]
+        self.tensors: list[Tensor] = []
+
+    def write(self, t: int, results: Sequence[Tensor]) -> None:
+        if not self.tensors:
+            shapes = [self._shape(t, result, rows) for result, rows in zip(results, self.rows, strict=True)]
+            self.tensors = [r.new_empty(shape) for r, shape in zip(results, shapes, strict=True)]
+        for kept, result, rows in zip(self.tensors, results, self.rows, strict=True):
+            if rows is None:
+                kept[t].copy_(result)
+            else:
+                many = result.shape[rows]
+                start = self.extent.offsets[t] * (many // self.extent.sizes[t])
+                kept.narrow(rows, start, many).copy_(result)
+
+    def _shape(self, t: int, result: Tensor, rows: int | None) -> list[int]:
+        if rows is None:
+            return [self.extent.steps, *result.shape]
+        shape = list(result.shape)
+        shape[rows] = shape[rows] // self.extent.sizes[t] * self.extent.rows
+        return shape

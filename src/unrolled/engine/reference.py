@@ -4,25 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from unrolled import sequence
-from unrolled.trees import Tree
+from unrolled.lengths import Extent
+from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["run"]
 
 
-def run(step: Callable[[int, Tree, Tree], tuple[Tree, Tree]], inputs: Tree, state: Tree) -> tuple[Tree, Tree]:
+def run(
+    step: Callable[[int, Tree, Tree], tuple[Tree, Tree]],
+    inputs: Tree,
+    state: Tree,
+    extent: Extent,
+    *,
+    reverse: bool = False,
+) -> tuple[Tree, Tree]:
     """Run one copy of a cell after another, each handing its state to the next.
 
     Args:
         step: `(t, input, state) -> (output, state)`, what copy t does.
-        inputs: a pytree of `[T, B, ...]`.
-        state: the state copy 0 receives.
+        inputs: a pytree of `[T, B, ...]`; of `[N, ...]` where rows end at different times.
+        state: the state that each row's first copy receives.
+        extent: how far the sequence reaches. A copy is run on the rows that are alive.
+        reverse: whether the last copy comes first.
 
     Returns:
-        The outputs, a pytree of `[T, B, ...]`, and the last copy's state. Time and memory are linear in T.
+        The outputs, laid out as the inputs, and the state that each row's last copy hands on. Time and memory are
+        linear in T.
     """
-    outputs = []
-    for t, input in enumerate(sequence.each_step(inputs)):
-        output, state = step(t, input, state)
-        outputs.append(output)
-    return sequence.stacked(outputs), state
+    outputs: list[Tree] = [None] * extent.steps
+    first, ended = state, list[Tree]()
+    if reverse and extent.ragged:
+        state = map_leaves(lambda leaf: leaf[: extent.sizes[-1]], first)
+    given = list(enumerate(sequence.each_step(inputs, extent)))
+    for t, input in reversed(given) if reverse else given:
+        state = _alive(state, first, extent.sizes[t], ended)
+        outputs[t], state = step(t, input, state)
+    joined = map_leaves(lambda *parts: torch.cat(parts), state, *reversed(ended)) if ended else state
+    return sequence.joined(outputs, extent), joined
+
+
+def _alive(state: Tree, first: Tree, alive: int, ended: list[Tree]) -> Tree:
+    """The states of so many rows: those of rows that have ended are put aside, others begin."""
+    have = next((len(leaf) for leaf in leaves(state) if leaf.dim()), alive)
+    if have > alive:
+        ended.append(map_leaves(lambda leaf: leaf[alive:], state))
+        return map_leaves(lambda leaf: leaf[:alive], state)
+    if have < alive:
+        return map_leaves(lambda now, start: torch.cat([now, start[have:alive]]), state, first)
+    return state

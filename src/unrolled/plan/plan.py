@@ -46,11 +46,10 @@ class PlannedLoop:
     coupled: Mapping[int, str]
     sums: frozenset[int]
 
-    def zeros(self, value: int, batch: int, steps: int | None = None) -> Tensor:
-        """Zeros in the shape of a value (at every step), without memory for them."""
+    def zeros(self, value: int, rows: int, device: torch.device) -> Tensor:
+        """Zeros in the shape of a value for so many rows, without memory for them."""
         known = self.loop.program.values[value]
-        shape = known.sizes(batch)
-        return torch.zeros((), dtype=known.dtype).expand(shape if steps is None else (steps, *shape))
+        return torch.zeros((), dtype=known.dtype, device=device).expand(known.sizes(rows))
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ def _coloured(
     values = [_values(cell, recording, sample, n) for sample, n in zip(samples, ROWS, strict=True)]
     read = read_outside(program, stages, recording.state)
     handed = _handed(recording, stages)
+    rows |= {copy: rows[v] for v, copy in handed.items() if v in rows}
     wanted = {stage: _wanted(recording, stage, read, handed) for stage in stages if isinstance(stage, Loop)}
     cut = [
         cut_loop(program, stage, recording.state, recording.next_state, fixed, wanted[stage], handed)

@@ -57,6 +57,11 @@ class Value:
         return count
 
     @property
+    def rows(self) -> int | None:
+        """The dimension of the rows, None if it has none."""
+        return next((d for d, n in enumerate(self.shape) if isinstance(n, Size) and n.per_row), None)
+
+    @property
     def differentiable(self) -> bool:
         """Whether it can have a gradient."""
         return self.dtype.is_floating_point or self.dtype.is_complex

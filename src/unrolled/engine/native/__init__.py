@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from unrolled.bptt.walk import Walk
+from unrolled.bptt.walk import Request, Walk
 from unrolled.engine.native.bind import NativeLoop
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.nodes import UnsupportedError
@@ -30,15 +26,6 @@ def prepare(loop: LoopProgram) -> NativeLoop:
     return _LOOPS[loop]
 
 
-def run_loop(
-    loop: LoopProgram,
-    sequences: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    states: Sequence[Tensor],
-    *,
-    steps: int,
-    batch: int,
-    reverse: bool,
-) -> Walk:
+def run_loop(loop: LoopProgram, request: Request) -> Walk:
     """Walk through time in C; see `bptt.walk.LoopRunner`."""
-    return prepare(loop)(sequences, fixed, states, steps=steps, batch=batch, reverse=reverse)
+    return prepare(loop)(request)

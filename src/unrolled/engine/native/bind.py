@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import Array, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,18 +12,22 @@ from math import prod
 import torch
 from torch import Tensor
 
-from unrolled.bptt.walk import Walk, shifted
+from unrolled.bptt.walk import Request, Walk
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.layout import Layout
+from unrolled.engine.native.lower import state_homes
 from unrolled.engine.native.memory import fresh
 from unrolled.engine.native.products import packed_matrix, product_library
-from unrolled.engine.native.threads import team
+from unrolled.engine.native.rooms import StateRoom
+from unrolled.engine.native.threads import shares, team
+from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["NativeLoop"]
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
+_MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
 
@@ -55,122 +59,122 @@ class NativeLoop:
         groups = (loop.program.inputs, loop.emitted)
         self._layouts = [[Layout.of(loop.program.values[v]) for v in group] for group in groups]
         self._library = library(machine_lines() + self.source.text)
-        self._library.ur_loop.argtypes = [c_void_p] * 7 + [c_int64] * 7 + [c_void_p]
+        self._library.ur_loop.argtypes = [c_void_p] * 9 + [c_int64] * 7 + [c_void_p]
         if self.source.matrices:
             product_library(self.source.real)  # a compiler that fails is to be found out now
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
-        self._next = [loop.emitted.index(value) for value in loop.next_states]
+        self._homes = state_homes(loop)
         self._sizes = lru_cache(maxsize=16)(self._sizes_for)
 
-    def __call__(
-        self,
-        sequences: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        states: Sequence[Tensor],
-        *,
-        steps: int,
-        batch: int,
-        reverse: bool,
-    ) -> Walk:
+    def __call__(self, request: Request) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
-        sizes = self._sizes(steps, batch)
-        given = [*sequences, *fixed, *states]
+        extent, given = request.extent, request.given
+        sizes = self._sizes(extent.steps, extent.batch, extent.rows, extent.ragged)
         self._check(given, sizes)
-        leaves, by_step, by_row = self._leaves(given, sizes, batch)
-        emitted, received = self._emitted(states, steps, sizes, reverse=reverse)
-        packed = [packed_matrix(fixed[position]) for position in self.source.matrices]
-        scratch = torch.empty(self.source.scratch * batch + 64, dtype=torch.uint8)
-        threads = self._threads(steps, batch)
+        leaves, by_step, by_row = self._leaves(given, sizes, extent)
+        rooms = [fresh(shape, dtype) for shape, dtype in sizes.rooms]
+        states = [StateRoom(rooms[home], extent, request.reverse) for home in self._homes]
+        for room, state in zip(states, request.states, strict=True):
+            room.begin(state)
+        packed = [packed_matrix(request.fixed[position]) for position in self.source.matrices]
+        scratch = torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8)
+        threads = self._threads(extent)
         totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
+        offsets = _integers((*extent.offsets, extent.rows)) if extent.ragged else None
         arguments = (
             _pointers(leaves),
-            (c_int64 * len(leaves))(*by_step),
-            (c_int64 * len(leaves))(*by_row),
-            _pointers(emitted),
+            _integers(by_step),
+            _integers(by_row),
+            _pointers(rooms),
             _pointers(totals),
             _pointers(packed),
             -(-scratch.data_ptr() // 64) * 64,
+            offsets,
+            _integers(shares(extent, threads)),
             self.source.scratch,
-            steps,
-            batch,
-            int(reverse),
+            extent.steps,
+            extent.batch,
+            int(request.reverse),
         )
-        self._walk(arguments, steps, batch, threads)
-        emitted = [at.as_torch_has_it(room, 1) for at, room in zip(self._layouts[1], emitted, strict=True)]
-        last = 0 if reverse else steps - 1
-        ends = [emitted[place][last].clone() for place in self._next]
-        return Walk(emitted, ends, received, [total.sum(0) if threads > 1 else total[0] for total in totals])
+        self._walk(arguments, extent, threads)
+        handed_on = {home: room.handed_on() for home, room in zip(self._homes, states, strict=True)}
+        emitted = [
+            self._as_asked(place, handed_on.get(place, rooms[place]), extent) for place in range(len(self.loop.emitted))
+        ]
 
-    def _sizes_for(self, steps: int, batch: int) -> _Sizes:
+        def received(state: int) -> Tensor:
+            return states[state].in_steps(states[state].received())
+
+        totals = [total.sum(0) if threads > 1 else total[0] for total in totals]
+        return Walk(emitted, [room.last() for room in states], received, totals)
+
+    def _as_asked(self, place: int, rows: Tensor, extent: Extent) -> Tensor:
+        """What was emitted, `[N, ...]`, as torch has it: `[T, ...]`, or all steps' rows one after the other."""
+        if extent.ragged:
+            return self._layouts[1][place].as_torch_has_it(rows, 0)
+        return self._layouts[1][place].as_torch_has_it(rows.unflatten(0, (extent.steps, extent.batch)), 1)
+
+    def _sizes_for(self, steps: int, batch: int, rows: int, ragged: bool) -> _Sizes:
         values, a = self.loop.program.values, self.loop.counts[0]
         known, layouts = [values[v] for v in self.loop.program.inputs], self._layouts[0]
-        shapes = [(steps, *v.sizes(batch)) if i < a else v.sizes(batch) for i, v in enumerate(known)]
+        shapes = [
+            v.sizes(batch) if i >= a else v.sizes(rows) if ragged else (steps, *v.sizes(batch))
+            for i, v in enumerate(known)
+        ]
         by_row = [0 if at.place is None else prod(at.dims) for at in layouts]
-        by_step = [(prod(at.dims) * (1 if at.place is None else batch)) if i < a else 0 for i, at in enumerate(layouts)]
+        by_step = [
+            (prod(at.dims) * (1 if at.place is None else batch)) if i < a and not ragged else 0
+            for i, at in enumerate(layouts)
+        ]
+        room_of = [
+            *self.loop.emitted,
+            *(v for v, home in zip(self.loop.next_states, self._homes, strict=True) if home >= len(self.loop.emitted)),
+        ]
         rooms = [
-            ((steps + (place in self._next), batch, *self._layouts[1][place].dims), values[v].dtype)
-            for place, v in enumerate(self.loop.emitted)
+            ((rows + batch * (place in self._homes), *Layout.of(values[v]).dims), values[v].dtype)
+            for place, v in enumerate(room_of)
         ]
         return _Sizes(tuple(shapes), tuple(v.dtype for v in known), tuple(by_step), tuple(by_row), tuple(rooms))
 
-    def _leaves(self, given: Sequence[Tensor], sizes: _Sizes, batch: int) -> tuple[list[Tensor], list[int], list[int]]:
+    def _leaves(
+        self, given: Sequence[Tensor], sizes: _Sizes, extent: Extent
+    ) -> tuple[list[Tensor], list[int], list[int]]:
         """The inputs, and their strides; copied are those in which a row's entries do not lie one after the other."""
         a, b, _ = self.loop.counts
         leaves, by_step, by_row = list(given), list(sizes.by_step), list(sizes.by_row)
-        for i, at in enumerate(self._layouts[0]):
-            tensor = given[i] if at.plain else at.rows_first(given[i], int(i < a), batch)
+        for i, at in enumerate(self._layouts[0][: a + b]):
+            timed = i < a and not extent.ragged
+            rows = extent.rows if i < a and extent.ragged else extent.batch
+            tensor = given[i] if at.plain else at.rows_first(given[i], int(timed), rows)
             if tensor.is_contiguous():
                 leaves[i] = tensor
-            elif a <= i < a + b:
+            elif i >= a:
                 leaves[i] = tensor.contiguous()
             else:
-                leaves[i] = dense = _dense(tensor, 2 if i < a else 1)
-                by_step[i] = dense.stride(0) if i < a else 0
-                by_row[i] = dense.stride(int(i < a))
+                leaves[i] = dense = _dense(tensor, 1 + timed)
+                by_step[i] = dense.stride(0) if timed else 0
+                by_row[i] = dense.stride(int(timed))
         return leaves, by_step, by_row
 
-    def _threads(self, steps: int, batch: int) -> int:
-        return min(torch.get_num_threads(), batch) if batch * self.source.flops * steps > _WORTH_A_TEAM else 1
+    def _threads(self, extent: Extent) -> int:
+        worth = extent.rows * self.source.flops > _WORTH_A_TEAM
+        return min(torch.get_num_threads(), extent.batch, _MOST_THREADS) if worth else 1
 
     def _zeros(self, value: int, threads: int) -> Tensor:
         """One running total for each thread."""
         known = self.loop.program.values[value]
         return torch.zeros((threads, *known.sizes(1)[1:]), dtype=known.dtype)
 
-    def _walk(self, arguments: tuple[object, ...], steps: int, batch: int, threads: int) -> None:
-        done = 0
+    def _walk(self, arguments: tuple[object, ...], extent: Extent, threads: int) -> None:
+        done, steps = 0, extent.steps
         while done < steps:
-            many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * batch)))
+            many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * extent.batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
             self._library.ur_loop(*arguments, done, until, threads, team())
-            self._seconds_per_row = max((time.perf_counter() - started) / (until - done) / batch, 1e-10)
+            walked = (until - done) * extent.rows / steps
+            self._seconds_per_row = max((time.perf_counter() - started) / walked, 1e-10)
             done = until
-
-    def _emitted(
-        self, states: Sequence[Tensor], steps: int, sizes: _Sizes, *, reverse: bool
-    ) -> tuple[list[Tensor], Callable[[int], Tensor]]:
-        """Memory for what is emitted, and what every step receives.
-
-        A next state's memory has room for the first one too: what the steps receive is then the same memory, one
-        place aside.
-        """
-        first = dict(zip(self._next, states, strict=True))
-        rooms = [fresh(shape, dtype) for shape, dtype in sizes.rooms]
-        for place, state in first.items():
-            rooms[place][-1 if reverse else 0] = state
-        early, late = slice(0, steps), slice(1, steps + 1)
-        emitted = [room[early if reverse else late] if place in first else room for place, room in enumerate(rooms)]
-        aside = late if reverse else early
-
-        def received(number: int) -> Tensor:
-            place = self._next[number]
-            if first[place] is states[number]:
-                return rooms[place][aside]
-            # Two states that become the same value do not begin as the same one.
-            return shifted(states[number], emitted[place], reverse=reverse)
-
-        return emitted, received
 
     def _check(self, given: Sequence[Tensor], sizes: _Sizes) -> None:
         for tensor, shape, dtype in zip(given, sizes.shapes, sizes.dtypes, strict=True):
@@ -179,6 +183,10 @@ class NativeLoop:
                     f"a loop's input must be {dtype} {list(shape)} on the CPU, "
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
+
+
+def _integers(numbers: Sequence[int]) -> Array[c_int64]:
+    return (c_int64 * len(numbers))(*numbers)
 
 
 def _dense(tensor: Tensor, leading: int) -> Tensor:

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from unrolled.engine.native.lower import lower
+from unrolled.engine.native.lower import lower, state_homes
 from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, Scan, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
@@ -55,35 +55,36 @@ typedef struct {
   real *const *totals;
   const real *const *packed;
   char *scratch;
+  const int64_t *offsets;  /* how many rows the steps before each have, if rows end at different times */
   int64_t steps, batch, reverse, first, last, begin, end;
 } task;
 
 static void walk(void *tasks, int64_t number) {
   const task *const w = (const task *)tasks + number;
-  const int64_t batch = w->batch, begin = w->begin, end = w->end, rows = end - begin;
-  (void)batch; (void)rows;
+  const int64_t batch = w->batch, begin = w->begin, most = w->end - begin, *const offsets = w->offsets;
+  (void)most;
 %(setup)s
   for (int64_t i = w->first; i < w->last; ++i) {
     const int64_t t = w->reverse ? w->steps - 1 - i : i;
-    const int64_t before = w->reverse ? t + 1 : t - 1;
-    (void)t; (void)before;
+    const int64_t alive = (offsets ? offsets[t + 1] - offsets[t] : batch) - begin, rows = alive < most ? alive : most;
+    if (rows <= 0) continue;
+    const int64_t at = offsets ? offsets[t] : t * batch, skipped = offsets ? at : 0;
+    /* A state's memory begins with room for one more step: what is received and what is handed on lie apart in it. */
+    const int64_t early = t ? batch + (offsets ? offsets[t - 1] : at - batch) : 0, late = batch + at;
+    const int64_t received = w->reverse ? late : early, handed_on = w->reverse ? early : late;
+    (void)at; (void)skipped; (void)received; (void)handed_on;
 %(step)s
   }
 }
 
 int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, void *const *emitted,
-            real *const *totals, const real *const *packed, char *scratch, int64_t scratch_per_row, int64_t steps,
-            int64_t batch, int64_t reverse, int64_t first, int64_t last, int64_t threads, team run) {
+            real *const *totals, const real *const *packed, char *scratch, const int64_t *offsets,
+            const int64_t *bounds, int64_t scratch_per_row, int64_t steps, int64_t batch, int64_t reverse,
+            int64_t first, int64_t last, int64_t threads, team run) {
   task tasks[MOST_PARTS];
-  if (threads > MOST_PARTS) threads = MOST_PARTS;
-  if (threads > batch) threads = batch;
-  int64_t begin = 0;
-  for (int64_t n = 0; n < threads; ++n) {
-    int64_t end = begin + (batch - begin + threads - n - 1) / (threads - n);
-    tasks[n] = (task){leaves, by_step, by_row, emitted, totals, packed, scratch + begin * scratch_per_row,
-                      steps, batch, reverse, first, last, begin, end};
-    begin = end;
-  }
+  for (int64_t n = 0; n < threads; ++n)
+    tasks[n] = (task){leaves, by_step, by_row, emitted, totals, packed, scratch + bounds[n] * scratch_per_row,
+                      offsets, steps, batch, reverse, first, last, bounds[n], bounds[n + 1]};
   share(run, walk, tasks, threads);
   return 0;
 }
@@ -97,7 +98,7 @@ class _Emitter:
         self.matrices: list[int] = []
         self.scratch = 0
         self.flops = 0
-        self.next_home = self._next_homes()
+        self.state_homes = state_homes(loop)
 
     def source(self) -> Source:
         body = [line for kernel in self.scheduled.kernels for line in self.kernel(kernel.nodes)]
@@ -111,11 +112,6 @@ class _Emitter:
 
     # -- memory
 
-    def _next_homes(self) -> list[int]:
-        """For each state the emitted tensor that the next one is."""
-        emitted = list(self.loop.emitted)
-        return [emitted.index(value) for value in self.loop.next_states]
-
     def memory(self) -> tuple[list[str], list[str]]:
         """Pointers: those for the whole walk, and those that move with t."""
         setup: list[str] = []
@@ -127,10 +123,11 @@ class _Emitter:
             elif node in self.scheduled.homes:
                 home = self.scheduled.homes[node]
                 if home is not None:
-                    start = f"({kind} *)w->emitted[{home}] + (t * batch + begin) * {node.size}"
+                    at = "handed_on" if home in self.state_homes else "at"
+                    start = f"({kind} *)w->emitted[{home}] + ({at} + begin) * {node.size}"
                     step.append(f"{kind} *const {name} = {start};")
                 else:
-                    setup.append(f"{kind} *const {name} = ({kind} *)(w->scratch + {self.scratch} * rows);")
+                    setup.append(f"{kind} *const {name} = ({kind} *)(w->scratch + {self.scratch} * most);")
                     self.scratch += -(-node.size * node.dtype.itemsize // 64) * 64
         return setup, step
 
@@ -144,16 +141,15 @@ class _Emitter:
             setup.append(f"const int64_t {name}_row = {rows if node.rows else 0}; (void){name}; (void){name}_row;")
         elif node.kind == "sequence":
             setup.append(f"const int64_t {name}_row = {rows};")
-            step.append(f"const {kind} *const {name} = {base} + t * w->by_step[{place}] + begin * {name}_row;")
+            start = f"{base} + t * w->by_step[{place}] + (skipped + begin) * {name}_row"
+            step.append(f"const {kind} *const {name} = {start};")
         else:
-            home = self.next_home[node.position]
-            later = f"(const {kind} *)w->emitted[{home}] + (before * batch + begin) * {node.size}"
-            step.append(f"const int64_t {name}_row = i ? {node.size} : {rows};")
-            step.append(f"const {kind} *const {name} = i ? {later} : {base} + begin * {name}_row;")
-            step.append(f"(void){name}; (void){name}_row;")
+            home = self.state_homes[node.position]
+            start = f"(const {kind} *)w->emitted[{home}] + (received + begin) * {node.size}"
+            step.append(f"const {kind} *const {name} = {start}; (void){name};")
 
     def row_stride(self, node: Node) -> str:
-        return f"{self.names[node]}_row" if isinstance(node, Leaf) else str(node.size)
+        return f"{self.names[node]}_row" if isinstance(node, Leaf) and node.kind != "state" else str(node.size)
 
     # -- kernels
 

@@ -13,7 +13,23 @@ from unrolled.engine.native.scalars import ELEMENTWISE
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.program import Op
 
-__all__ = ["lower"]
+__all__ = ["lower", "state_homes"]
+
+
+def state_homes(loop: LoopProgram) -> list[int]:
+    """For each state the place of its memory: that of the emitted value that it is handed.
+
+    A second state that is handed the same value has a place of its own, after all that is emitted, since it does not
+    begin as the first one does.
+    """
+    homes: list[int] = []
+    places = len(loop.emitted)
+    for value in loop.next_states:
+        home = loop.emitted.index(value)
+        if home in homes:
+            home, places = places, places + 1
+        homes.append(home)
+    return homes
 
 
 def lower(loop: LoopProgram) -> Lowered:
@@ -35,6 +51,7 @@ def lower(loop: LoopProgram) -> Lowered:
         raise UnsupportedError("a state whose batch is not its first dimension")
     totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
     emitted, following = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
+    emitted += [view for view, home in zip(following, state_homes(loop), strict=True) if home >= len(loop.emitted)]
     return Lowered(lowering.nodes, emitted, following, totals, lowering.real)
 
 

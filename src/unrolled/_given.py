@@ -1,0 +1,147 @@
+"""What a caller gives, as engines take it, and what they return as the caller has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from unrolled import sequence
+from unrolled.errors import InputError
+from unrolled.lengths import Extent, Ragged, checked_lengths
+from unrolled.trees import Tree, map_leaves
+
+__all__ = ["Given", "Lengths", "given_as"]
+
+Lengths: TypeAlias = Tensor | Sequence[int] | None
+
+
+class Given:
+    """A batch of rows of one length, `[T, B, ...]` or `[B, T, ...]`; what follows from it for other batches.
+
+    Args:
+        extent: how far it reaches, as engines see it.
+        batch: B, as the caller sees it.
+        batch_first: whether the caller has `[B, T, ...]`.
+
+    Attributes:
+        steps: T, as the caller sees it.
+    """
+
+    def __init__(self, extent: Extent, batch: int, *, batch_first: bool = False) -> None:
+        self.extent, self.batch, self.batch_first = extent, batch, batch_first
+        self.steps = extent.steps
+
+    def sequences(self, tree: Tree) -> Tree:
+        """Sequences of the caller's as engines take them."""
+        return sequence.swap_time_and_batch(tree) if self.batch_first else tree
+
+    def outputs(self, tree: Tree) -> Tree:
+        """Sequences of an engine's as the caller has them."""
+        return sequence.swap_time_and_batch(tree) if self.batch_first else tree
+
+    def rows(self, tree: Tree) -> Tree:
+        """A state or a context, `[B, ...]`, with its rows as engines see them."""
+        return tree
+
+    def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
+        """A checked mask of the rows that start afresh just before a step, in the order in which steps are walked.
+
+        Raises:
+            InputError: if it is no bool of T and B.
+        """
+        steps, layout = self.steps, "[B, T]" if self.batch_first else "[T, B]"
+        shape = (self.batch, steps) if self.batch_first else (steps, self.batch)
+        if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != shape:
+            got = f"{resets.dtype} {list(resets.shape)}" if isinstance(resets, Tensor) else type(resets).__name__
+            raise InputError(f"resets must be a bool tensor {layout} = {list(shape)}, got {got}; compare: resets != 0")
+        if not reverse:
+            return resets
+        # What starts afresh before step t, walked backwards, is what comes after it: step t - 1.
+        time = int(self.batch_first)
+        none = torch.zeros_like(resets.narrow(time, 0, 1))
+        return torch.cat([resets.narrow(time, 1, steps - 1), none], time)
+
+    def last(self, tree: Tree, first: Tree) -> Tree:
+        """An engine's last state as the caller has it; rows without a step keep the first one."""
+        return tree
+
+
+class _Padded(Given):
+    """A padded batch whose rows end at different times."""
+
+    def __init__(self, ragged: Ragged, *, batch_first: bool = False) -> None:
+        super().__init__(ragged.extent, len(ragged.lengths), batch_first=batch_first)
+        self.ragged = ragged
+        self.steps = ragged.steps
+
+    def sequences(self, tree: Tree) -> Tree:
+        return map_leaves(self.ragged.packed, super().sequences(tree))
+
+    def outputs(self, tree: Tree) -> Tree:
+        return super().outputs(map_leaves(self.ragged.padded, tree))
+
+    def rows(self, tree: Tree) -> Tree:
+        return None if tree is None else map_leaves(self.ragged.running, tree)
+
+    def last(self, tree: Tree, first: Tree) -> Tree:
+        return map_leaves(self.ragged.restored, tree, first)
+
+
+class _Packed(_Padded):
+    """A PackedSequence: what engines take is its data."""
+
+    def __init__(self, packed: PackedSequence) -> None:
+        super().__init__(_ragged_of(packed))
+        self._packed = packed
+
+    def sequences(self, tree: Tree) -> Tree:
+        return tree.data if isinstance(tree, PackedSequence) else super().sequences(tree)
+
+    def outputs(self, tree: Tree) -> Tree:
+        return map_leaves(lambda data: PackedSequence(data, *self._packed[1:]), tree)
+
+
+def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
+    """How a caller gives a batch.
+
+    Args:
+        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`), or a PackedSequence.
+        lengths: integers `[B]`, or None.
+        batch_first: whether sequences are `[B, T, ...]`.
+
+    Raises:
+        InputError: for inputs without T and B, lengths that do not fit them, or a PackedSequence that is none.
+    """
+    if isinstance(inputs, PackedSequence):
+        if lengths is not None:
+            raise InputError("a PackedSequence has its lengths in it; leave lengths= out, or pass padded inputs")
+        return _Packed(inputs)
+    T, B = sequence.sizes(inputs, batch_first=batch_first)
+    if lengths is None:
+        return Given(Extent(T, B), B, batch_first=batch_first)
+    found = checked_lengths(lengths, T, B)
+    if bool((found == T).all()):
+        return Given(Extent(T, B), B, batch_first=batch_first)
+    return _Padded(Ragged(found, T), batch_first=batch_first)
+
+
+def _ragged_of(packed: PackedSequence) -> Ragged:
+    data, sizes, order, _ = packed
+    steps = sizes.tolist()
+    if not steps or min(steps) < 1 or sum(steps) != len(data) or any(a < b for a, b in pairwise(steps)):
+        raise InputError(
+            f"a PackedSequence's batch_sizes must not grow from step to step, must be at least 1 and add up to its "
+            f"{len(data)} rows of data, got {steps[:8]}{'...' if len(steps) > 8 else ''}; its rows are not sorted by "
+            "length: make it with torch.nn.utils.rnn.pack_padded_sequence(..., enforce_sorted=False)"
+        )
+    batch = steps[0]
+    ordered = (sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+    order = torch.arange(batch) if order is None else order.cpu()
+    lengths = torch.empty_like(ordered)
+    lengths[order] = ordered
+    return Ragged(lengths, len(steps), order)

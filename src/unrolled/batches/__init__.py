@@ -1,0 +1,1 @@
+"""Batches of sequences that differ in length: which go together, and how they become one batch."""

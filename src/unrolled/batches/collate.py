@@ -1,0 +1,190 @@
+"""Samples of different lengths as one batch, padded or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence, pad_sequence
+from torch.utils.data import default_collate
+
+from unrolled.errors import InputError
+from unrolled.trees import Structure, describe, flatten, unflatten
+
+__all__ = ["collate_packed", "collate_padded"]
+
+
+def collate_padded(
+    samples: Sequence[Any], *, sequences: Collection[Any] = (), batch_first: bool = False
+) -> tuple[Any, Tensor]:
+    """One padded batch of samples that differ in length, and their lengths: a `collate_fn` for a DataLoader.
+
+    Args:
+        samples: B samples. A sample is a sequence `[T, ...]`, or a tuple, named tuple or dict of sequences and other
+            things.
+        sequences: which parts of a sample are sequences: positions in a tuple, names in a named tuple, keys of a dict.
+            Such a part is a tensor or a pytree of tensors; all of one sample share its T. The other parts are put
+            together by `torch.utils.data.default_collate`.
+        batch_first: whether sequences become `[B, T, ...]`.
+
+    Returns:
+        The batch, built like a sample, its sequences `[T, B, ...]` with zeros for padding and T the longest; and the
+        lengths, integers `[B]`.
+
+    Raises:
+        InputError: for samples that do not fit each other, parts that are not there, or sequences of one sample that
+            differ in length.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> from functools import partial
+        >>> samples = [(torch.tensor([1, 2, 3]), 0), (torch.tensor([4]), 1)]
+        >>> collate = partial(ur.collate_padded, sequences=[0])  # for DataLoader(samples, collate_fn=collate)
+        >>> (inputs, labels), lengths = collate(samples)
+        >>> inputs, labels, lengths
+        (tensor([[1, 4],
+                [2, 0],
+                [3, 0]]), tensor([0, 1]), tensor([3, 1]))
+    """
+    columns = _columns(samples, sequences)
+    lengths = _common_lengths(columns)
+    return _batch(samples[0], columns, lambda rows: pad_sequence(rows, batch_first)), lengths
+
+
+def collate_packed(samples: Sequence[Any], *, sequences: Collection[Any] = ()) -> Any:
+    """One batch of samples that differ in length, its sequences packed: a `collate_fn` for a DataLoader.
+
+    Args:
+        samples: B samples. A sample is a sequence `[T, ...]`, or a tuple, named tuple or dict of sequences and other
+            things.
+        sequences: which parts of a sample are sequences: positions in a tuple, names in a named tuple, keys of a dict.
+            Such a part is a tensor or a pytree of tensors. The other parts are put together by
+            `torch.utils.data.default_collate`.
+
+    Returns:
+        The batch, built like a sample, with a PackedSequence for each tensor of a sequence. Rows keep their order.
+
+    Raises:
+        InputError: for samples that do not fit each other, parts that are not there, or a sequence without a step,
+            which a PackedSequence cannot hold.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> batch = ur.collate_packed([torch.tensor([1, 2, 3]), torch.tensor([4])])
+        >>> batch.data, batch.batch_sizes
+        (tensor([1, 4, 2, 3]), tensor([2, 1, 1]))
+    """
+    columns = _columns(samples, sequences)
+    _refuse_empty_rows(columns)
+    return _batch(samples[0], columns, lambda rows: pack_sequence(rows, enforce_sorted=False))
+
+
+class _Rows(NamedTuple):
+    """A sequence of every sample: how its pytree is built, and for each leaf of it the samples' tensors."""
+
+    structure: Structure
+    tensors: list[tuple[Tensor, ...]]
+
+
+def _columns(samples: Sequence[Any], sequences: Collection[Any]) -> dict[Any, Any]:
+    """Part by part what all samples have there: `_Rows` of sequences, lists of other things."""
+    if not samples:
+        raise InputError("a batch needs at least one sample, got none; leave empty batches out")
+    taken = [_parts(sample) for sample in samples]
+    for i, parts in enumerate(taken):
+        if parts.keys() != taken[0].keys():
+            raise InputError(
+                f"samples of one batch must have the same parts: sample 0 has {_say(taken[0])}, sample {i} has "
+                f"{_say(parts)}; fill in what is missing"
+            )
+    named = _named(taken[0], sequences)
+    columns = {key: [parts[key] for parts in taken] for key in taken[0]}
+    return {key: _rows(column) if key in named else column for key, column in columns.items()}
+
+
+def _parts(sample: Any) -> dict[Any, Any]:
+    """A sample's parts by key, name or position; what has no parts is its own, under None."""
+    if isinstance(sample, Mapping):
+        return dict(sample)
+    if isinstance(sample, tuple | list):
+        return dict(zip(getattr(sample, "_fields", range(len(sample))), sample, strict=True))
+    return {None: sample}
+
+
+def _named(parts: dict[Any, Any], sequences: Collection[Any]) -> Collection[Any]:
+    named = sequences if len(sequences) or None not in parts else (None,)
+    if not len(named) or any(key not in parts for key in named):
+        raise InputError(
+            f"sequences must name the parts of a sample that are sequences, got {sequences!r} for a sample with "
+            f"{_say(parts)}; use functools.partial(collate, sequences=[...]), or none where a sample is one tensor"
+        )
+    return named
+
+
+def _rows(column: list[Any]) -> _Rows:
+    try:
+        flat = [flatten(tree) for tree in column]
+    except TypeError as error:
+        raise InputError(f"a sequence must be tensors [T, ...]: {error}; convert it with torch.as_tensor") from error
+    first, structure = flat[0]
+    for i, (tensors, other) in enumerate(flat):
+        if not first or other != structure or any(not _alike(*pair) for pair in zip(tensors, first, strict=True)):
+            raise InputError(
+                "sequences of one batch must be tensors [T, ...] that differ in T only: "
+                f"sample 0 has {describe(column[0])}, sample {i} has {describe(column[i])}"
+            )
+    return _Rows(structure, list(zip(*(tensors for tensors, _ in flat), strict=True)))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dim() == b.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+
+
+def _lengths(columns: dict[Any, Any]) -> Tensor:
+    """The length of each tensor of a sequence, for each sample: `[B, tensors]`."""
+    every = [tensors for rows in columns.values() if isinstance(rows, _Rows) for tensors in rows.tensors]
+    return torch.tensor([[len(tensor) for tensor in tensors] for tensors in every]).T
+
+
+def _common_lengths(columns: dict[Any, Any]) -> Tensor:
+    lengths = _lengths(columns)
+    uneven = (lengths != lengths[:, :1]).any(1).nonzero()
+    if len(uneven):
+        i = int(uneven[0])
+        raise InputError(
+            f"padded sequences of one sample must share T, since there is one list of lengths, got lengths "
+            f"{lengths[i].tolist()} in sample {i}; ur.collate_packed keeps the lengths of each"
+        )
+    return lengths[:, 0].clone()
+
+
+def _refuse_empty_rows(columns: dict[Any, Any]) -> None:
+    empty = (_lengths(columns) == 0).any(1).nonzero()
+    if len(empty):
+        raise InputError(
+            f"a PackedSequence holds no row without a step, got length 0 in sample {int(empty[0])}; "
+            "leave such samples out, or take ur.collate_padded"
+        )
+
+
+def _batch(sample: Any, columns: dict[Any, Any], join: Callable[[Any], Any]) -> Any:
+    """The columns as one batch, built like a sample."""
+    parts = {
+        key: unflatten(rows.structure, [join(tensors) for tensors in rows.tensors])
+        if isinstance(rows, _Rows)
+        else default_collate(rows)
+        for key, rows in columns.items()
+    }
+    if isinstance(sample, Mapping):
+        return parts
+    if isinstance(sample, tuple | list):
+        return type(sample)(**parts) if hasattr(sample, "_fields") else tuple(parts.values())
+    return parts[None]
+
+
+def _say(parts: dict[Any, Any]) -> str:
+    if None in parts:
+        return f"no parts, a {type(parts[None]).__name__}"
+    return f"parts {', '.join(map(repr, parts))}"

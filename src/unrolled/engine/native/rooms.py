@@ -1,0 +1,63 @@
+"""The memory in which a loop hands on a state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unrolled.bptt.walk import ended
+from unrolled.lengths import Extent
+
+__all__ = ["StateRoom"]
+
+
+@dataclass(frozen=True)
+class StateRoom:
+    """The memory of one state: what the first step receives and what every step hands on, `[B + N, ...]`.
+
+    What the steps receive is then the same memory, one place aside.
+
+    Attributes:
+        memory: `[B + N, ...]`.
+        extent: of the walk.
+        reverse: whether it begins with the last step.
+    """
+
+    memory: Tensor
+    extent: Extent
+    reverse: bool
+
+    def begin(self, state: Tensor) -> None:
+        """Put what each row's first step walked receives in its place."""
+        if not self.reverse:
+            self.memory[: self.extent.batch] = state
+        elif self.extent.ragged:
+            self.memory.index_copy_(0, self.extent.batch + self.extent.ends, state)
+        else:
+            self.memory[self.extent.rows :] = state
+
+    def received(self) -> Tensor:
+        """What every step received, `[N, ...]`."""
+        return self._early() if not self.reverse else self._late()
+
+    def handed_on(self) -> Tensor:
+        """What every step handed on, `[N, ...]`."""
+        return self._late() if not self.reverse else self._early()
+
+    def _late(self) -> Tensor:
+        return self.memory[self.extent.batch :]
+
+    def _early(self) -> Tensor:
+        """One step earlier than `_late`; where rows end at different times not all of it is read, or written."""
+        if self.extent.ragged:
+            return self.memory.index_select(0, self.extent.before)
+        return self.memory[: self.extent.rows]
+
+    def last(self) -> Tensor:
+        """What each row's last step walked handed on."""
+        return ended(self.in_steps(self.handed_on()), self.extent, reverse=self.reverse).clone()
+
+    def in_steps(self, rows: Tensor) -> Tensor:
+        """`[N, ...]` as callers have it."""
+        return rows if self.extent.ragged else rows.unflatten(0, (self.extent.steps, self.extent.batch))
