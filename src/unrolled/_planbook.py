@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections import OrderedDict
@@ -81,12 +82,10 @@ class PlanBook:
             key: Any = (fingerprint(cell), _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1), extent.batch)
         except UnrecordableError:
             key = None
+        if key is None:
+            return _tried(cell, sample, state, context)
         if key not in self._coupling:
-            with torch.inference_mode(False), surroundings_kept(cell):
-                found = couples_rows(twin_of(cell), sample, state, context)
-            if key is None:
-                return found
-            self._coupling[key] = found
+            self._coupling[key] = _tried(cell, sample, state, context)
             while len(self._coupling) > _MOST_PLANS:
                 self._coupling.popitem(last=False)
         return self._coupling[key]
@@ -226,6 +225,14 @@ def _shapes(tree: Tree, leading: int) -> Any:
         return None
     tensors, structure = flatten(tree)
     return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
+
+
+def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
+    """Whether a step couples rows, found on a copy of the cell where it can be copied."""
+    found: list[bool] = []
+    with torch.inference_mode(False), contextlib.suppress(UnrecordableError), surroundings_kept(cell):
+        found.append(couples_rows(twin_of(cell), input, state, context))
+    return found[0] if found else couples_rows(cell, input, state, context)
 
 
 def _first_steps(inputs: Tree, extent: Extent) -> Tree:

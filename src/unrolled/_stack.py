@@ -21,7 +21,7 @@ from unrolled.cells.min_gru import MinGRUCell
 from unrolled.errors import InputError, OptionError, StateError, UnrolledError
 from unrolled.trees import Tree, describe, map_leaves
 
-__all__ = ["Bidirectional", "Layered", "Stack", "stack"]
+__all__ = ["Bidirectional", "Layered", "Stack", "checked_dropout", "stack"]
 
 Run: TypeAlias = Callable[[nn.Module, Tree, Tree, Tree], tuple[Tree, Tree]]
 """How one part is run: `(part, steps, state, context) -> (outputs, last state)`."""
@@ -188,11 +188,9 @@ class Stack(Layered):
         super().__init__(batch_first=batch_first)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
-            raise OptionError(f"dropout must be a probability from 0 to 1, got {dropout!r}")
         _refuse_misfits(layers)
         self.layers = nn.ModuleList(layers)
-        self.dropout = dropout
+        self.dropout = checked_dropout(dropout)
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -263,6 +261,17 @@ def stack(
     """
     layers = [_layer(entry, bidirectional=bidirectional, engine=engine) for entry in cells]
     return Stack(layers, dropout=dropout, batch_first=batch_first)
+
+
+def checked_dropout(p: float) -> float:
+    """Refuse a dropout that is no probability.
+
+    Raises:
+        OptionError: saying what it is.
+    """
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise OptionError(f"dropout must be a probability from 0 to 1, got {p!r}")
+    return p
 
 
 def _layer(entry: Any, *, bidirectional: bool, engine: str) -> nn.Module:

@@ -18,13 +18,19 @@ def lstm_step(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One step of an LSTM with the given weights; gates in torch.nn's order: input, forget, cell, output."""
+    """One step of an LSTM with the given weights; gates in torch.nn's order: input, forget, cell, output.
+
+    With `weight_hr [P, H]` the hidden state is projected (Sak et al., 2014): h is `[B, P]`, c still `[B, H]`.
+    """
     hidden, memory = state
     gates = F.linear(input, weight_ih, bias_ih) + F.linear(hidden, weight_hh, bias_hh)
     i, f, g, o = gates.chunk(4, dim=-1)
     memory = torch.sigmoid(f) * memory + torch.sigmoid(i) * torch.tanh(g)
     hidden = torch.sigmoid(o) * torch.tanh(memory)
+    if weight_hr is not None:
+        hidden = F.linear(hidden, weight_hr)
     return hidden, (hidden, memory)
 
 

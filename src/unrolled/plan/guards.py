@@ -30,8 +30,8 @@ _BY_IDENTITY = (
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-# `_unrolled` is where our own layers keep the network that runs them, plans and all: nothing that a step reads.
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_unrolled"}
+# Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}
 _MOST_BYTES = 4096
 _MODES: dict[str, Callable[[], Any]] = {
     name: getattr(torch, name)
