@@ -183,7 +183,7 @@ class TorchLayer(nn.Module):
         if not fits or not all(isinstance(h, Tensor) and h.dim() == rank and h.shape[0] == many for h in tensors):
             wanted = f"({', '.join(self.state_names)}), each" if pair else "one tensor"
             raise StateError(
-                f"the state of {type(self).__name__} is {wanted} {[many, 'B', 'H'] if batch else [many, 'H']} as in "
+                f"the state of {type(self).__name__} is {wanted} {f'[{many}, B, H]' if batch else f'[{many}, H]'} as in "
                 f"torch.nn, got {[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
                 "the first dimension counts layers and directions"
             )
