@@ -56,6 +56,7 @@ class PlanBook:
         self.runner = Runner(use_native=engine in ("auto", "native"))
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
         self._coupling: OrderedDict[Any, bool] = OrderedDict()
+        self._said: set[Decision] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
@@ -65,6 +66,7 @@ class PlanBook:
             "runner": Runner(self.runner.use_native),
             "_entries": OrderedDict(),
             "_coupling": OrderedDict(),
+            "_said": set(),
         }
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
@@ -105,7 +107,8 @@ class PlanBook:
         decision = self._decision(cell, inputs, state, context, extent or Extent(*leaves(inputs)[0].shape[:2]))
         if extent is not None and extent.ragged and decision.plan is not None and decision.plan.coupled:
             reason = next(iter(decision.plan.coupled.values()))
-            return Decision(None, "reference", f"rows of different lengths need steps that act row by row: {reason}")
+            why = f"rows of different lengths need steps that act row by row: {reason}"
+            return self._told_once(Decision(None, "reference", why))
         return decision
 
     def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
@@ -178,6 +181,11 @@ class PlanBook:
                 stacklevel=2,
             )
         return decision
+
+    def _told_once(self, decision: Decision) -> Decision:
+        """Say it for a decision that is made anew at every call."""
+        known, self._said = decision in self._said, {*self._said, decision}
+        return decision if known else self._told(decision)
 
 
 @functools.cache
