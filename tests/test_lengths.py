@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import unrolled as ur
 from matching import assert_match
 from problems import AttendingCell, CountingCell, DelayCell, NestedCell, SharedStartCell, TokenCell
-from row_by_row import Batch, answers, garbage_in, padding_of
+from row_by_row import Batch, answers, padding_of
 from unrolled.engine.native import bind
 from unrolled.engine.native.threads import shares
 from unrolled.lengths import Extent
@@ -297,7 +296,9 @@ def layers(many: int, kind: str) -> list[Any]:
     cells = [learned(ur.GRUCell)] + [ur.GRUCell(H, H) for _ in range(many - 1)]
     if kind == "one way":
         return cells
-    return [(cell, ur.GRUCell(cell.input_size, H)) for cell in (learned(ur.GRUCell), *(ur.GRUCell(2 * H, H),) * 2)][:many]
+    return [(cell, ur.GRUCell(cell.input_size, H)) for cell in (learned(ur.GRUCell), *(ur.GRUCell(2 * H, H),) * 2)][
+        :many
+    ]
 
 
 @cache
@@ -536,7 +537,14 @@ def a_team(monkeypatch):
 @pytest.mark.parametrize("name", ["LSTM", "LayerNormLSTM", "twin states", "rows last"])
 def test_threads_that_share_the_rows_by_length_give_each_row_its_numbers(name, reverse):
     net = network(name, "native", reverse=reverse)
-    for lengths in ([T, 0, 1, 1, 1], [1, 2, 3, 4, 5], [T, T, T, T, 1], [2, 1, 0, 0, 0], [3, 0, 0, 0, 0], [T, T, 0, 1, 4]):
+    for lengths in (
+        [T, 0, 1, 1, 1],
+        [1, 2, 3, 4, 5],
+        [T, T, T, T, 1],
+        [2, 1, 0, 0, 0],
+        [3, 0, 0, 0, 0],
+        [T, T, 0, 1, 4],
+    ):
         batch = batch_for(name, lengths, state=True)
         assert_each_row_alone(net, batch, "list")
         once = answers(net, batch, "list")

@@ -182,9 +182,10 @@ class TorchLayer(nn.Module):
         rank = 3 if batch else 2
         if not fits or not all(isinstance(h, Tensor) and h.dim() == rank and h.shape[0] == many for h in tensors):
             wanted = f"({', '.join(self.state_names)}), each" if pair else "one tensor"
+            shape = f"[{many}, B, H]" if batch else f"[{many}, H]"
             raise StateError(
-                f"the state of {type(self).__name__} is {wanted} {f'[{many}, B, H]' if batch else f'[{many}, H]'} as in "
-                f"torch.nn, got {[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
+                f"the state of {type(self).__name__} is {wanted} {shape} as in torch.nn, "
+                f"got {[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
                 "the first dimension counts layers and directions"
             )
         batched = [h if batch else h.unsqueeze(1) for h in tensors]
