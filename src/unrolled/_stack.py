@@ -192,7 +192,7 @@ class Stack(Layered):
         batch_first: whether inputs and outputs are `[B, T, ...]`.
 
     Raises:
-        OptionError: for no layer, a dropout that is no probability, or layers whose sizes do not fit.
+        OptionError: for no layer, one that is batch-first, a dropout that is no probability, or sizes that do not fit.
 
     Example:
         >>> import torch, unrolled as ur
@@ -206,6 +206,7 @@ class Stack(Layered):
         super().__init__(batch_first=batch_first)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
+        _refuse_batch_first(layers)
         _refuse_misfits(layers)
         self.layers = nn.ModuleList(layers)
         self.dropout = checked_dropout(dropout)
@@ -294,10 +295,6 @@ def checked_dropout(p: float) -> float:
 
 def _layer(entry: Any, *, bidirectional: bool, engine: str) -> nn.Module:
     if isinstance(entry, Unrolled | Layered):
-        if entry.batch_first:
-            raise OptionError(
-                f"layers of a stack are time-first, got {entry._get_name()} with batch_first; pass it to stack"
-            )
         return entry
     if isinstance(entry, tuple | list):
         if len(entry) != 2:
@@ -322,6 +319,14 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
             f"{left[0]}; pass a pair of cells for the layer, (forwards, backwards)"
         )
     return other
+
+
+def _refuse_batch_first(layers: Sequence[Any]) -> None:
+    for layer in layers:
+        if layer.batch_first:
+            raise OptionError(
+                f"layers of a stack are time-first, got {layer._get_name()} with batch_first; pass it to stack"
+            )
 
 
 def _refuse_misfits(layers: Sequence[nn.Module]) -> None:
