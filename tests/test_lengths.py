@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, func, nn
 
 import unrolled as ur
 from matching import assert_match
@@ -480,6 +480,42 @@ def test_gradients_against_finite_differences(engine):
     x, h = torch.randn(3, 3, I, dtype=F64, requires_grad=True), torch.randn(3, H, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, h))
     assert torch.autograd.gradgradcheck(run, (x, h))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_transforms_of_torch_func(reverse, engine):
+    net, batch = network("LSTM", engine, reverse=reverse), batch_for("LSTM", [3, 0, T, 1, 5])
+
+    def loss(x: Tensor) -> Tensor:
+        outputs, last = net(x, lengths=batch.lengths)
+        return (outputs**2).sum() + sum(leaf.sum() for leaf in leaves(last))
+
+    x, v = batch.inputs.clone().requires_grad_(), torch.randn_like(batch.inputs)
+    (want,) = torch.autograd.grad(loss(x), x)
+    x = x.detach()
+    assert_match(func.grad(loss)(x), want)
+    assert_match(func.jvp(loss, (x,), (v,))[1], (want * v).sum())
+    many = torch.stack([x, v])
+    assert_match(func.vmap(loss)(many), torch.stack([loss(x), loss(v)]))
+    assert_match(func.vmap(func.grad(loss))(many)[0], want)
+    net.zero_grad()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_of_the_outputs_alone_or_of_the_last_states_alone(engine):
+    def found(engine: str) -> list[Tensor]:
+        net, batch = network("LSTM", engine), batch_for("LSTM", [3, 0, T, 1, 5], state=True)
+        x, first = batch.inputs.clone().requires_grad_(), map_leaves(lambda h: h.requires_grad_(), batch.state)
+        outputs, (h, c) = net(x, first, lengths=batch.lengths)
+        by = [x, *leaves(first), *net.parameters()]
+        return [
+            grad
+            for loss in (outputs.sum(), outputs[2, 0].sum(), h.sum(), c[3].sum())
+            for grad in torch.autograd.grad(loss, by, retain_graph=True)
+        ]
+
+    assert_match(found(engine), found("reference"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
