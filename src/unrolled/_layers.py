@@ -186,7 +186,7 @@ class TorchLayer(nn.Module):
             raise StateError(
                 f"the state of {type(self).__name__} is {wanted} {shape} as in torch.nn, "
                 f"got {[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
-                "the first dimension counts layers and directions"
+                "the first dimension counts layers and directions: h.unsqueeze(0) for one of each"
             )
         batched = [h if batch else h.unsqueeze(1) for h in tensors]
         each = [tuple(h[n] for h in batched) if pair else batched[0][n] for n in range(many)]
