@@ -55,7 +55,7 @@ CELLS = {"LSTM": lambda: ur.LSTMCell(I, H), "layer norm": lambda: ur.LayerNormLS
 def test_a_loop_in_blocks_is_the_loop(name, T, in_blocks):
     cell = CELLS[name]().double()
     assert_as_reference(cell, torch.randn(T, B, I, dtype=torch.float64), engine="eager")
-    assert in_blocks.count(T) >= 2  # forward and backward
+    assert in_blocks.count(T) >= (1 if name == "swapping" else 2)  # forward, and backward where the state has one
 
 
 def test_a_block_begins_each_walk_afresh():
