@@ -219,6 +219,7 @@ sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]
 fixed = [torch.zeros(values[v].sizes(2)) for v in loop.fixed]
 states = [torch.zeros(values[v].sizes(2)) for v in loop.states]
 run = lambda s, f, h, T=4, B=2: native.run_loop(loop, s, f, h, steps=T, batch=B, reverse=False)
+native.prepare([loop])
 run(sequences, fixed, states)
 wrong = [
     lambda: run([s[:3] for s in sequences], fixed, states),
