@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 import unrolled as ur
 from matching import BOUNDS, assert_match
 from problems import uneven_loss
-from unrolled._planbook import Decision
+from unrolled._planbook import Decision, PlanBook, _loops_of
+from unrolled.engine import native
+from unrolled.plan.loops import LoopProgram
 from unrolled.trees import Tree, leaves, map_leaves
 
 ENGINES = ("eager", "native")
@@ -135,11 +138,13 @@ def _found_with_noise(
 ) -> tuple[Tree, dict[str, Tensor | None]]:
     kept = [parameter.detach().clone() for parameter in cell.parameters()]
     try:
+        cell.noisy = True
         for parameter in cell.parameters():
             parameter.data = _noisy(parameter.data)
         trees = [tree if tree is None else map_leaves(_noisy, tree) for tree in (inputs, state, context)]
         return _found(unrolled(cell, "reference"), cell, *trees, loss, wanted)
     finally:
+        del cell.noisy
         for parameter, before in zip(cell.parameters(), kept, strict=True):
             parameter.data = before
 
@@ -148,7 +153,10 @@ def _found_with_noise(
 
 
 class Recipe(NamedTuple):
-    """A random cell: sizes, and for each operation its name and which of the values made before it reads."""
+    """A random cell: sizes, and for each operation its name and which of the values made before it reads.
+
+    What it is run on is part of it, and whether the gradients of its inputs are asked for.
+    """
 
     size: int
     states: int
@@ -158,6 +166,7 @@ class Recipe(NamedTuple):
     steps: int
     batch: int
     seed: int
+    asked: bool = True
 
 
 def _roll(x: Tensor) -> Tensor:
@@ -278,7 +287,13 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class RandomCell(nn.Module):
-    """Some operations on an input and some states `[B, H]`, all one size; what it hands on is bounded by a tanh."""
+    """Some operations on an input and some states `[B, H]`, all one size; what it hands on is bounded by a tanh.
+
+    Where it is noisy, the inputs of every operation are off by one unit in the last place: differences of numbers that
+    are nearly the same move by that, however little the cell's own inputs count.
+    """
+
+    noisy = False
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -305,7 +320,8 @@ class RandomCell(nn.Module):
         values = [input, *state]
         for name, a, b in self.recipe.lines:
             x, y = values[-1 - a % len(values)], values[-1 - b % len(values)]
-            values.append(OPERATIONS[name](self, x, y))
+            made = OPERATIONS[name](self, x, y)
+            values.append(made + (_noisy(made) - made).detach() if self.noisy else made)
         following = tuple(0.7 * torch.tanh(values[-1 - n % len(values)]) for n in self.recipe.kept)
         return values[-1 - self.recipe.shown % len(values)], following
 
@@ -324,4 +340,54 @@ def recipes(draw: Any) -> Recipe:
         draw(st.integers(1, 8)),
         draw(st.integers(1, 7)),
         draw(st.integers(0, 999)),
+        draw(st.booleans()),
     )
+
+
+def assert_recipe_as_reference(recipe: Recipe, engine: str) -> None:
+    """Fail unless a random cell is planned, runs on this engine and gives the reference's numbers."""
+    cell, inputs = _made(recipe)
+    rnn = unrolled(cell, engine)
+    found = rnn._plans.look_up(cell, *rnn.prepared(inputs, None, None), None)
+    assert found.plan is not None, f"{recipe}: {found.why}"
+    assert found.engine == engine or "does not emit" in found.why, f"{recipe}: {found.why}"
+    assert_as_reference(cell, inputs, engine=engine, inputs_require_grad=recipe.asked, rnn=rnn, what=str(recipe))
+
+
+def failures_on_the_native_engine(recipes: Iterable[Recipe]) -> list[str]:
+    """What fails of some random cells whose loops are built as one library; alone, or only so."""
+    recipes = list(recipes)
+    _build_together(recipes)
+    failed = [recipe for recipe in recipes if _failure(recipe)]
+    found = []
+    for recipe in failed:
+        native._LOOPS.clear()
+        found.append(_failure(recipe) or f"{recipe} fails only in a library with the loops of others")
+    return found
+
+
+def _failure(recipe: Recipe) -> str:
+    try:
+        assert_recipe_as_reference(recipe, "native")
+    except Exception as error:
+        return f"{recipe}: {type(error).__name__}: {error}"
+    return ""
+
+
+def _build_together(recipes: Iterable[Recipe]) -> None:
+    """Those that this cannot be done for are planned and built, or fail, where they are run."""
+    loops: list[LoopProgram] = []
+    for recipe in recipes:
+        cell, inputs = _made(recipe)
+        given = (cell, inputs, cell.initial_state(recipe.batch), None, (recipe.asked,))
+        with suppress(Exception):
+            loops += _loops_of(PlanBook("native")._recorded(*given, fuse=True))
+    with suppress(native.BuildError):
+        native.prepare(loops)
+
+
+def _made(recipe: Recipe) -> tuple[RandomCell, Tensor]:
+    """A cell, and the inputs that it is run on."""
+    made = torch.Generator().manual_seed(recipe.seed)
+    inputs = torch.randn(recipe.steps, recipe.batch, recipe.size, generator=made, dtype=torch.float64)
+    return RandomCell(recipe), inputs.requires_grad_(recipe.asked)
