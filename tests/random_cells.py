@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unrolled as ur
 from matching import assert_match
@@ -39,11 +40,11 @@ def decision(cell: nn.Module, inputs: Tree, engine: str, state: Tree = None, con
 
 
 def _noisy(tensor: Tensor) -> Tensor:
-    """Off by one unit in the last place, up or down."""
+    """Off by one unit in the last place, up or down; zeros and infinities are exact."""
     if not tensor.is_floating_point():
         return tensor
     toward = torch.where(torch.rand_like(tensor) < 0.5, -torch.inf, torch.inf).to(tensor.dtype)
-    return torch.nextafter(tensor, toward)
+    return torch.where((tensor == 0) | tensor.isinf(), tensor, torch.nextafter(tensor, toward))
 
 
 def _leaf(tensor: Tensor, wanted: bool) -> Tensor:
@@ -134,18 +135,29 @@ def _assert_within_its_own_movement(
             assert_match(got[name], tensor, f"{what} {name} (the reference itself moves by {moved[name]:.3g})")
 
 
+class _Noise(TorchDispatchMode):
+    """What element-wise operations make, forward and backward, is off by one unit in the last place.
+
+    A difference of numbers that are nearly the same moves by that, however little the cell's own inputs count in it.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        new = all(returned.alias_info is None for returned in func._schema.returns)
+        return _noisy(made) if new and torch.Tag.pointwise in func.tags else made
+
+
 def _found_with_noise(
     cell: nn.Module, inputs: Tree, state: Tree, context: Tree, loss: Callable[..., Tensor], wanted: bool
 ) -> tuple[Tree, dict[str, Tensor | None]]:
     kept = [parameter.detach().clone() for parameter in cell.parameters()]
     try:
-        cell.noisy = True
         for parameter in cell.parameters():
             parameter.data = _noisy(parameter.data)
         trees = [tree if tree is None else map_leaves(_noisy, tree) for tree in (inputs, state, context)]
-        return _found(unrolled(cell, "reference"), cell, *trees, loss, wanted)
+        with _Noise():
+            return _found(unrolled(cell, "reference"), cell, *trees, loss, wanted)
     finally:
-        del cell.noisy
         for parameter, before in zip(cell.parameters(), kept, strict=True):
             parameter.data = before
 
@@ -288,13 +300,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class RandomCell(nn.Module):
-    """Some operations on an input and some states `[B, H]`, all one size; what it hands on is bounded by a tanh.
-
-    Where it is noisy, the inputs of every operation are off by one unit in the last place: differences of numbers that
-    are nearly the same move by that, however little the cell's own inputs count.
-    """
-
-    noisy = False
+    """Some operations on an input and some states `[B, H]`, all one size; what it hands on is bounded by a tanh."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -321,8 +327,7 @@ class RandomCell(nn.Module):
         values = [input, *state]
         for name, a, b in self.recipe.lines:
             x, y = values[-1 - a % len(values)], values[-1 - b % len(values)]
-            made = OPERATIONS[name](self, x, y)
-            values.append(made + (_noisy(made) - made).detach() if self.noisy else made)
+            values.append(OPERATIONS[name](self, x, y))
         following = tuple(0.7 * torch.tanh(values[-1 - n % len(values)]) for n in self.recipe.kept)
         return values[-1 - self.recipe.shown % len(values)], following
 

@@ -16,7 +16,7 @@ from unrolled.bptt.walk import Walk, shifted
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, one_file
 from unrolled.engine.native.layout import Layout
-from unrolled.engine.native.memory import fresh
+from unrolled.engine.native.memory import fresh, readable
 from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.threads import team
 from unrolled.plan.loops import LoopProgram
@@ -93,8 +93,9 @@ class NativeLoop:
     ) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
         sizes = self._sizes(steps, batch)
-        given = [*sequences, *fixed, *states]
+        given = [readable(tensor) for tensor in (*sequences, *fixed, *states)]
         self._check(given, sizes)
+        fixed = given[len(sequences) : len(sequences) + len(fixed)]
         leaves, by_step, by_row = self._leaves(given, sizes, batch)
         emitted, received = self._emitted(states, steps, sizes, reverse=reverse)
         packed = [packed_matrix(fixed[position]) for position in self.source.matrices]
