@@ -125,7 +125,7 @@ def _assert_within_its_own_movement(
     if got.keys() != want.keys():
         raise AssertionError(f"{what}: {sorted(got)} is not {sorted(want)}") from error
     moved = dict.fromkeys(want, 0.0)
-    for _ in range(3):
+    for _ in range(10):
         for name, tensor in _numbers(_found_with_noise(*rest)).items():
             if name in want and tensor.is_floating_point():
                 moved[name] = max(moved[name], (tensor - want[name]).abs().max().item())
@@ -352,6 +352,7 @@ def recipes(draw: Any) -> Recipe:
 
 def assert_recipe_as_reference(recipe: Recipe, engine: str) -> None:
     """Fail unless a random cell is planned, runs on this engine and gives the reference's numbers."""
+    torch.manual_seed(recipe.seed)  # the noise too is the recipe's
     cell, inputs = _made(recipe)
     rnn = unrolled(cell, engine)
     found = rnn._plans.look_up(cell, *rnn.prepared(inputs, None, None), None)
