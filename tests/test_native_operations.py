@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import unrolled as ur
 from random_cells import assert_as_reference, decision, unrolled
 
 F64, F32 = torch.float64, torch.float32
@@ -225,3 +226,17 @@ def test_cells_of_the_literature_run_as_c(name, dtype):
         assert_as_reference(cell, x, engine="native", rnn=fast, what=f"T={T} B={B}")
         carried = unrolled(cell, "reference")(x)[1]
         assert_as_reference(cell, x, carried, engine="native", rnn=fast, what=f"carried, T={T} B={B}")
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_gradients_without_memory_are_zeros(size):
+    """Autograd's zeros have no address; with the larger size the kernel of large products is given them too."""
+    cell, x = ur.RNNCell(size, size).double(), torch.randn(40, 8, size, dtype=F64)
+    assert decision(cell, x, "native").engine == "native"
+    assert_as_reference(cell, x, engine="native", loss=lambda outputs, state: outputs.sgn().sum() + state.sgn().sum())
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_inputs_that_are_negated_when_they_are_read(size):
+    cell, x = ur.RNNCell(size, size).double(), torch._neg_view(torch.randn(40, 8, size, dtype=F64))
+    assert_as_reference(cell, x, engine="native")

@@ -148,10 +148,10 @@ class PlanBook:
         device = sequence.device_of(inputs)
         if not self.runner.why_not_native((), device):
             plan = self._recorded(cell, inputs, state, context, needing, fuse=True)
-            if not self.runner.why_not_native(_training_loops(plan), device):
+            if not self.runner.why_not_native(_loops_of(plan), device):
                 return plan, []
         plan = self._recorded(cell, inputs, state, context, needing, fuse=False)
-        return plan, self.runner.why_not_native(_training_loops(plan), device)
+        return plan, self.runner.why_not_native(_loops_of(plan), device)
 
     def _recorded(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...], *, fuse: bool
@@ -199,9 +199,9 @@ def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
     )
 
 
-def _training_loops(plan: StepPlan) -> list[LoopProgram]:
-    """The loops of a training step, forward and backward."""
-    forward = [planned.loop for planned in plan.planned.values()]
+def _loops_of(plan: StepPlan) -> list[LoopProgram]:
+    """All loops that a plan may run: forward, with nothing kept, and backward."""
+    forward = [loop for planned in plan.planned.values() for loop in (planned.loop, planned.inference)]
     backward = [loop for planned in plan.planned.values() for loop in planned.backward.loops if loop is not None]
     return forward + backward
 

@@ -15,7 +15,7 @@ from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["Source", "emit"]
+__all__ = ["Source", "emit", "one_file"]
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,24 @@ class Source:
     """A loop in C, and what a caller has to know to call it.
 
     Attributes:
-        text: the C source; its entry is `ur_loop`.
+        setup: the C of what a walk begins with.
+        step: the C of one step.
         real: the dtype of its numbers.
         matrices: the positions among the fixed values of those that it reads packed.
         scratch: bytes of scratch memory per row.
         flops: floating-point operations per row and step, roughly.
     """
 
-    text: str
+    setup: str
+    step: str
     real: torch.dtype
     matrices: tuple[int, ...]
     scratch: int
     flops: int
+
+    def walk(self, name: str) -> str:
+        """The C function that walks through time, under a name."""
+        return _WALK % {"name": name, "setup": self.setup, "step": self.step}
 
 
 def emit(loop: LoopProgram) -> Source:
@@ -47,19 +53,20 @@ def emit(loop: LoopProgram) -> Source:
     return _Emitter(loop, lowered, schedule(lowered)).source()
 
 
-_ENTRY = """
-typedef struct {
-  void *const *leaves;
-  const int64_t *by_step, *by_row;
-  void *const *emitted;
-  real *const *totals;
-  const real *const *packed;
-  char *scratch;
-  const int64_t *offsets;  /* how many rows the steps before each have, if rows end at different times */
-  int64_t steps, batch, reverse, first, last, begin, end;
-} task;
+def one_file(sources: Sequence[Source]) -> str:
+    """Some loops over numbers of one dtype as one C file: what all of them need is compiled once.
 
-static void walk(void *tasks, int64_t number) {
+    Its entry is `ur_loop`; its first argument is the address of a loop's walk: `ur_walk_0`, `ur_walk_1`, ...
+    """
+    (real,) = {source.real for source in sources}
+    folder = resources.files("unrolled.engine.native")
+    shared = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "loops.c"))
+    walks = "".join(source.walk(f"ur_walk_{number}") for number, source in enumerate(sources))
+    return f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{shared}{walks}"
+
+
+_WALK = """
+void %(name)s(void *tasks, int64_t number) {
   const task *const w = (const task *)tasks + number;
   const int64_t batch = w->batch, begin = w->begin, most = w->end - begin, *const offsets = w->offsets;
   (void)most;
@@ -75,18 +82,6 @@ static void walk(void *tasks, int64_t number) {
     (void)at; (void)skipped; (void)received; (void)handed_on;
 %(step)s
   }
-}
-
-int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, void *const *emitted,
-            real *const *totals, const real *const *packed, char *scratch, const int64_t *offsets,
-            const int64_t *bounds, int64_t scratch_per_row, int64_t steps, int64_t batch, int64_t reverse,
-            int64_t first, int64_t last, int64_t threads, team run) {
-  task tasks[MOST_PARTS];
-  for (int64_t n = 0; n < threads; ++n)
-    tasks[n] = (task){leaves, by_step, by_row, emitted, totals, packed, scratch + bounds[n] * scratch_per_row,
-                      offsets, steps, batch, reverse, first, last, bounds[n], bounds[n + 1]};
-  share(run, walk, tasks, threads);
-  return 0;
 }
 """
 
@@ -104,11 +99,8 @@ class _Emitter:
         body = [line for kernel in self.scheduled.kernels for line in self.kernel(kernel.nodes)]
         body += [self.total(number, view) for number, view in enumerate(self.lowered.totals)]
         setup, step = self.memory()
-        kernels = resources.files("unrolled.engine.native").joinpath("kernels.c").read_text(encoding="utf-8")
-        real = self.lowered.real
-        head = f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{kernels}"
-        text = head + _ENTRY % {"setup": _indented(setup, 1), "step": _indented([*step, *body], 2)}
-        return Source(text, real, tuple(self.matrices), self.scratch, self.flops)
+        found = (_indented(setup, 1), _indented([*step, *body], 2))
+        return Source(*found, self.lowered.real, tuple(self.matrices), self.scratch, self.flops)
 
     # -- memory
 
