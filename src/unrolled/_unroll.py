@@ -128,7 +128,7 @@ class Unrolled(nn.Module):
         """
         first = self.checked(given, steps, state, context)
         if not given.extent.rows:
-            return self._no_outputs(given, steps, first, context), first
+            return self.no_outputs(given, steps, first, context), first
         rnn, started = self, given.rows(context)
         if resets is not None:
             mask = given.sequences(given.resets(resets, reverse=self.reverse))
@@ -213,7 +213,7 @@ class Unrolled(nn.Module):
                 "rows; leave lengths= out, or take what couples them (a batch norm in training?) out of the cell"
             )
 
-    def _no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+    def no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
         first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
         with torch.no_grad(), torch.random.fork_rng():
