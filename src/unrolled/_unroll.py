@@ -53,9 +53,26 @@ class Unrolled(nn.Module):
             raise OptionError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         self.cell = cell
         self.batch_first = batch_first
-        self.engine = engine
         self.reverse = reverse
+        self.run_by(engine, quiet=quiet)
+
+    def run_by(self, engine: str, *, quiet: bool = False) -> None:
+        """Have another engine run the copies; plans are made anew.
+
+        Args:
+            engine: one of `ENGINES`.
+            quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
+        """
+        self.engine = engine
         self._plans = PlanBook(engine, quiet=quiet)
+        self.__dict__.pop("_resetting", None)
+
+    @property
+    def ran(self) -> str:
+        """The engine that the latest call ran on; the reference where there was none."""
+        networks = (self, self.__dict__.get("_resetting", self))
+        found = [network._plans.latest for network in networks if network._plans.latest is not None]
+        return found[-1].engine if found else "reference"
 
     def forward(
         self,
