@@ -207,7 +207,9 @@ def test_sizes_are_checked_before_a_pointer_leaves_python(full_cache):
         """
 import torch
 import unrolled as ur
+from unrolled.bptt.walk import Request
 from unrolled.engine import native
+from unrolled.lengths import Extent
 from unrolled.plan.plan import plan_step
 
 cell = ur.GRUCell(3, 5)
@@ -218,7 +220,7 @@ values = loop.program.values
 sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]
 fixed = [torch.zeros(values[v].sizes(2)) for v in loop.fixed]
 states = [torch.zeros(values[v].sizes(2)) for v in loop.states]
-run = lambda s, f, h, T=4, B=2: native.run_loop(loop, s, f, h, steps=T, batch=B, reverse=False)
+run = lambda s, f, h, T=4, B=2: native.run_loop(loop, Request(s, f, h, Extent(T, B), False))
 run(sequences, fixed, states)
 wrong = [
     lambda: run([s[:3] for s in sequences], fixed, states),

@@ -152,7 +152,7 @@ def test_the_command_verifies_a_run_and_ends_with_1_on_a_mismatch(monkeypatch, c
     for name in ("RNNCell", "LSTMCell", "GRUCell", "SLSTMCell"):
         assert name in printed
     right = bptt_run.run_plan
-    monkeypatch.setattr("unrolled._unroll.run_plan", lambda *a, **k: (right(*a, **k)[0] * 2, right(*a, **k)[1]))
+    monkeypatch.setattr("unrolled._unroll.run_plan", lambda *a, **o: (right(*a, **o)[0] * 2, right(*a, **o)[1]))
     assert run_command(["verify"]) == 1
     assert "MISMATCH" in capsys.readouterr().out
 

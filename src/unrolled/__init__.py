@@ -3,6 +3,7 @@
 from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy
 from unrolled._draw import draw
+from unrolled._generate import Step, generate, stream
 from unrolled._layered_copies import LayeredCopies, copies
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._outputs import last_output, pooled, sequence_loss
@@ -34,7 +35,7 @@ from unrolled.errors import (
     StateError,
     UnrolledError,
 )
-from unrolled.wrappers import DropoutCell, SeededState, ZoneoutCell
+from unrolled.wrappers import DropoutCell, FedState, ScheduledSampling, SeededState, ZoneoutCell
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,8 @@ __all__ = [
     # cells around cells
     "DropoutCell",
     "ZoneoutCell",
+    "ScheduledSampling",
+    "FedState",
     "SeededState",
     # unrolled networks
     "unroll",
@@ -64,6 +67,10 @@ __all__ = [
     "GRU",
     "from_torch",
     "to_torch",
+    # a cell on its own outputs
+    "generate",
+    "stream",
+    "Step",
     # batches of sequences that differ in length, and what is made of their outputs
     "BucketSampler",
     "collate_padded",

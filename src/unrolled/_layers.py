@@ -185,10 +185,11 @@ class TorchLayer(nn.Module):
         rank = 3 if batch else 2
         if not fits or not all(isinstance(h, Tensor) and h.dim() == rank and h.shape[0] == many for h in tensors):
             wanted = f"({', '.join(self.state_names)}), each" if pair else "one tensor"
+            shape = f"[{many}, B, H]" if batch else f"[{many}, H]"
+            got = [list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]
             raise StateError(
-                f"the state of {type(self).__name__} is {wanted} {[many, 'B', 'H'] if batch else [many, 'H']} as in "
-                f"torch.nn, got {[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
-                "the first dimension counts layers and directions"
+                f"the state of {type(self).__name__} is {wanted} {shape} as in torch.nn, got {got}; the first "
+                "dimension counts layers and directions: a cell's [B, H] gets it by unsqueeze(0) or torch.stack"
             )
         batched = [h if batch else h.unsqueeze(1) for h in tensors]
         each = [tuple(h[n] for h in batched) if pair else batched[0][n] for n in range(many)]

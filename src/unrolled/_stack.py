@@ -188,6 +188,13 @@ class Stack(Layered):
 
     Raises:
         OptionError: for no layer, a dropout that is no probability, or layers whose sizes do not fit.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> rnn = ur.Stack([ur.unroll(ur.GRUCell(3, 4)), ur.unroll(ur.GRUCell(4, 2))])
+        >>> outputs, (h_0, h_1) = rnn(torch.randn(5, 2, 3))
+        >>> outputs.shape, h_0.shape
+        (torch.Size([5, 2, 2]), torch.Size([2, 4]))
     """
 
     def __init__(self, layers: Sequence[nn.Module], *, dropout: float = 0.0, batch_first: bool = False) -> None:

@@ -147,9 +147,9 @@ def check_context(cell: nn.Module, context: Tree, batch_size: int) -> None:
             )
 
 
-def _versions(*trees: Tree) -> list[int]:
+def _versions(tensors: list[Tensor]) -> list[int]:
     """How often each tensor was written to; tensors of inference mode do not count."""
-    return [leaf._version for tree in trees for leaf in leaves(tree) if not leaf.is_inference()]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 class CheckedStep:
@@ -182,7 +182,8 @@ class CheckedStep:
             CellError: if the cell raises, returns something else than (output, state), or changes its state's
                 structure, shape, dtype or device.
         """
-        versions = _versions(input, state)
+        tensors, structure = flatten((input, state))
+        versions = _versions(tensors)
         try:
             returned = self.run(t, input, state)
         except UnrolledError:
@@ -193,8 +194,12 @@ class CheckedStep:
             raise self._explained(t, input, state, error) from error
         output, following = self._pair(t, returned)
         self._check_leaves(t, "output", output)
-        self._check_untouched(t, versions, input, state)
-        self._check_handed_on(t, state, following)
+        if versions != _versions(tensors):
+            raise self._written_into(t)
+        new, kind = self._check_leaves(t, "state", following)
+        old = tensors[len(tensors) - len(new) :]
+        if kind != structure.children[1] or not all(map(_fits, new, old)):
+            raise self._changed(t, state, following)
         return output, following
 
     def run(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
@@ -224,19 +229,16 @@ class CheckedStep:
             )
         return returned[0], returned[1]
 
-    def _check_untouched(self, t: int, before: list[int], input: Tree, state: Tree) -> None:
-        if before != _versions(input, state):
-            raise CellError(
-                f"copy {t} of {name_of(self.cell)} wrote into its input or state in place, which changes what the "
-                "caller and the other copies hold; compute it out of place (state = state + x, not state += x)"
-            )
+    def _written_into(self, t: int) -> CellError:
+        return CellError(
+            f"copy {t} of {name_of(self.cell)} wrote into its input or state in place, which changes what the "
+            "caller and the other copies hold; compute it out of place (state = state + x, not state += x)"
+        )
 
-    def _check_handed_on(self, t: int, before: Tree, after: Tree) -> None:
-        (old, structure), (new, other) = flatten(before), self._check_leaves(t, "state", after)
-        if structure == other and all(_fits(b, a) for b, a in zip(new, old, strict=True)):
-            return
+    def _changed(self, t: int, before: Tree, after: Tree) -> CellError:
+        (old, structure), (new, other) = flatten(before), flatten(after)
         where = "" if structure != other or _devices(old) == _devices(new) else f" on {_devices(new)}"
-        raise CellError(
+        return CellError(
             f"a cell must hand on a state like the one it received, but copy {t} of {name_of(self.cell)} received "
             f"{_kinds(structure)} {describe(before)}{' on ' + _devices(old) if where else ''} and returned "
             f"{_kinds(other)} {describe(after)}{where}; "

@@ -1,7 +1,8 @@
 """Wrappers: cells around cells. What they add is part of the step, so that everything that runs cells runs them."""
 
 from unrolled.wrappers.dropout import DropoutCell
+from unrolled.wrappers.scheduled import FedState, ScheduledSampling
 from unrolled.wrappers.seeded import SeededCell, SeededState
 from unrolled.wrappers.zoneout import ZoneoutCell
 
-__all__ = ["DropoutCell", "SeededCell", "SeededState", "ZoneoutCell"]
+__all__ = ["DropoutCell", "FedState", "ScheduledSampling", "SeededCell", "SeededState", "ZoneoutCell"]

@@ -97,22 +97,12 @@ class NativeLoop:
             int(request.reverse),
         )
         self._walk(arguments, extent, threads)
-        handed_on = {home: room.handed_on() for home, room in zip(self._homes, states, strict=True)}
-        emitted = [
-            self._as_asked(place, handed_on.get(place, rooms[place]), extent) for place in range(len(self.loop.emitted))
-        ]
-
-        def received(state: int) -> Tensor:
-            return states[state].in_steps(states[state].received())
-
+        made = rooms[: len(self.loop.emitted)]
+        for home, room in zip(self._homes, states, strict=True):
+            made[home : home + 1] = [room.handed_on()] if home < len(made) else []
+        emitted = [at.as_torch_has_it(x, 1 - extent.ragged) for at, x in zip(self._layouts[1], made, strict=True)]
         totals = [total.sum(0) if threads > 1 else total[0] for total in totals]
-        return Walk(emitted, [room.last() for room in states], received, totals)
-
-    def _as_asked(self, place: int, rows: Tensor, extent: Extent) -> Tensor:
-        """What was emitted, `[N, ...]`, as torch has it: `[T, ...]`, or all steps' rows one after the other."""
-        if extent.ragged:
-            return self._layouts[1][place].as_torch_has_it(rows, 0)
-        return self._layouts[1][place].as_torch_has_it(rows.unflatten(0, (extent.steps, extent.batch)), 1)
+        return Walk(emitted, [room.last() for room in states], lambda state: states[state].received(), totals)
 
     def _sizes_for(self, steps: int, batch: int, rows: int, ragged: bool) -> _Sizes:
         values, a = self.loop.program.values, self.loop.counts[0]
@@ -130,8 +120,9 @@ class NativeLoop:
             *self.loop.emitted,
             *(v for v, home in zip(self.loop.next_states, self._homes, strict=True) if home >= len(self.loop.emitted)),
         ]
+        steps_first = (rows,) if ragged else (steps, batch)
         rooms = [
-            ((rows + batch * (place in self._homes), *Layout.of(values[v]).dims), values[v].dtype)
+            ((*((batch + rows,) if place in self._homes else steps_first), *Layout.of(values[v]).dims), values[v].dtype)
             for place, v in enumerate(room_of)
         ]
         return _Sizes(tuple(shapes), tuple(v.dtype for v in known), tuple(by_step), tuple(by_row), tuple(rooms))

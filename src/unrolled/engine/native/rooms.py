@@ -38,26 +38,25 @@ class StateRoom:
             self.memory[self.extent.rows :] = state
 
     def received(self) -> Tensor:
-        """What every step received, `[N, ...]`."""
-        return self._early() if not self.reverse else self._late()
+        """What every step received, laid out as a request's sequences."""
+        return self._late() if self.reverse else self._early()
 
     def handed_on(self) -> Tensor:
-        """What every step handed on, `[N, ...]`."""
-        return self._late() if not self.reverse else self._early()
+        """What every step handed on, laid out likewise."""
+        return self._early() if self.reverse else self._late()
+
+    def last(self) -> Tensor:
+        """What each row's last step walked handed on."""
+        return ended(self.handed_on(), self.extent, reverse=self.reverse).clone()
 
     def _late(self) -> Tensor:
-        return self.memory[self.extent.batch :]
+        return self._in_steps(self.memory[self.extent.batch :])
 
     def _early(self) -> Tensor:
         """One step earlier than `_late`; where rows end at different times not all of it is read, or written."""
         if self.extent.ragged:
             return self.memory.index_select(0, self.extent.before)
-        return self.memory[: self.extent.rows]
+        return self._in_steps(self.memory[: self.extent.rows])
 
-    def last(self) -> Tensor:
-        """What each row's last step walked handed on."""
-        return ended(self.in_steps(self.handed_on()), self.extent, reverse=self.reverse).clone()
-
-    def in_steps(self, rows: Tensor) -> Tensor:
-        """`[N, ...]` as callers have it."""
+    def _in_steps(self, rows: Tensor) -> Tensor:
         return rows if self.extent.ragged else rows.unflatten(0, (self.extent.steps, self.extent.batch))

@@ -1,0 +1,77 @@
+"""Independent rows: whether what a cell makes of a row depends on which other rows are there."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.plan.guards import fingerprint
+from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
+from unrolled.plan.refusals import why_not_recorded
+from unrolled.plan.rows import find_rows
+from unrolled.plan.tape import UnrecordableError
+from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
+from unrolled.trees import Tree
+
+__all__ = ["rows_are_independent"]
+
+_known: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+
+
+def rows_are_independent(cell: nn.Module, input: Tree, state: Tree, context: Tree = None) -> bool:
+    """Whether it is proved, on a recording of the step, that rows may come and go without the others noticing.
+
+    Args:
+        cell: the cell.
+        input: of one copy, `[B, ...]`.
+        state: what it receives, `[B, ...]`.
+        context: what is the same at every step, `[B, ...]`, or None.
+
+    Returns:
+        False also where nothing can be recorded, hence nothing proved.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> rows_are_independent(ur.GRUCell(3, 4), torch.ones(2, 3), torch.ones(2, 4))
+        True
+        >>> rows_are_independent(ur.as_cell(lambda x, s: (x, s - s.mean(0))), torch.ones(2, 3), torch.ones(2, 4))
+        False
+    """
+    trees = [leaves_and_structure(tree) for tree in (input, state, context)]
+    given = [leaf for leaves, _ in trees for leaf in leaves]
+    if why_not_recorded([*given, *cell.parameters(), *cell.buffers()]) is not None:
+        return False
+    try:
+        key = (fingerprint(cell), *((structure, tuple(map(_kind, leaves))) for leaves, structure in trees))
+        if _known.get(cell, (None, False))[0] != key:
+            _known[cell] = (key, _proved(cell, trees))
+    except UnrecordableError:
+        return False
+    return _known[cell][1]
+
+
+def _proved(cell: nn.Module, trees: list[Any]) -> bool:
+    batch_size, twin = len(trees[0][0][0]), twin_of(cell)
+    samples = [Sample(*(sample_rows(leaves, batch_size, n) for leaves, _ in trees)) for n in ROWS]
+    try:
+        with torch.inference_mode(False), surroundings_kept(cell):
+            recording = record_step(twin, (samples[0], samples[1]), [structure for _, structure in trees])
+            return not scratch_of(cell, twin) and _row_by_row(recording)
+    except Exception:  # a step that fails with other rows than it was given depends on them
+        return False
+
+
+def _row_by_row(recording: Recording) -> bool:
+    """Whether all that a step gives out and hands on has its rows where those of the input are: in front."""
+    program = recording.program
+    given = (*recording.inputs, *recording.state, *recording.fixed)
+    fronts = {v: 0 for v in given if program.values[v].shape and not isinstance(program.values[v].shape[0], int)}
+    rows, coupled = find_rows(program, fronts)
+    return not coupled and all(rows.get(value) == 0 for value in program.outputs)
+
+
+def _kind(tensor: Tensor) -> Any:
+    return tensor.shape[1:], tensor.dtype, tensor.device
