@@ -442,6 +442,18 @@ def test_a_cell_that_couples_rows_is_refused_with_lengths(call):
         call(ur.unroll(Coupled()), torch.randn(T, B, I), torch.zeros(B, I), lengths=LENGTHS)
 
 
+@pytest.mark.parametrize("option", ["lengths", "resets"])
+@pytest.mark.parametrize("call", [ur.copies, ur.verify, lambda rnn, inputs, **given: rnn(inputs, **given)])
+def test_a_state_without_rows_is_refused_with_lengths_and_with_resets(call, option):
+    def counting(input, state):
+        clock, hidden = state
+        return input + hidden, (clock + 1, hidden + input)
+
+    cell = ur.as_cell(counting, state=lambda batch, **_: (torch.zeros(()), torch.zeros(batch, I)))
+    with pytest.raises(ur.InputError, match=rf"{option} need a state.*state\[0\] of counting is float32\[\]"):
+        call(ur.unroll(cell), torch.randn(T, B, I), **{option: OPTIONS["both"][option]})
+
+
 def test_an_error_in_a_layer_says_which():
     rnn = ur.stack([ur.GRUCell(I, H), lambda x, h: (x + h.expand(B + 1, H), h)])
     with pytest.raises(ur.CellError, match=r"layer 1.*layer 0"):

@@ -37,8 +37,8 @@ def recorded(
     """
     first, fresh, inputs = rnn.checked(given, steps, state, context), None, steps
     if resets is not None and given.extent.rows:
-        inputs = steps, given.sequences(given.resets(resets, reverse=rnn.reverse))
         fresh = first if state is None else make_state(rnn.cell, steps, given.batch)
+        inputs = steps, rnn.checked_resets(given, resets, fresh)
     network = Network(rnn.cell, given, listener, first, fresh, context, reverse=rnn.reverse, own_state=state is None)
     if not given.extent.rows:
         network.no_outputs = rnn.no_outputs(given, steps, first, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +148,8 @@ class Unrolled(nn.Module):
             return self.no_outputs(given, steps, first, context), first
         rnn, started = self, given.rows(context)
         if resets is not None:
-            mask = given.sequences(given.resets(resets, reverse=self.reverse))
             fresh = first if state is None else make_state(self.cell, steps, given.batch)
+            mask = self.checked_resets(given, resets, fresh)
             rnn, steps, started = self._with_resets(), (steps, mask), (started, given.rows(fresh))
         outputs, last = rnn._run(steps, given.rows(first), started, given.extent)
         return outputs, given.last(last, first)
@@ -214,15 +214,27 @@ class Unrolled(nn.Module):
             self._refuse_lengths(given, steps, state, context)
         return state
 
-    def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
-        """Refuse lengths for a cell whose rows are not rows of their own."""
-        name = name_of(self.cell)
+    def checked_resets(self, given: Given, resets: Tensor, fresh: Tree) -> Tensor:
+        """A mask of the rows that start afresh, laid out as the steps and in the order in which they are walked.
+
+        Raises:
+            InputError: if it is no bool of T and B, or the state has leaves without rows.
+        """
+        self._refuse_without_rows(given, fresh, "resets")
+        return cast("Tensor", given.sequences(given.resets(resets, reverse=self.reverse)))
+
+    def _refuse_without_rows(self, given: Given, state: Tree, what: str) -> None:
         for path, leaf in zip(paths(flatten(state)[1]), leaves(state), strict=True):
             if leaf.dim() == 0 or leaf.shape[0] != given.batch:
                 raise InputError(
-                    f"lengths need a state whose leaves have a row for each sequence, [B, ...] with B = {given.batch}; "
-                    f"state{path} of {name} is {describe(leaf)}; leave lengths= out, or give it rows"
+                    f"{what} need a state whose leaves have a row for each sequence, [B, ...] with B = {given.batch}; "
+                    f"state{path} of {name_of(self.cell)} is {describe(leaf)}; leave {what}= out, or give it rows"
                 )
+
+    def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
+        """Refuse lengths for a cell whose rows are not rows of their own."""
+        name = name_of(self.cell)
+        self._refuse_without_rows(given, state, "lengths")
         rows = given.rows(state), given.rows(context)
         if given.extent.rows and self._plans.couples(self.cell, steps, *rows, given.extent):
             raise InputError(
