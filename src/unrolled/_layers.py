@@ -141,7 +141,10 @@ class TorchLayer(nn.Module):
             StateError: for a state that does not fit.
         """
         network, inputs, state = self.prepared(input, hx)
-        outputs, last = network(inputs, state, lengths=lengths, resets=resets)
+        return self.returned(input, *network(inputs, state, lengths=lengths, resets=resets))
+
+    def returned(self, input: Tensor, outputs: Tensor, last: Tree) -> tuple[Tensor, Tree]:
+        """What the layers return for an input, from what their network returns."""
         if isinstance(input, Tensor) and input.dim() == 2:
             return outputs.squeeze(0 if self.batch_first else 1), map_leaves(
                 lambda h: h.squeeze(1), self._layered(last)
@@ -259,6 +262,11 @@ class _LayerCell(nn.Module):
         super().__init__()
         self.layer, self.suffix = layer, suffix
         self.display_name = type(layer).__name__
+
+    def reads_parameter(self, name: str) -> bool:
+        """Whether a parameter of the layer is this cell's, and not that of another layer or direction."""
+        others = tuple(suffix for suffix in self.layer.suffixes if suffix != self.suffix)
+        return not any(part.endswith(others) for part in name.split("."))
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None

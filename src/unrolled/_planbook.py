@@ -49,6 +49,9 @@ class PlanBook:
     Args:
         engine: 'auto', 'reference', 'eager' or 'native'.
         quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
+
+    Attributes:
+        latest: what was decided for the latest call, None before the first one.
     """
 
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
@@ -56,6 +59,7 @@ class PlanBook:
         self.runner = Runner(use_native=engine in ("auto", "native"))
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
         self._coupling: OrderedDict[Any, bool] = OrderedDict()
+        self.latest: Decision | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
@@ -65,6 +69,7 @@ class PlanBook:
             "runner": Runner(self.runner.use_native),
             "_entries": OrderedDict(),
             "_coupling": OrderedDict(),
+            "latest": None,
         }
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
@@ -105,7 +110,10 @@ class PlanBook:
         decision = self._decision(cell, inputs, state, context, extent or Extent(*leaves(inputs)[0].shape[:2]))
         if extent is not None and extent.ragged and decision.plan is not None and decision.plan.coupled:
             reason = next(iter(decision.plan.coupled.values()))
-            return Decision(None, "reference", f"rows of different lengths need steps that act row by row: {reason}")
+            decision = Decision(
+                None, "reference", f"rows of different lengths need steps that act row by row: {reason}"
+            )
+        self.latest = decision
         return decision
 
     def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:

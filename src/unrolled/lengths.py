@@ -63,7 +63,7 @@ class Extent:
     @cached_property
     def time_of(self) -> Tensor:
         """The step of each of the N rows, `[N]`."""
-        return torch.repeat_interleave(torch.arange(self.steps), torch.tensor(self.sizes))
+        return torch.repeat_interleave(torch.arange(self.steps), torch.tensor(self.sizes, dtype=torch.int64))
 
     @cached_property
     def row_of(self) -> Tensor:
