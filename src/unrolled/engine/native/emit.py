@@ -213,8 +213,12 @@ class _Emitter:
             self._read(view, dims, flat, reads, constants, inside)
         for node in nodes:
             self._write(node, dims, flat, reads, constants, inside)
+        sums = {self.names[total]: node for node in nodes for total in self.scheduled.sums.get(node, ())}
+        constants += [f"real {name}_sum = 0;" for name in sums]
+        inside += [f"{name}_sum += {self.names[node]}_v;" for name, node in sums.items()]
         yield from _indented(constants, 1).splitlines()
-        yield from ("  " + line for line in _nest(shape, inside))
+        yield from ("  " + line for line in _nest(shape, inside, sums=[f"{name}_sum" for name in sums]))
+        yield from (f"  {name}[b] = {name}_sum;" for name in sums)
         yield "}"
         self.flops += prod(dims) * len(nodes)
 
@@ -304,14 +308,17 @@ def _index(strides: Sequence[int], letter: str = "i") -> str:
     return " + ".join(terms) or "0"
 
 
-def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i") -> list[str]:
-    """Nested loops around some lines."""
+def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i", sums: Sequence[str] = ()) -> list[str]:
+    """Nested loops around some lines, which may add to some sums."""
     if not dims:
         return ["{", *("  " + line for line in body), "}"]
     lines: list[str] = []
     for d, n in enumerate(dims):
         if d == len(dims) - 1 and letter == "i":
-            lines.append("  " * d + "#pragma GCC ivdep")
+            # Sums of floating-point numbers are put in another order only where that is asked for.
+            lines.append(
+                "  " * d + (f"#pragma omp simd reduction(+:{','.join(sums)})" if sums else "#pragma GCC ivdep")
+            )
         lines.append("  " * d + f"for (int64_t {letter}{d} = 0; {letter}{d} < {n}; ++{letter}{d}) {{")
     lines += ["  " * len(dims) + line for line in body]
     return lines + ["  " * d + "}" for d in reversed(range(len(dims)))]
