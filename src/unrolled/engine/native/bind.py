@@ -27,6 +27,8 @@ from unrolled.plan.loops import LoopProgram
 __all__ = ["NativeLoop", "built"]
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
+_FEW = 2  # rows
+_WORTH_HELP = 500_000  # bytes of matrices, twice, that a step reads
 _MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
@@ -57,7 +59,7 @@ def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop
         BuildError: if there is no compiler, or it fails.
     """
     loaded = library(machine_lines() + one_file(list(sources.values())))
-    loaded.ur_loop.argtypes = [c_void_p] * 10 + [c_int64] * 7 + [c_void_p]
+    loaded.ur_loop.argtypes = [c_void_p] * 10 + [c_int64] * 8 + [c_void_p]
     for source in sources.values():
         if source.matrices:
             product_library(source.real)  # a compiler that fails is to be found out now
@@ -98,7 +100,7 @@ class NativeLoop:
         fixed = given[len(request.sequences) :]
         packed = [packed_matrix(fixed[position]) for position in self.source.matrices]
         scratch = torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8)
-        threads = self._threads(extent)
+        threads, helpers = self._threads(extent), self._helpers(extent)
         totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
         offsets = _integers((*extent.offsets, extent.rows)) if extent.ragged else None
         arguments = (
@@ -110,13 +112,13 @@ class NativeLoop:
             _pointers(packed),
             -(-scratch.data_ptr() // 64) * 64,
             offsets,
-            _integers(shares(extent, threads)),
+            _integers([0] + [extent.batch] * (1 + helpers) if helpers else shares(extent, threads)),
             self.source.scratch,
             extent.steps,
             extent.batch,
             int(request.reverse),
         )
-        self._walk(arguments, extent, threads)
+        self._walk(arguments, extent, threads, helpers)
         made = rooms[: len(self.loop.emitted)]
         for home, room in zip(self._homes, states, strict=True):
             made[home : home + 1] = [room.handed_on()] if home < len(made) else []
@@ -167,6 +169,11 @@ class NativeLoop:
                 by_row[i] = dense.stride(int(timed))
         return leaves, by_step, by_row
 
+    def _helpers(self, extent: Extent) -> int:
+        """How many threads help with the products of one or two rows: those of matrices that one alone reads slowly."""
+        most = min(torch.get_num_threads(), _MOST_THREADS) - 1
+        return most if extent.batch <= _FEW and self.source.flops * self.source.real.itemsize >= _WORTH_HELP else 0
+
     def _threads(self, extent: Extent) -> int:
         worth = extent.rows * self.source.flops > _WORTH_A_TEAM
         return min(torch.get_num_threads(), extent.batch, _MOST_THREADS) if worth else 1
@@ -176,13 +183,13 @@ class NativeLoop:
         known = self.loop.program.values[value]
         return torch.zeros((threads, *known.sizes(1)[1:]), dtype=known.dtype)
 
-    def _walk(self, arguments: tuple[object, ...], extent: Extent, threads: int) -> None:
+    def _walk(self, arguments: tuple[object, ...], extent: Extent, threads: int, helpers: int) -> None:
         done, steps = 0, extent.steps
         while done < steps:
             many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * extent.batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
-            self._entry(*arguments, done, until, threads, team())
+            self._entry(*arguments, done, until, helpers, helpers + 1 if helpers else threads, team())
             walked = (until - done) * extent.rows / steps
             self._seconds_per_row = max((time.perf_counter() - started) / walked, 1e-10)
             done = until

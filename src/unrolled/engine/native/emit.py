@@ -66,10 +66,9 @@ def one_file(sources: Sequence[Source]) -> str:
 
 
 _WALK = """
-void %(name)s(void *tasks, int64_t number) {
-  const task *const w = (const task *)tasks + number;
+void %(name)s(const task *w, int64_t number) {
   const int64_t batch = w->batch, begin = w->begin, most = w->end - begin, *const offsets = w->offsets;
-  (void)most;
+  (void)most; (void)number;
 %(setup)s
   for (int64_t i = w->first; i < w->last; ++i) {
     const int64_t t = w->reverse ? w->steps - 1 - i : i;
@@ -163,7 +162,8 @@ class _Emitter:
         x = f"{self.names[row.node]} + {row.offset}"
         by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)
         self.flops += 2 * many * K * N
-        return f"product({self.names[node]}, {N}, {x}, {by_row}, w->packed[{index}], {many} * rows, {K}, {N});"
+        out, matrix = f"{self.names[node]}, {N}", f"w->packed[{index}], {many} * rows, {K}, {N}"
+        return f"product_with(w->helped, {out}, {x}, {by_row}, {matrix});"
 
     def total(self, number: int, view: View) -> str:
         (N,) = view.dims
