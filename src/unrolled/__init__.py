@@ -35,7 +35,15 @@ from unrolled.errors import (
     StateError,
     UnrolledError,
 )
-from unrolled.wrappers import DropoutCell, FedState, ScheduledSampling, SeededState, ZoneoutCell
+from unrolled.wrappers import (
+    DropoutCell,
+    FedState,
+    ProjectedCell,
+    ResidualCell,
+    ScheduledSampling,
+    SeededState,
+    ZoneoutCell,
+)
 
 __version__ = "0.1.0"
 
@@ -53,6 +61,8 @@ __all__ = [
     # cells around cells
     "DropoutCell",
     "ZoneoutCell",
+    "ResidualCell",
+    "ProjectedCell",
     "ScheduledSampling",
     "FedState",
     "SeededState",
