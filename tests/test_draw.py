@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import unrolled as ur
-from unrolled._draw import _sketched, draw
+from unrolled._draw import _sketches, draw
 from unrolled.drawing import Leaf, Parameter, Sketch
 from unrolled.drawing.lettering import columns, shortened
 from unrolled.drawing.svg import svg
@@ -51,6 +51,11 @@ class Nested(nn.Module):
         read = self.embedding(input["tokens"])
         state = {"memory": Memory(fast + read, slow + fast), "clock": state["clock"] + 1}
         return {"logits": fast, "clock": state["clock"]}, state
+
+
+def _sketched(*given) -> Sketch:
+    (sketch,) = _sketches(*given)
+    return sketch
 
 
 def rule(x, s):
@@ -183,6 +188,50 @@ def test_a_layer_takes_one_sequence_without_a_batch(batch_first):
     assert sketch.input[0].shape == (1, 3)
 
 
+def test_layers_and_directions_are_drawn_one_after_the_other():
+    rnn = ur.LSTM(3, 5, num_layers=2, bidirectional=True, batch_first=True)
+    state = torch.zeros(4, 4, 5), torch.zeros(4, 4, 5)
+    found = _sketches(rnn, torch.ones(4, 7, 3), state, None)
+    ways = "forwards", "backwards"
+    assert [s.place for s in found] == [f"layer {n}, {way}" for n in (0, 1) for way in ways]
+    assert [s.input[0].shape for s in found] == [(4, 3), (4, 3), (4, 10), (4, 10)]
+    assert [s.parameters[0].name for s in found][1::2] == ["weight_ih_l0_reverse", "weight_ih_l1_reverse"]
+    assert [s.reverse for s in found] == [False, True, False, True]
+    assert {(s.T, s.B, s.origin, s.state_symbols, len(s.parameters)) for s in found} == {
+        (7, 4, "passed", ("h", "c"), 4)
+    }
+
+
+def test_a_stack_of_other_cells_is_drawn_and_nothing_changes(tmp_path, capsys):
+    cells = [ur.GRUCell(3, 4, learn_initial_state=True), ur.as_cell(nn.LSTMCell(4, 2))]
+    rnn, random = ur.stack(cells, dropout=0.5), torch.get_rng_state()
+    assert [s.cell for s in _sketches(rnn, torch.ones(2, 4, 3), None, None)] == ["GRUCell", "LSTMCell"]
+    draw(rnn, torch.ones(2, 4, 3))
+    printed = capsys.readouterr().out
+    assert printed.index("GRUCell, layer 0") < printed.index("LSTMCell, layer 1")
+    drawn = ET.fromstring(draw(rnn, torch.ones(2, 4, 3), tmp_path / "a.svg").read_text(encoding="utf-8"))
+    height = int(drawn.get("height"))
+    (below,) = drawn.findall(f"{SVG}g")
+    assert 0 < int(below.get("transform").split()[1].rstrip(")")) < height
+    texts = ["".join(label.itertext()) for label in drawn.iter(f"{SVG}text")]
+    assert {"GRUCell, layer 0", "LSTMCell, layer 1"} <= set(texts)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_reversed_network_is_drawn_from_its_last_copy(tmp_path):
+    rnn = ur.unroll(ur.RNNCell(3, 4), reverse=True)
+    drawn = draw(rnn, torch.ones(9, 2, 3), tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert "T = 9 time steps, from the last to the first" in drawn
+    copies = next(line for line in drawn.splitlines() if "x8" in line)
+    assert re.findall(r"x\d", copies)[0] == "x8"
+    assert re.findall(r"x\d", copies)[-1] == "x0"
+    handed = next(line for line in drawn.splitlines() if "h9" in line)
+    assert re.findall(r"h\d", handed)[0] == "h9"
+    assert re.findall(r"h\d", handed)[-1] == "h0"
+    root = ET.fromstring(draw(rnn, torch.ones(9, 2, 3), tmp_path / "a.svg").read_text(encoding="utf-8"))
+    assert "copies 8 to 0 from left to right" in root.find(f"{SVG}desc").text
+
+
 # Drawing changes nothing.
 
 
@@ -271,7 +320,7 @@ def test_what_the_call_refuses_is_refused_and_nothing_written(tmp_path):
             draw(rnn, path=path, **arguments)
     with pytest.raises(ur.InputError, match="PackedSequence"):
         draw(ur.GRU(3, 4), nn.utils.rnn.pack_sequence([torch.ones(2, 3)]), path)
-    with pytest.raises(ur.OptionError, match="draw takes what unroll made, got a RNN"):
+    with pytest.raises(ur.OptionError, match="draw takes what unroll or stack made, got a RNN"):
         draw(nn.RNN(3, 4), torch.ones(2, 4, 3), path)
     assert list(tmp_path.iterdir()) == []
 

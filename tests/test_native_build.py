@@ -73,6 +73,33 @@ def test_a_library_is_built_once_in_a_directory_of_the_users_own(full_cache):
     assert {path: path.stat().st_ino for path in full_cache.iterdir()} == before
 
 
+def test_all_loops_of_a_plan_are_one_library(tmp_path):
+    assert "engine: native" in ran(tmp_path)
+    assert len(list(tmp_path.glob("*.so"))) == 2  # the other one has the kernel for products
+
+
+def test_loops_are_prepared_together_whatever_their_numbers_and_those_that_are_not_emitted_are_named(tmp_path):
+    said = ran(
+        tmp_path,
+        """
+import torch
+import unrolled as ur
+from unrolled.engine import native
+from unrolled.plan.plan import plan_step
+
+loops = []
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    cell = ur.RNNCell(3, 5).to(dtype)
+    plan = plan_step(cell, torch.randn(2, 3, dtype=dtype), torch.randn(2, 5, dtype=dtype), None, 2, (True,))
+    loops += [loop for loop in plan.loops if loop is not None]
+refused = native.prepare(loops)
+print(refused == {loops[2]: "values of torch.bfloat16"}, native.prepare(loops) == refused)
+""",
+    )
+    assert said == "True True\n"
+    assert len(list(tmp_path.glob("*.so"))) == 4  # two dtypes, loops and products
+
+
 DAMAGE = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:100]),
     "emptied": lambda path: path.write_bytes(b""),
@@ -221,6 +248,7 @@ sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]
 fixed = [torch.zeros(values[v].sizes(2)) for v in loop.fixed]
 states = [torch.zeros(values[v].sizes(2)) for v in loop.states]
 run = lambda s, f, h, T=4, B=2: native.run_loop(loop, Request(s, f, h, Extent(T, B), False))
+native.prepare([loop])
 run(sequences, fixed, states)
 wrong = [
     lambda: run([s[:3] for s in sequences], fixed, states),

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import unrolled as ur
 from random_cells import assert_as_reference, decision, unrolled
+from unrolled.engine.native import bind
 
 F64, F32 = torch.float64, torch.float32
 H = 6
@@ -225,3 +227,37 @@ def test_cells_of_the_literature_run_as_c(name, dtype):
         assert_as_reference(cell, x, engine="native", rnn=fast, what=f"T={T} B={B}")
         carried = unrolled(cell, "reference")(x)[1]
         assert_as_reference(cell, x, carried, engine="native", rnn=fast, what=f"carried, T={T} B={B}")
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_gradients_without_memory_are_zeros(size):
+    """Autograd's zeros have no address; with the larger size the kernel of large products is given them too."""
+    cell, x = ur.RNNCell(size, size).double(), torch.randn(40, 8, size, dtype=F64)
+    assert decision(cell, x, "native").engine == "native"
+    assert_as_reference(cell, x, engine="native", loss=lambda outputs, state: outputs.sgn().sum() + state.sgn().sum())
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_inputs_that_are_negated_when_they_are_read(size):
+    cell, x = ur.RNNCell(size, size).double(), torch._neg_view(torch.randn(40, 8, size, dtype=F64))
+    assert_as_reference(cell, x, engine="native")
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("make", [ur.LSTMCell, ur.GRUCell, ur.LayerNormLSTMCell])
+def test_threads_that_help_with_products_change_no_number(make, B, monkeypatch):
+    """One or two rows: one thread walks, the other takes pieces of its products; each entry is summed as before."""
+    cell, x = make(H, 40).double(), torch.randn(7, B, H, dtype=torch.float64)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for worth in (1 << 60, 0):
+            monkeypatch.setattr(bind, "_WORTH_HELP", worth)
+            outputs, _ = ur.unroll(cell, engine="native")(x)
+            grads = torch.autograd.grad(outputs.square().sum(), list(cell.parameters()))
+            found.append([outputs.detach(), *grads])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_as_reference(cell, x, engine="native")

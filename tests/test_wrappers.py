@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import unrolled as ur
 from matching import assert_match
 from problems import AttendingCell, B, CountingCell, H, I, NestedCell, T, TokenCell, uneven_loss
+from random_cells import assert_as_reference
 from unrolled._unroll import ENGINES
 from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree, leaves, map_leaves
@@ -517,3 +518,32 @@ def test_a_floating_clock_is_added_up_as_the_cell_does_it():
     cell = ur.as_cell(lambda x, s: (s + x, s + 0.1), state=lambda n, dtype=None, **_: torch.zeros(n, dtype=dtype))
     inputs = torch.zeros(100, B)
     assert_match(ur.unroll(cell)(inputs), ur.unroll(cell, engine="reference")(inputs), bound=0)
+
+
+OUTPUT_WRAPPERS = {
+    "residual": lambda: ur.ResidualCell(ur.GRUCell(H, H)),
+    "projected": lambda: ur.ProjectedCell(ur.GRUCell(H, H), H, 2, bias=True),
+    "residual around projected": lambda: ur.ResidualCell(ur.ProjectedCell(ur.GRUCell(H, 2 * H), 2 * H, H)),
+}
+
+
+@pytest.mark.parametrize("engine", ["eager", "native"])
+@pytest.mark.parametrize("name", OUTPUT_WRAPPERS)
+def test_what_changes_outputs_runs_on_every_engine(name, engine):
+    cell = OUTPUT_WRAPPERS[name]().double()
+    assert_as_reference(cell, torch.randn(5, 3, H, dtype=torch.float64), engine=engine)
+
+
+def test_residual_adds_the_input_and_projection_is_the_linear_layers():
+    cell, x = ur.GRUCell(H, H), torch.randn(5, 3, H)
+    plain, state = ur.unroll(cell)(x)
+    outputs, last = ur.unroll(ur.ResidualCell(cell))(x)
+    torch.testing.assert_close(outputs, plain + x)
+    assert torch.equal(last, state)
+    projected = ur.ProjectedCell(cell, H, 2)
+    torch.testing.assert_close(ur.unroll(projected)(x)[0], plain @ projected.projection.weight.t())
+
+
+def test_a_residual_connection_needs_outputs_like_its_inputs():
+    with pytest.raises(ur.CellError, match=r"GRUCell reads \[2, 3\] and gives out \[2, 5\]"):
+        ur.unroll(ur.ResidualCell(ur.GRUCell(3, 5)))(torch.randn(4, 2, 3))

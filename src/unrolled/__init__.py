@@ -1,9 +1,10 @@
 """Unroll any recurrent cell into weight-sharing copies: see them, train them, know what each one contributed."""
 
 from unrolled._convert import from_torch, to_torch
-from unrolled._copies import Copies, Copy, copies
+from unrolled._copies import Copies, Copy
 from unrolled._draw import draw
 from unrolled._generate import Step, generate, stream
+from unrolled._layered_copies import LayeredCopies, copies
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._outputs import last_output, pooled, sequence_loss
 from unrolled._stack import Bidirectional, Stack, stack
@@ -34,7 +35,15 @@ from unrolled.errors import (
     StateError,
     UnrolledError,
 )
-from unrolled.wrappers import DropoutCell, FedState, ScheduledSampling, SeededState, ZoneoutCell
+from unrolled.wrappers import (
+    DropoutCell,
+    FedState,
+    ProjectedCell,
+    ResidualCell,
+    ScheduledSampling,
+    SeededState,
+    ZoneoutCell,
+)
 
 __version__ = "0.1.0"
 
@@ -52,6 +61,8 @@ __all__ = [
     # cells around cells
     "DropoutCell",
     "ZoneoutCell",
+    "ResidualCell",
+    "ProjectedCell",
     "ScheduledSampling",
     "FedState",
     "SeededState",
@@ -80,6 +91,7 @@ __all__ = [
     # the copies of one run
     "copies",
     "Copies",
+    "LayeredCopies",
     "Copy",
     # every engine against the reference
     "verify",

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unrolled import sequence
-from unrolled._doors import Passage, derivative, leads_to, ways_past
-from unrolled._layers import TorchLayer
-from unrolled._network import Network, Shares
-from unrolled._unroll import Unrolled
-from unrolled.cells.contract import CheckedStep, name_of
-from unrolled.engine import reference
-from unrolled.errors import CellError, GradientError, OptionError
-from unrolled.lengths import Extent
-from unrolled.trees import Tree, describe
+from unrolled._doors import Passage, derivative
+from unrolled._network import Network, Received, Shares, backward_through
+from unrolled.cells.contract import name_of
+from unrolled.trees import Tree, describe, map_leaves
 
-__all__ = ["Copies", "Copy", "copies"]
+__all__ = ["Copies", "Copy"]
 
 
 class Copy:
@@ -35,21 +30,29 @@ class Copy:
         self,
         network: Network,
         t: int,
-        received: Passage,
+        received: Received,
         entered: Sequence[Passage],
         left: Sequence[Passage],
         input: Tree,
+        state: Tree,
     ) -> None:
         self._network, self._received = network, received
         self._input_in, self._state_in, self._weights_in = entered
-        self._output_out, self._state_out = left
-        self.t = t
-        self.input = input
+        self._output_out, self.handed_on = left
+        self.t, self.input, self._state = t, input, state
+
+    @property
+    def rows(self) -> Tensor:
+        """Which rows of the caller's batch are alive at t, in the order in which this copy's tensors have them: `[n]`.
+
+        That order is by length, the longest first, where rows end at different times; else it is the caller's.
+        """
+        return self._network.order[: self._network.given.extent.sizes[self.t]]
 
     @property
     def state(self) -> Tree:
-        """What it received: the state handed on by the copy before it, `[B, ...]`."""
-        return self._received.tree
+        """What the cell saw: the state handed to it, `[B, ...]`, fresh in rows that were reset just before t."""
+        return self._state
 
     @property
     def output(self) -> Tree:
@@ -58,8 +61,8 @@ class Copy:
 
     @property
     def next_state(self) -> Tree:
-        """The state it handed to the copy after it, `[B, ...]`."""
-        return self._state_out.tree
+        """The state it handed on, `[B, ...]`: to the copy after it, in a reversed network to the one before it."""
+        return self.handed_on.tree
 
     @property
     def input_grad(self) -> Tree:
@@ -68,13 +71,17 @@ class Copy:
 
     @property
     def state_grad(self) -> Tree:
-        """What flowed back *through this copy* to the state it received."""
+        """What flowed back *through this copy* to the state that the cell saw."""
         return self._grads(self._state_in)
 
     @property
     def total_state_grad(self) -> Tree:
-        """The loss's whole gradient by the state it received: `state_grad` and what the loss took from it directly."""
-        return self._grads(self._received)
+        """The loss's whole gradient by the state handed to it: `state_grad` and what the loss took from it directly.
+
+        Nothing flows through a reset: in such a row it is only what the loss took directly, mostly zero.
+        """
+        self._network.listener.require_backward()
+        return self._received.grad_tree
 
     @property
     def output_grad(self) -> Tree:
@@ -87,13 +94,13 @@ class Copy:
         return Shares(self._network, f"weight_grad of copy {self.t}", lambda name: self._shares([name])[name])
 
     def _grads(self, passage: Passage) -> Tree:
-        self._network.require_backward()
+        self._network.listener.require_backward()
         return passage.grad_tree
 
     def _shares(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Shares of several parameters at the cost of one backward step of this copy."""
         aliases = dict(zip(self._network.weights, self._weights_in.passed, strict=True))
-        flowed = self._output_out.flowed() + self._state_out.flowed()
+        flowed = self._output_out.flowed() + self.handed_on.flowed()
         found = derivative(flowed, [aliases[name] for name in names], f"the shares of copy {self.t}")
         return dict(zip(names, found, strict=True))
 
@@ -118,30 +125,74 @@ class Copies(Sequence[Copy]):
     """The copies of an unrolled network after one run; made by `copies`.
 
     `copies[t]` is a `Copy`; `copies[a:b]` is of this class too, and its copies keep their own t. A loss may be made of
-    `outputs`, of `state`, or of any copy's `output`, `state` or `next_state`.
+    `outputs`, of `state`, or of any copy's `output`, `state` or `next_state`. Where rows end at different times, there
+    are as many copies as the longest row has steps, and a copy has the rows that are alive: `copies[t].rows`.
 
     Example:
         >>> import unrolled as ur
-        >>> copies = ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3))
-        >>> [copy.t for copy in copies[2:]]
-        [2, 3, 4]
+        >>> copies = ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3), lengths=[2, 4])
+        >>> [copy.t for copy in copies[2:]], copies[2].rows
+        ([2, 3], tensor([1]))
     """
 
-    def __init__(self, network: Network, members: Sequence[Copy], *, batch_first: bool) -> None:
+    def __init__(self, network: Network, members: Sequence[Copy], run: Sequence[Copy]) -> None:
         self._network = network
-        self._members = tuple(members)
-        self._batch_first = batch_first
+        self._members, self._run = tuple(members), tuple(run)
 
     @property
     def outputs(self) -> Tree:
-        """The copies' outputs as the unrolled network returns them, `[T, B, ...]` or `[B, T, ...]`."""
-        stacked = sequence.stacked([copy.output for copy in self._some()])
-        return sequence.swap_time_and_batch(stacked) if self._batch_first else stacked
+        """The copies' outputs as the unrolled network returns them, `[T, B, ...]` or `[B, T, ...]`.
+
+        A slice has one step for each of its copies. Where rows end at different times, it is padded with zeros, also
+        where the whole is a PackedSequence.
+        """
+        given = self._network.given
+        if self._members == self._run:
+            return given.outputs(self.joined)
+        steps = [self._padded(copy) if given.extent.ragged else copy.output for copy in self._some()]
+        stacked = sequence.stacked(steps)
+        return sequence.swap_time_and_batch(stacked) if given.batch_first else stacked
+
+    @property
+    def joined(self) -> Tree:
+        """The copies' outputs as engines return them: `[T, B, ...]`, `[N, ...]` where rows end at different times."""
+        if not self._run:
+            return self._network.no_outputs
+        return sequence.joined([copy.output for copy in self._some()], self._network.given.extent)
+
+    def _padded(self, copy: Copy) -> Tree:
+        """A copy's output with all rows of the batch."""
+        batch = self._network.given.batch
+
+        def placed(rows: Tensor) -> Tensor:
+            return rows.new_zeros((batch, *rows.shape[1:])).index_copy(0, copy.rows.to(rows.device), rows)
+
+        return map_leaves(placed, copy.output)
 
     @property
     def state(self) -> Tree:
-        """The state that the last of these copies handed on, `[B, ...]`."""
-        return self._some()[-1].next_state
+        """The state of each row once the last of these copies has run, `[B, ...]`; of all copies, the network's own.
+
+        The last to run is the one with the largest t, in a reversed network with the smallest. A row that has ended
+        keeps the state of its own end, one that has not begun the initial state.
+        """
+        network = self._network
+        if not self._run:
+            return network.initial.tree
+        last = (min if network.reverse else max)(self._some(), key=lambda copy: copy.t)
+        return network.given.last(self._reached(last), network.initial.tree)
+
+    def _reached(self, last: Copy) -> Tree:
+        """The states of all rows that have a step, as engines see them, once a copy has run."""
+        sizes = self._network.given.extent.sizes
+        if self._network.reverse:
+            others = [map_leaves(lambda leaf: leaf[sizes[last.t] :], self._network.first)]
+        else:
+            ending = [t for t in range(last.t - 1, -1, -1) if sizes[t] > sizes[t + 1]]
+            others = [map_leaves(lambda leaf, n=sizes[t + 1]: leaf[n:], self._run[t].next_state) for t in ending]
+        if not self._network.given.extent.ragged or not others:
+            return last.next_state
+        return map_leaves(lambda *rows: torch.cat(rows), last.next_state, *others)
 
     def _some(self) -> Sequence[Copy]:
         if not self._members:
@@ -154,7 +205,7 @@ class Copies(Sequence[Copy]):
     def __getitem__(self, index: slice) -> Copies: ...
     def __getitem__(self, index: int | slice) -> Copy | Copies:
         if isinstance(index, slice):
-            return Copies(self._network, self._members[index], batch_first=self._batch_first)
+            return Copies(self._network, self._members[index], self._run)
         try:
             return self._members[index]
         except IndexError as error:
@@ -176,22 +227,7 @@ class Copies(Sequence[Copy]):
         Raises:
             GradientError: if the loss has no gradient, or is no scalar and comes without one.
         """
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise GradientError(
-                "the loss has no gradient; compute it from copies.outputs, or from a copy's output or state, "
-                "with gradients enabled"
-            )
-        if gradient is None and loss.numel() != 1:
-            raise GradientError(
-                f"the loss must be a scalar, got shape {list(loss.shape)}; take its .sum() or .mean(), or pass gradient"
-            )
-        if gradient is not None and gradient.shape != loss.shape:
-            raise GradientError(f"gradient must have the loss's shape {list(loss.shape)}, got {list(gradient.shape)}")
-        if not leads_to([loss], self._network.listener):
-            raise GradientError(
-                "the loss does not depend on these copies; compute it from their outputs or states, not of another run"
-            )
-        self._network.remember(lambda: loss.backward(gradient, retain_graph=True))
+        backward_through(self._network.listener, loss, gradient)
 
     @property
     def weight_grad(self) -> Mapping[str, Tensor]:
@@ -225,12 +261,13 @@ class Copies(Sequence[Copy]):
     def initial_grad(self) -> Mapping[str, Tensor]:
         """What parameters got through the initial state, which is no copy's: name -> `[*shape]`.
 
-        Zeros where the initial state does not depend on a parameter, or was passed by the caller.
+        Fresh states that rows were reset to are of it. Zeros where the initial state does not depend on a parameter, or
+        was passed by the caller.
         """
         network = self._network
 
         def share(name: str) -> Tensor:
-            flowed = network.initial.flowed() if network.own_state else []
+            flowed = [pair for passage in network.made for pair in passage.flowed()]
             return derivative(flowed, [network.weights[name]], "the initial state's share")[0]
 
         return Shares(network, "initial_grad", share)
@@ -247,93 +284,6 @@ class Copies(Sequence[Copy]):
                 f"  state   {describe(first.state)}",
                 f"  output  {describe(first.output)}",
                 f"  shared  {', '.join(self._network.weights) or 'no trained parameter'}",
-                f"  grads   {'there' if self._network.backwards else 'after copies.backward(loss)'}",
+                f"  grads   {'there' if self._network.listener.backwards else 'after copies.backward(loss)'}",
             ]
         )
-
-
-class _AliasedStep(CheckedStep):
-    """A checked step of a cell whose parameters are replaced by one copy's own aliases of them."""
-
-    def __init__(self, network: Network, aliases: Sequence[Tensor]) -> None:
-        super().__init__(network.cell, None if network.context is None else network.context.tree)
-        self._aliases = dict(zip(network.paths.values(), aliases, strict=True))
-
-    def run(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
-        return torch.func.functional_call(self.cell, self._aliases, (input, state, *self.rest(t)))
-
-
-def _recording(network: Network, members: list[Copy]) -> Callable[[int, Tree, Tree], tuple[Tree, Tree]]:
-    """A step for the reference engine that makes a copy of every call."""
-
-    def step(t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
-        received = members[-1]._state_out if members else network.initial
-        entered = network.through_door(input, state, list(network.weights.values()))
-        aliased = _AliasedStep(network, entered[2].passed)
-        returned = aliased(t, entered[0].tree, entered[1].tree)
-        left = network.through_door(*returned)
-        _refuse_other_ways(network, t, entered, left)
-        members.append(Copy(network, t, received, entered, left, input))
-        return left[0].tree, left[1].tree
-
-    return step
-
-
-def _refuse_other_ways(network: Network, t: int, entered: Sequence[Passage], left: Sequence[Passage]) -> None:
-    """What reaches a copy by another way than through its door would be missing from its share, or be in another's."""
-    doors = [*entered, network.context] if network.context is not None else entered
-    beside, others = ways_past(doors, [tensor for passage in left for tensor in passage.raw])
-    hidden = [name for name, weight in network.weights.items() if id(weight) in beside]
-    if hidden:
-        raise CellError(
-            f"copy {t} of {name_of(network.cell)} reads {', '.join(hidden)} by another way than its registered name, "
-            "so its share cannot be told; read the parameter as an attribute of its module in every step"
-        )
-    if others:
-        raise CellError(
-            f"copy {t} of {name_of(network.cell)} uses something that an earlier copy computed and did not hand on in "
-            "its state (a cached weight?), so their shares cannot be told apart; compute it in every step"
-        )
-
-
-def copies(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Copies:
-    """Run an unrolled network and keep its T copies as objects.
-
-    Args:
-        rnn: what `unroll` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
-        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
-        state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
-        context: what a cell with a third argument receives at every step.
-
-    Returns:
-        The copies. Their outputs and state have the values that `rnn(inputs, state)` returns. Copies speak of the
-        cell: those of a layer have states `[B, H]` without the layer's leading dimension, and a sequence without a
-        batch is a batch of one.
-
-    Raises:
-        OptionError: if `rnn` is no unrolled network.
-        InputError: as the call itself does.
-        StateError: as the call itself does.
-        CellError: as the call itself does, and if the cell writes into its input or state in place.
-
-    Example:
-        >>> import torch, unrolled as ur
-        >>> rnn = ur.unroll(ur.RNNCell(3, 4))
-        >>> copies = ur.copies(rnn, torch.randn(10, 2, 3))
-        >>> copies.backward(copies.outputs[-1].sum())
-        >>> copies[7].state_grad.shape, copies.weight_grad["weight_hh"].shape
-        (torch.Size([2, 4]), torch.Size([10, 4, 4]))
-        >>> torch.allclose(copies.weight_grad["weight_hh"].sum(0), rnn.cell.weight_hh.grad, atol=1e-6)
-        True
-    """
-    if isinstance(rnn, TorchLayer):
-        rnn, inputs, state = rnn.prepared(inputs, state)
-    if not isinstance(rnn, Unrolled):
-        raise OptionError(f"copies takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
-    own_state = state is None
-    inputs, state = rnn.prepared(inputs, state, context)
-    network = Network(rnn.cell, state, context, own_state=own_state)
-    members: list[Copy] = []
-    extent = Extent(*sequence.sizes(inputs))
-    reference.run(_recording(network, members), inputs, network.initial.tree, extent)
-    return Copies(network, members, batch_first=rnn.batch_first)

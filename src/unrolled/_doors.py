@@ -10,7 +10,7 @@ for, and a door in is farther from them than all earlier copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,45 @@ __all__ = ["Listener", "Passage", "derivative", "leads_to", "pass_through", "way
 
 
 class Listener:
-    """Whether gradients that pass are remembered: only those of `Copies.backward` are, not of any other pass."""
+    """What remembers the gradients that pass some doors: only those of `Copies.backward`, not of any other pass.
+
+    Attributes:
+        listening: whether what passes is remembered.
+        backwards: how many passes have been remembered.
+    """
 
     def __init__(self) -> None:
         self.listening = False
+        self.backwards = 0
+        self._remembered: list[list[Tensor | None]] = []
+
+    def attend(self, passages: Sequence[Passage]) -> None:
+        """Keep in mind where the gradients of some passages are remembered."""
+        self._remembered += [passage.grads for passage in passages]
+
+    def remember(self, backward: Callable[[], None]) -> None:
+        """Run a backward pass and remember what flows; if it fails, what was remembered before stays."""
+        before = [(grads, list(grads)) for grads in self._remembered]
+        self.listening = True
+        try:
+            backward()
+        except BaseException as error:
+            for grads, kept in before:
+                grads[:] = kept
+            if not isinstance(error, RuntimeError):
+                raise
+            raise GradientError(
+                "the backward pass failed; the copies' gradients are as before, .grad is as far as torch came. "
+                f"If the weights have changed since the run, run copies again. torch says: {error}"
+            ) from error
+        finally:
+            self.listening = False
+        self.backwards += 1
+
+    def require_backward(self) -> None:
+        """Refuse to answer before there are gradients."""
+        if not self.backwards:
+            raise GradientError("the copies have no gradients yet; call copies.backward(loss) first")
 
 
 class Passage:
@@ -51,9 +86,13 @@ class Passage:
     @property
     def grad_tree(self) -> Tree:
         """The gradients in the tree's shape: zeros where nothing came back, None for leaves that have no gradient."""
+        return unflatten(self.structure, self.filled)
+
+    @property
+    def filled(self) -> list[Any]:
+        """The gradients leaf by leaf, with zeros where nothing came back; None for leaves that have no gradient."""
         pairs = zip(self.grads, self.passed, strict=True)
-        filled: list[Any] = [torch.zeros_like(x) if g is None and _differentiable(x) else g for g, x in pairs]
-        return unflatten(self.structure, filled)
+        return [torch.zeros_like(x) if g is None and _differentiable(x) else g for g, x in pairs]
 
     def flowed(self) -> list[tuple[Tensor, Tensor]]:
         """The tensors before the door that a gradient came back to, each with it."""
@@ -65,24 +104,27 @@ def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def pass_through(listener: Listener, *passages: Passage) -> None:
+def pass_through(listener: Listener, *trees: Tree) -> list[Passage]:
     """Lead some trees through one door.
 
     Tensors that nobody has asked a gradient of are asked for one from here on, so that it can be shown. Without
     gradients the door hands out clones: a cell that writes into its state must not change what is shown.
     """
+    passages = [Passage(tree) for tree in trees]
+    listener.attend(passages)
     slots = [(p, i) for p in passages for i, tensor in enumerate(p.raw) if _differentiable(tensor)]
     # The door must not hold what passed: tensors hold their graph, and autograd's cycles are never collected.
     grads = [(passage.grads, i) for passage, i in slots]
     tensors = [passage.raw[i] for passage, i in slots]
     if not tensors:
-        return
+        return passages
     if not torch.is_grad_enabled():
         passed: Sequence[Tensor] = [tensor.clone() for tensor in tensors]
     else:
         passed = _Door.apply(listener, grads, *map(_asked, tensors))
     for (passage, i), tensor in zip(slots, passed, strict=True):
         passage.passed[i] = tensor
+    return passages
 
 
 def _asked(tensor: Tensor) -> Tensor:

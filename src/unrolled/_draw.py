@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from unrolled._layers import TorchLayer
 from unrolled._probe import probed
+from unrolled._stack import Layered
 from unrolled._unroll import Unrolled
 from unrolled.drawing import Sketch
 from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
-from unrolled.errors import OptionError
+from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree
 
 __all__ = ["draw"]
 
-RENDERERS: dict[str, Callable[[Sketch], str]] = {".svg": svg, ".txt": text}
+RENDERERS: dict[str, Callable[..., str]] = {".svg": svg, ".txt": text}
 """What draws a file, by its suffix."""
 
 
@@ -35,10 +37,11 @@ def draw(
 ) -> Path | None:
     """Draw an unrolled network: the rolled cell, its copies, what they hand on and what they share.
 
-    One step is run to learn the shapes, without gradients; random state, buffers and `.grad` stay as they were.
+    Layers and directions are drawn one below the other, in the order in which they run. One step of each is run to
+    learn the shapes, without gradients; random state, buffers and `.grad` stay as they were.
 
     Args:
-        rnn: what `unroll` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
+        rnn: what `unroll`, `stack` or `Bidirectional` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
         inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
         path: a file ending in .svg or .txt; by default the picture is printed as text.
         state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
@@ -61,28 +64,32 @@ def draw(
         ...
     """
     if path is None:
-        _print(_sketched(rnn, inputs, state, context))
+        _print(_sketches(rnn, inputs, state, context))
         return None
     target, render = _destination(path)
-    _write(target, render(_sketched(rnn, inputs, state, context)))
+    _write(target, render(*_sketches(rnn, inputs, state, context)))
     return target
 
 
-def _sketched(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> Sketch:
+def _sketches(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:
+    if isinstance(inputs, PackedSequence):
+        raise InputError("draw takes no PackedSequence; pad it: torch.nn.utils.rnn.pad_packed_sequence")
     if isinstance(rnn, TorchLayer):
         rnn, inputs, state = rnn.prepared(inputs, state)
-    if not isinstance(rnn, Unrolled):
-        raise OptionError(f"draw takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
+    if not isinstance(rnn, Unrolled | Layered):
+        raise OptionError(
+            f"draw takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
+        )
     return probed(rnn, inputs, state, context)
 
 
-def _print(sketch: Sketch) -> None:
+def _print(sketches: Sequence[Sketch]) -> None:
     """Print the picture, in ASCII where the terminal's encoding lacks a character of it."""
-    picture, encoding = text(sketch), getattr(sys.stdout, "encoding", None)
+    picture, encoding = text(*sketches), getattr(sys.stdout, "encoding", None)
     try:
         picture.encode(encoding or "utf-8")
     except UnicodeEncodeError:
-        picture = text(sketch, ascii=True)
+        picture = text(*sketches, ascii=True)
     print(picture, end="")
 
 

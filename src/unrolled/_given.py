@@ -97,6 +97,14 @@ class _Padded(Given):
     def rows(self, tree: Tree) -> Tree:
         return None if tree is None else map_leaves(self.ragged.running, tree)
 
+    def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
+        found = super().resets(resets, reverse=reverse)
+        if not reverse:
+            return found
+        # A row begins, backwards, at its own end: what comes before that is padding.
+        inside = torch.arange(self.steps).unsqueeze(1) < self.ragged.lengths - 1
+        return found & (inside.T if self.batch_first else inside).to(found.device)
+
     def last(self, tree: Tree, first: Tree) -> Tree:
         return map_leaves(self.ragged.restored, tree, first)
 

@@ -141,7 +141,10 @@ class TorchLayer(nn.Module):
             StateError: for a state that does not fit.
         """
         network, inputs, state = self.prepared(input, hx)
-        outputs, last = network(inputs, state, lengths=lengths, resets=resets)
+        return self.returned(input, *network(inputs, state, lengths=lengths, resets=resets))
+
+    def returned(self, input: Tensor, outputs: Tensor, last: Tree) -> tuple[Tensor, Tree]:
+        """What the layers return for an input, from what their network returns."""
         if isinstance(input, Tensor) and input.dim() == 2:
             return outputs.squeeze(0 if self.batch_first else 1), map_leaves(
                 lambda h: h.squeeze(1), self._layered(last)
@@ -183,10 +186,10 @@ class TorchLayer(nn.Module):
         if not fits or not all(isinstance(h, Tensor) and h.dim() == rank and h.shape[0] == many for h in tensors):
             wanted = f"({', '.join(self.state_names)}), each" if pair else "one tensor"
             shape = f"[{many}, B, H]" if batch else f"[{many}, H]"
+            got = [list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]
             raise StateError(
-                f"the state of {type(self).__name__} is {wanted} {shape} as in torch.nn, "
-                f"got {[list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]}; "
-                "the first dimension counts layers and directions: h.unsqueeze(0) for one of each"
+                f"the state of {type(self).__name__} is {wanted} {shape} as in torch.nn, got {got}; the first "
+                "dimension counts layers and directions: a cell's [B, H] gets it by unsqueeze(0) or torch.stack"
             )
         batched = [h if batch else h.unsqueeze(1) for h in tensors]
         each = [tuple(h[n] for h in batched) if pair else batched[0][n] for n in range(many)]
@@ -259,6 +262,11 @@ class _LayerCell(nn.Module):
         super().__init__()
         self.layer, self.suffix = layer, suffix
         self.display_name = type(layer).__name__
+
+    def reads_parameter(self, name: str) -> bool:
+        """Whether a parameter of the layer is this cell's, and not that of another layer or direction."""
+        others = tuple(suffix for suffix in self.layer.suffixes if suffix != self.suffix)
+        return not any(part.endswith(others) for part in name.split("."))
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -4,69 +4,132 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from unrolled._doors import Listener, Passage, pass_through
+from unrolled._doors import Listener, Passage, leads_to, pass_through
+from unrolled._given import Given
 from unrolled.cells.adapted import parameter_names
 from unrolled.errors import GradientError
-from unrolled.trees import Tree
+from unrolled.trees import Tree, unflatten
 
-__all__ = ["Network", "Shares"]
+__all__ = ["Network", "Received", "Shares", "backward_through"]
 
 
 class Network:
-    """What all the copies of one unrolled network share."""
+    """What all the copies of one unrolled network share.
 
-    def __init__(self, cell: nn.Module, state: Tree, context: Tree, *, own_state: bool) -> None:
-        self.cell = cell
-        parameters = dict(cell.named_parameters())
-        self.paths = {name: path for name, path in parameter_names(cell).items() if parameters[path].requires_grad}
-        self.weights = {name: parameters[path] for name, path in self.paths.items()}
-        self.own_state = own_state
-        self.listener = Listener()
-        self.backwards = 0
-        self.norms: dict[int, dict[str, Tensor]] = {}
-        self.remembered: list[list[Tensor | None]] = []
+    Args:
+        cell: the cell.
+        given: how the caller gave the batch.
+        listener: what remembers gradients; several networks may have one.
+        state: the state of the caller's rows, `[B, ...]`.
+        fresh: the state that rows are reset to, or None where there are no resets.
+        context: what the cell receives at every step, with the caller's rows, or None.
+        reverse: whether the last copy comes first.
+        own_state: whether `state` was made by the cell and not by the caller.
+
+    Attributes:
+        initial: the door of `state`.
+        first: its rows as engines see them.
+        order: which row of the caller's each of these is.
+        no_outputs: what a run without any step gives out.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        given: Given,
+        listener: Listener,
+        state: Tree,
+        fresh: Tree,
+        context: Tree,
+        *,
+        reverse: bool,
+        own_state: bool,
+    ) -> None:
+        self.cell, self.given, self.listener, self.reverse = cell, given, listener, reverse
+        self.trained = {name: p for name, p in cell.named_parameters() if p.requires_grad}
+        self.paths = {name: path for name, path in parameter_names(cell).items() if path in self.trained}
+        self.weights = {name: self.trained[path] for name, path in self.paths.items()}
+        self.no_outputs: Tree = None
         (self.initial,) = self.through_door(state)
-        self.context = None if context is None else self.through_door(context)[0]
+        self.first = given.rows(self.initial.tree)
+        self.order = given.rows(torch.arange(given.batch))
+        self.fresh = None if fresh is None else self.through_door(given.rows(fresh))[0]
+        self.context = None if context is None else self.through_door(given.rows(context))[0]
+        made = [self.initial] if own_state else []
+        self.made = made if self.fresh is None else [*made, self.fresh]
+        self._norms: dict[int, dict[str, Tensor]] = {}
+        self._norms_of = 0
 
-    def remember(self, backward: Callable[[], None]) -> None:
-        """Run a backward pass and remember what flows; if it fails, what was remembered before stays."""
-        before = [(grads, list(grads)) for grads in self.remembered]
-        self.listener.listening = True
-        try:
-            backward()
-        except BaseException as error:
-            for grads, kept in before:
-                grads[:] = kept
-            if not isinstance(error, RuntimeError):
-                raise
-            raise GradientError(
-                "the backward pass failed; the copies' gradients are as before, .grad is as far as torch came. "
-                f"If the weights have changed since the run, run copies again. torch says: {error}"
-            ) from error
-        finally:
-            self.listener.listening = False
-        self.norms.clear()
-        self.backwards += 1
+    @property
+    def norms(self) -> dict[int, dict[str, Tensor]]:
+        """The norms of shares by t, as far as they were asked for since the last backward pass."""
+        if self._norms_of != self.listener.backwards:
+            self._norms, self._norms_of = {}, self.listener.backwards
+        return self._norms
 
     def through_door(self, *trees: Tree) -> list[Passage]:
         """Lead trees through one door."""
-        passages = [Passage(tree) for tree in trees]
-        pass_through(self.listener, *passages)
-        self.remembered += [passage.grads for passage in passages]
-        return passages
+        return pass_through(self.listener, *trees)
 
-    def require_backward(self) -> None:
-        if not self.backwards:
-            raise GradientError("the copies have no gradients yet; call copies.backward(loss) first")
+
+class Received:
+    """A state as a copy is handed it: rows of the copy before it, and the initial state of rows that begin.
+
+    Args:
+        parts: where the rows come from, and which ones they are there; None for all.
+    """
+
+    def __init__(self, *parts: tuple[Passage, Tensor | slice | None]) -> None:
+        self._parts = parts
+
+    @property
+    def grad_tree(self) -> Tree:
+        """The gradients that came back to it."""
+        columns = zip(*(_rows(passage.filled, rows) for passage, rows in self._parts), strict=True)
+        grads = [None if column[0] is None else _joined(column) for column in columns]
+        return unflatten(self._parts[0][0].structure, grads)
+
+
+def _rows(grads: list[Tensor | None], rows: Tensor | slice | None) -> list[Tensor | None]:
+    return grads if rows is None else [None if grad is None else grad[rows] for grad in grads]
+
+
+def _joined(column: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(column) if len(column) > 1 else column[0]
+
+
+def backward_through(listener: Listener, loss: Tensor, gradient: Tensor | None) -> None:
+    """Run `loss.backward(gradient)`, and remember what passes the doors of some copies.
+
+    Raises:
+        GradientError: if the loss has no gradient, is no scalar and comes without one, or is not of these copies.
+    """
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise GradientError(
+            "the loss has no gradient; compute it from copies.outputs, or from a copy's output or state, "
+            "with gradients enabled"
+        )
+    if gradient is None and loss.numel() != 1:
+        raise GradientError(
+            f"the loss must be a scalar, got shape {list(loss.shape)}; take its .sum() or .mean(), or pass gradient"
+        )
+    if gradient is not None and gradient.shape != loss.shape:
+        raise GradientError(f"gradient must have the loss's shape {list(loss.shape)}, got {list(gradient.shape)}")
+    if not leads_to([loss], listener):
+        raise GradientError(
+            "the loss does not depend on these copies; compute it from their outputs or states, not of another run"
+        )
+    listener.remember(lambda: loss.backward(gradient, retain_graph=True))
 
 
 class Shares(Mapping[str, Tensor]):
     """Parameter names to tensors that are computed when asked for."""
 
     def __init__(self, network: Network, title: str, compute: Callable[[str], Tensor]) -> None:
-        network.require_backward()
+        network.listener.require_backward()
         self._names, self._title, self._compute = tuple(network.weights), title, compute
 
     def __getitem__(self, name: str) -> Tensor:

@@ -49,6 +49,9 @@ class PlanBook:
     Args:
         engine: 'auto', 'reference', 'eager' or 'native'.
         quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
+
+    Attributes:
+        latest: what was decided for the latest call, None before the first one.
     """
 
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
@@ -57,6 +60,7 @@ class PlanBook:
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
         self._coupling: OrderedDict[Any, bool] = OrderedDict()
         self._said: set[Decision] = set()
+        self.latest: Decision | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
@@ -67,6 +71,7 @@ class PlanBook:
             "_entries": OrderedDict(),
             "_coupling": OrderedDict(),
             "_said": set(),
+            "latest": None,
         }
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
@@ -108,7 +113,8 @@ class PlanBook:
         if extent is not None and extent.ragged and decision.plan is not None and decision.plan.coupled:
             reason = next(iter(decision.plan.coupled.values()))
             why = f"rows of different lengths need steps that act row by row: {reason}"
-            return self._told_once(Decision(None, "reference", why))
+            decision = self._told_once(Decision(None, "reference", why))
+        self.latest = decision
         return decision
 
     def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
@@ -151,10 +157,10 @@ class PlanBook:
         device = sequence.device_of(inputs)
         if not self.runner.why_not_native((), device):
             plan = self._recorded(cell, inputs, state, context, needing, fuse=True)
-            if not self.runner.why_not_native(_training_loops(plan), device):
+            if not self.runner.why_not_native(_loops_of(plan), device):
                 return plan, []
         plan = self._recorded(cell, inputs, state, context, needing, fuse=False)
-        return plan, self.runner.why_not_native(_training_loops(plan), device)
+        return plan, self.runner.why_not_native(_loops_of(plan), device)
 
     def _recorded(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...], *, fuse: bool
@@ -207,9 +213,9 @@ def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
     )
 
 
-def _training_loops(plan: StepPlan) -> list[LoopProgram]:
-    """The loops of a training step, forward and backward."""
-    forward = [planned.loop for planned in plan.planned.values()]
+def _loops_of(plan: StepPlan) -> list[LoopProgram]:
+    """All loops that a plan may run: forward, with nothing kept, and backward."""
+    forward = [loop for planned in plan.planned.values() for loop in (planned.loop, planned.inference)]
     backward = [loop for planned in plan.planned.values() for loop in planned.backward.loops if loop is not None]
     return forward + backward
 

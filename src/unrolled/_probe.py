@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unrolled import sequence
+from unrolled._stack import Bidirectional, Layered
 from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of
@@ -21,16 +22,50 @@ from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 __all__ = ["probed"]
 
 
-def probed(rnn: Unrolled, inputs: Tree, state: Tree, context: Tree) -> Sketch:
-    """What a picture of this network over these inputs needs to know.
+def probed(rnn: Unrolled | Layered, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:
+    """What a picture of each network in this one, over these inputs, needs to know.
 
     The step reads and writes clones, so that nothing it does in place outlives the picture.
     """
     with _random_state_kept(), torch.inference_mode(False), torch.no_grad():
-        held = [*rnn.named_parameters(), *rnn.named_buffers()]
-        clones = {f"rnn.{name}": tensor.detach().clone() for name, tensor in held}
-        found: Sketch = torch.func.functional_call(_Probe(rnn), clones, (inputs, state, context))
-        return found
+        if isinstance(rnn, Unrolled):
+            return (_probed(rnn, inputs, state, context, "")[0],)
+        found: list[Sketch] = []
+        sequence.sizes(inputs, batch_first=rnn.batch_first)
+        steps = sequence.swap_time_and_batch(inputs) if rnn.batch_first else inputs
+        _walked(rnn, steps, state, context, "", found)
+        return tuple(found)
+
+
+def _walked(
+    part: nn.Module, steps: Tree, state: Tree, context: Tree, place: str, found: list[Sketch]
+) -> tuple[Tree, Tree]:
+    """Sketch all networks in a part; returns outputs of the kind that the part gives out."""
+    if isinstance(part, Unrolled):
+        sketch, output = _probed(part, steps, state, context, place)
+        found.append(sketch)
+        return map_leaves(lambda leaf: leaf.expand(sketch.T, *leaf.shape), output), None
+    whole = cast("Layered", part)
+    names = _part_names(whole)
+
+    def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+        return _walked(part, steps, state, context, ", ".join(filter(None, [place, next(names)])), found)
+
+    return whole.composed_by(run, steps, state, context)
+
+
+def _part_names(whole: Layered) -> Iterator[str]:
+    if isinstance(whole, Bidirectional):
+        return iter(("forwards", "backwards"))
+    return iter([f"layer {number}" for number in range(len(whole.parts))])
+
+
+def _probed(rnn: Unrolled, inputs: Tree, state: Tree, context: Tree, place: str) -> tuple[Sketch, Tree]:
+    """What a picture of one network needs to know, and what one of its copies gives out."""
+    held = [*rnn.named_parameters(), *rnn.named_buffers()]
+    clones = {f"rnn.{name}": tensor.detach().clone() for name, tensor in held}
+    found: tuple[Sketch, Tree] = torch.func.functional_call(_Probe(rnn, place), clones, (inputs, state, context))
+    return found
 
 
 @contextmanager
@@ -43,13 +78,13 @@ def _random_state_kept() -> Iterator[None]:
 class _Probe(nn.Module):
     """An unrolled network of which one copy is run."""
 
-    def __init__(self, rnn: Unrolled) -> None:
+    def __init__(self, rnn: Unrolled, place: str) -> None:
         super().__init__()
-        self.rnn = rnn
+        self.rnn, self.place = rnn, place
         self.trained = {name: parameter.requires_grad for name, parameter in rnn.cell.named_parameters()}
 
-    def forward(self, inputs: Tree, state: Tree, context: Tree) -> Sketch:
-        """Run copy 0 and say what it met."""
+    def forward(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, Tree]:
+        """Run copy 0, and say what it met and gave out."""
         cell = self.rnn.cell
         weights = self._weights()
         with torch.enable_grad():
@@ -61,7 +96,7 @@ class _Probe(nn.Module):
         with _Readers(weights) if initial else nullcontext() as readers:
             output, _ = CheckedStep(cell, context)(0, input, first)
         apart = initial - readers.found if readers else set()
-        return Sketch(
+        sketch = Sketch(
             cell=name_of(cell),
             T=T,
             B=B,
@@ -71,7 +106,10 @@ class _Probe(nn.Module):
             parameters=tuple(self._listed(weights, apart)),
             origin="passed" if state is not None else "learned" if initial else "own",
             context=constant,
+            place=self.place,
+            reverse=self.rnn.reverse,
         )
+        return sketch, output
 
     def _weights(self) -> dict[str, Tensor]:
         """The cell's parameters as they are in this call, made such that autograd follows them."""

@@ -91,7 +91,7 @@ class Layered(nn.Module):
         if lengths is not None or resets is not None or isinstance(inputs, PackedSequence):
             return left_alone(self._run, inputs, state, lengths, resets, context)
         steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
-        outputs, last = self._composed(
+        outputs, last = self.composed_by(
             lambda part, *given: part(given[0], given[1], context=given[2]), steps, state, context
         )
         return sequence.swap_time_and_batch(outputs) if self.batch_first else outputs, last
@@ -111,9 +111,15 @@ class Layered(nn.Module):
         def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
             return cast("Layered | Unrolled", part).through(given, steps, state, resets, context)
 
-        return self._composed(run, steps, state, context)
+        return self.composed_by(run, steps, state, context)
 
-    def _composed(self, run: Run, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+    def composed_by(self, run: Run, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+        """Check what was passed and run the parts, one way or another; see `compose`.
+
+        Raises:
+            InputError: for a context that no cell takes.
+            StateError: for a state that is no tuple with one entry for each part.
+        """
         parts = self.parts
         if context is not None and not self.takes_context:
             raise InputError(f"no cell of {self._get_name()} takes a context; leave context= out")

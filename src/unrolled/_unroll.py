@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,26 @@ class Unrolled(nn.Module):
             raise OptionError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         self.cell = cell
         self.batch_first = batch_first
-        self.engine = engine
         self.reverse = reverse
+        self.run_by(engine, quiet=quiet)
+
+    def run_by(self, engine: str, *, quiet: bool = False) -> None:
+        """Have another engine run the copies; plans are made anew.
+
+        Args:
+            engine: one of `ENGINES`.
+            quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
+        """
+        self.engine = engine
         self._plans = PlanBook(engine, quiet=quiet)
+        self.__dict__.pop("_resetting", None)
+
+    @property
+    def ran(self) -> str:
+        """The engine that the latest call ran on; the reference where there was none."""
+        networks = (self, self.__dict__.get("_resetting", self))
+        found = [network._plans.latest for network in networks if network._plans.latest is not None]
+        return found[-1].engine if found else "reference"
 
     def forward(
         self,
@@ -128,11 +145,11 @@ class Unrolled(nn.Module):
         """
         first = self.checked(given, steps, state, context)
         if not given.extent.rows:
-            return self._no_outputs(given, steps, first, context), first
+            return self.no_outputs(given, steps, first, context), first
         rnn, started = self, given.rows(context)
         if resets is not None:
-            mask = given.sequences(given.resets(resets, reverse=self.reverse))
             fresh = first if state is None else make_state(self.cell, steps, given.batch)
+            mask = self.checked_resets(given, resets, fresh)
             rnn, steps, started = self._with_resets(), (steps, mask), (started, given.rows(fresh))
         outputs, last = rnn._run(steps, given.rows(first), started, given.extent)
         return outputs, given.last(last, first)
@@ -197,15 +214,27 @@ class Unrolled(nn.Module):
             self._refuse_lengths(given, steps, state, context)
         return state
 
-    def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
-        """Refuse lengths for a cell whose rows are not rows of their own."""
-        name = name_of(self.cell)
+    def checked_resets(self, given: Given, resets: Tensor, fresh: Tree) -> Tensor:
+        """A mask of the rows that start afresh, laid out as the steps and in the order in which they are walked.
+
+        Raises:
+            InputError: if it is no bool of T and B, or the state has leaves without rows.
+        """
+        self._refuse_without_rows(given, fresh, "resets")
+        return cast("Tensor", given.sequences(given.resets(resets, reverse=self.reverse)))
+
+    def _refuse_without_rows(self, given: Given, state: Tree, what: str) -> None:
         for path, leaf in zip(paths(flatten(state)[1]), leaves(state), strict=True):
             if leaf.dim() == 0 or leaf.shape[0] != given.batch:
                 raise InputError(
-                    f"lengths need a state whose leaves have a row for each sequence, [B, ...] with B = {given.batch}; "
-                    f"state{path} of {name} is {describe(leaf)}; leave lengths= out, or give it rows"
+                    f"{what} need a state whose leaves have a row for each sequence, [B, ...] with B = {given.batch}; "
+                    f"state{path} of {name_of(self.cell)} is {describe(leaf)}; leave {what}= out, or give it rows"
                 )
+
+    def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
+        """Refuse lengths for a cell whose rows are not rows of their own."""
+        name = name_of(self.cell)
+        self._refuse_without_rows(given, state, "lengths")
         rows = given.rows(state), given.rows(context)
         if given.extent.rows and self._plans.couples(self.cell, steps, *rows, given.extent):
             raise InputError(
@@ -213,7 +242,7 @@ class Unrolled(nn.Module):
                 "rows; leave lengths= out, or take what couples them (a batch norm in training?) out of the cell"
             )
 
-    def _no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+    def no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
         first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
         with torch.no_grad(), torch.random.fork_rng():

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from unrolled._given import Lengths
 from unrolled._layers import TorchLayer
+from unrolled._stack import Layered
 from unrolled._unroll import ENGINES, Unrolled
-from unrolled.errors import OptionError
+from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
 __all__ = ["Check", "Verification", "verify"]
+
+Trees: TypeAlias = tuple[Tree, Tree, Tree]
+"""Inputs, state and context."""
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 """How far an engine may be off, relative to the largest entry."""
@@ -79,7 +85,15 @@ class Verification:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def verify(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = None) -> Verification:
+def verify(
+    rnn: nn.Module,
+    inputs: Tree,
+    state: Tree = None,
+    *,
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
+    context: Tree = None,
+) -> Verification:
     """Compare every engine that can run this network with the reference: outputs, states and all gradients.
 
     Copies of the network are run in float64 and float32; `.grad`, buffers and random state stay as they are. Where the
@@ -87,9 +101,12 @@ def verify(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
     threshold), the bound is three times that movement.
 
     Args:
-        rnn: what `unroll` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
-        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
-        state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
+        rnn: what `unroll`, `stack` or `Bidirectional` made, or a `RNN`, `LSTM` or `GRU` layer of this package. Every
+            network in it is run by the engine that is compared.
+        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`), or a PackedSequence.
+        state: the state that each row's first copy receives, as `rnn` takes it; by default the cell's own.
+        lengths: how many steps each row has, integers `[B]`.
+        resets: a bool `[T, B]` (`[B, T]` with `batch_first`): rows that start afresh just before step t.
         context: what a cell with a third argument receives at every step.
 
     Returns:
@@ -101,26 +118,29 @@ def verify(rnn: nn.Module, inputs: Tree, state: Tree = None, *, context: Tree = 
 
     Example:
         >>> import unrolled as ur
-        >>> bool(verify(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3)))
+        >>> bool(verify(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3), lengths=[5, 2]))
         True
     """
-    if isinstance(rnn, TorchLayer):
-        rnn, inputs, state = rnn.prepared(inputs, state)
-    if not isinstance(rnn, Unrolled):
-        raise OptionError(f"verify takes what unroll made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)")
-    return Verification(tuple(_checks(rnn, inputs, state, context)))
+    if not isinstance(rnn, Unrolled | Layered | TorchLayer):
+        raise OptionError(
+            f"verify takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
+        )
+    if context is not None and isinstance(rnn, TorchLayer):
+        raise InputError(f"{type(rnn).__name__} takes no context; leave context= out")
+    options = {"lengths": lengths, "resets": resets}
+    return Verification(tuple(_checks(rnn, (inputs, state, context), options)))
 
 
-def _checks(rnn: Unrolled, inputs: Tree, state: Tree, context: Tree) -> Iterator[Check]:
+def _checks(rnn: nn.Module, trees: Trees, options: dict[str, Any]) -> Iterator[Check]:
     for dtype in BOUNDS:
-        given = tuple(map_leaves(lambda x, to=dtype: _leaf(x, to), tree) for tree in (inputs, state, context))
-        truth = _run(rnn, "reference", dtype, given)[1]
-        nudged = _run(rnn, "reference", dtype, tuple(map_leaves(_nudged, tree) for tree in given))[1]
+        given = tuple(map_leaves(lambda x, to=dtype: _leaf(x, to), tree) for tree in trees)
+        truth = _run(rnn, "reference", dtype, given, options)[1]
+        nudged = _run(rnn, "reference", dtype, tuple(map_leaves(_nudged, tree) for tree in given), options)[1]
         movement = [_error(a, b) for (_, a), (_, b) in zip(nudged, truth, strict=True)]
         bounds = [max(BOUNDS[dtype], 3 * moved) for moved in movement]
         for engine in ENGINES:
             if engine not in ("auto", "reference"):
-                ran, found = _run(rnn, engine, dtype, given)
+                ran, found = _run(rnn, engine, dtype, given, options)
                 yield _worst(engine, ran, dtype, found, truth, bounds)
 
 
@@ -140,28 +160,44 @@ def _nudged(tensor: Tensor) -> Tensor:
     return torch.nextafter(values, away).requires_grad_()
 
 
-def _run(rnn: Unrolled, engine: str, dtype: torch.dtype, given: Sequence[Tree]) -> tuple[str, list[tuple[str, Tensor]]]:
-    """The engine that ran, and every value and gradient by its name."""
-    cell = copy.deepcopy(rnn.cell).to(dtype)
-    network = Unrolled(cell, batch_first=rnn.batch_first, engine=engine, quiet=True).train(rnn.training)
+def _run(
+    rnn: nn.Module, engine: str, dtype: torch.dtype, given: Trees, options: dict[str, Any]
+) -> tuple[str, list[tuple[str, Tensor]]]:
+    """The engines that ran, and every value and gradient by its name."""
+    network = copy.deepcopy(rnn).to(dtype)
+    parts = _networks_in(network)
+    for part in parts:
+        part.run_by(engine, quiet=True)
     inputs, state, context = (map_leaves(lambda x: x.detach().requires_grad_(x.requires_grad), tree) for tree in given)
+    if context is not None:
+        options = options | {"context": context}
     # An initial state may be drawn at random: forking here, every run draws the same one.
     with torch.random.fork_rng():
-        outputs, last = network(inputs, state, context=context)
-        ran = network.plan(inputs, state, context=context).engine
+        outputs, last = network(inputs, state, **options)
     found = [*_named("outputs", outputs), *_named("state", last)]
     loss = sum((_weights(tensor) * tensor).sum() for _, tensor in found if tensor.requires_grad)
     by = [
         *_named("inputs.grad", inputs),
         *_named("initial state.grad", state),
         *_named("context.grad", context),
-        *((f"{name}.grad", parameter) for name, parameter in cell.named_parameters()),
+        *((f"{name}.grad", parameter) for name, parameter in _owner(network).named_parameters()),
     ]
     by = [(name, tensor) for name, tensor in by if tensor.requires_grad]
     if isinstance(loss, Tensor) and by:
         grads = torch.autograd.grad(loss, [tensor for _, tensor in by], allow_unused=True)
         found += [(n, torch.zeros_like(x) if g is None else g) for (n, x), g in zip(by, grads, strict=True)]
-    return ran, [(name, tensor.detach()) for name, tensor in found]
+    return ", ".join(dict.fromkeys(part.ran for part in parts)), [(name, tensor.detach()) for name, tensor in found]
+
+
+def _networks_in(rnn: nn.Module) -> list[Unrolled]:
+    """The unrolled networks that a module is made of, in the order in which they run."""
+    whole = rnn.network if isinstance(rnn, TorchLayer) else rnn
+    return [module for module in whole.modules() if isinstance(module, Unrolled)]
+
+
+def _owner(rnn: nn.Module) -> nn.Module:
+    """What has the parameters under the names that a user knows."""
+    return rnn.cell if isinstance(rnn, Unrolled) else rnn
 
 
 def _named(title: str, tree: Tree) -> list[tuple[str, Tensor]]:

@@ -122,10 +122,13 @@ class _Call:
         a, b, _ = self.planned.loop.counts
         found: list[Tensor | None] = []
         for position, value in enumerate(back.program.outputs):
-            if position >= a + b:
-                found.append(of_states.get(position - a - b))
+            if position - a - b in of_states:
+                found.append(of_states[position - a - b])
             elif value < 0:
                 found.append(None)
+            elif position >= a + b:  # no gradient of what replaces it: of this state the first copy's own is all
+                each = over_time(env[value], self.extent, 0)
+                found.append(ended(each, self.extent, reverse=not self.reverse))
             elif position < a:
                 found.append(over_time(env[value], self.extent, self.planned.rows.get(value)))
             else:

@@ -217,10 +217,12 @@ def is_torch_cell(cell: nn.Module) -> bool:
 def parameter_names(cell: nn.Module) -> dict[str, str]:
     """Each parameter's name as the user knows it, and its path inside the cell.
 
-    An adapter's parameters go by the names they have in the module that it adapts.
+    An adapter's parameters go by the names they have in the module that it adapts. A cell that shares a module with
+    others says which parameters it reads.
     """
     prefix = getattr(cell, "names_start_with", "module." if isinstance(cell, AdaptedCell) else "")
-    return {name.removeprefix(prefix): name for name, _ in cell.named_parameters()}
+    reads = getattr(cell, "reads_parameter", lambda name: True)
+    return {name.removeprefix(prefix): name for name, _ in cell.named_parameters() if reads(name)}
 
 
 def _parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:

@@ -32,7 +32,7 @@ def figure(sketch: Sketch) -> tuple[list[Mark], float]:
 
 
 def _heading(sketch: Sketch) -> list[Mark]:
-    name = fitted(sketch.cell, 560, Label(MARGIN, 36, "", 21, "strong"))
+    name = fitted(sketch.title, 560, Label(MARGIN, 36, "", 21, "strong"))
     return [name, Label(MARGIN, 62, sketch.span, 15, "muted")]
 
 
@@ -87,18 +87,18 @@ def _copies(sketch: Sketch, x: float) -> list[Mark]:
     shown = shown_copies(sketch.T, MOST)
     gap, left = _gap(sketch), x + _gap(sketch)
     marks: list[Mark] = _handed(sketch, 0, x, left)
-    for t, following in zip(shown, [*shown[1:], sketch.T], strict=True):
+    for n, following in zip(shown, [*shown[1:], sketch.T], strict=True):
         x += gap
-        width = _width(sketch, t)
-        marks += _omission(sketch.T - MOST, x, width) if t is None else _copy(sketch, t, x, width)
+        width = _width(sketch, n)
+        marks += _omission(sketch.T - MOST, x, width) if n is None else _copy(sketch, n, x, width)
         x += width
-        marks += _handed(sketch, following or 0 if t is None else t + 1, x, x + gap)
+        marks += _handed(sketch, following or 0 if n is None else n + 1, x, x + gap)
     return marks + _brace(sketch, left, x)
 
 
-def _width(sketch: Sketch, t: int | None) -> float:
-    """How wide a copy is drawn, or (t is None) the omission of copies."""
-    if t is None:
+def _width(sketch: Sketch, n: int | None) -> float:
+    """How wide a copy is drawn, or (n is None) the omission of copies."""
+    if n is None:
         return max(60.0, math.ceil(extent(f"{sketch.T:,}", 15)) + 8)
     return max(62.0, math.ceil(extent(str(sketch.T - 1), 16, "strong")) + 24)
 
@@ -109,8 +109,8 @@ def _gap(sketch: Sketch) -> float:
     return max([44.0, *(label.width + 14 for label in labels)])
 
 
-def _copy(sketch: Sketch, t: int, x: float, width: float) -> list[Mark]:
-    middle = x + width / 2
+def _copy(sketch: Sketch, n: int, x: float, width: float) -> list[Mark]:
+    middle, t = x + width / 2, sketch.time(n)
     return [
         Box(x, TOP, width, BOTTOM - TOP, "cell"),
         Label(middle, MIDDLE - 7, "copy", 13, "muted", "middle"),
@@ -119,14 +119,14 @@ def _copy(sketch: Sketch, t: int, x: float, width: float) -> list[Mark]:
     ]
 
 
-def _handed(sketch: Sketch, t: int, x0: float, x1: float) -> list[Mark]:
-    """The state that copy t receives; a second name stands under the arrow."""
+def _handed(sketch: Sketch, n: int, x0: float, x1: float) -> list[Mark]:
+    """The state that copy number n receives; a second name stands under the arrow."""
     if not sketch.state:
         return []
     middle = (x0 + x1) / 2 - HEAD / 4
     heights = MIDDLE - 11, MIDDLE + 21
     labels = [
-        Label(middle, y, symbol, _MATH, "math", "middle", str(t))
+        Label(middle, y, symbol, _MATH, "math", "middle", str(sketch.handed(n)))
         for symbol, y in zip(sketch.state_symbols, heights, strict=False)
     ]
     return [Stroke.arrow(x0, MIDDLE, x1, MIDDLE, "state"), *labels]

@@ -70,6 +70,8 @@ class Sketch:
         parameters: what the copies share.
         origin: where the initial state comes from, a key of `ORIGINS`.
         context: the tensors that are the same at every step.
+        place: which layer and direction of a larger network this is, '' for one that stands alone.
+        reverse: whether the last copy comes first.
     """
 
     cell: str
@@ -81,6 +83,21 @@ class Sketch:
     parameters: tuple[Parameter, ...] = ()
     origin: str = "own"
     context: tuple[Leaf, ...] = ()
+    place: str = ""
+    reverse: bool = False
+
+    @property
+    def title(self) -> str:
+        """The cell's name, and where it is in a larger network."""
+        return f"{self.cell}, {self.place}" if self.place else self.cell
+
+    def time(self, n: int) -> int:
+        """The time step of the copy that runs as number n."""
+        return self.T - 1 - n if self.reverse else n
+
+    def handed(self, n: int) -> int:
+        """The index of the state that this copy receives; that of n = T is the one that the last copy hands on."""
+        return self.T - n if self.reverse else n
 
     @property
     def flows(self) -> tuple[tuple[str, tuple[Leaf, ...]], ...]:
@@ -96,7 +113,8 @@ class Sketch:
     @property
     def span(self) -> str:
         """How long the sequence is, in words."""
-        return f"unrolled over T = {self.T} time step{'s' if self.T > 1 else ''}, batch B = {self.B}"
+        way = ", from the last to the first" if self.reverse else ""
+        return f"unrolled over T = {self.T} time step{'s' if self.T > 1 else ''}{way}, batch B = {self.B}"
 
     @property
     def sharing(self) -> str:
@@ -116,7 +134,7 @@ class Sketch:
 
 
 def shown_copies(T: int, most: int) -> list[int | None]:
-    """The time steps of the copies that are drawn: all, or the first and last, with None where others are left out."""
+    """The numbers of the copies that are drawn: all, or the first and last, with None where others are left out."""
     room = most + 1
     if room >= T:  # the mark of an omission takes a copy's room: it never stands for one copy
         return list(range(T))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from itertools import accumulate
 
 from unrolled.drawing.figure import MARGIN, figure
 from unrolled.drawing.lettering import printable, shortened
@@ -38,23 +39,38 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif
 HUES = {"input": "#0072b2", "state": "#d55e00", "output": "#009e73", "weights": "#cc79a7", "context": "#e69f00"}
 
 
-def svg(sketch: Sketch) -> str:
-    """The picture as an SVG document."""
+def svg(*sketches: Sketch) -> str:
+    """The picture as an SVG document: the figures of some networks, one below the other."""
+    figures = [_marks(sketch) for sketch in sketches]
+    holds = [around(marks) for marks in figures]
+    tops = [0, *accumulate(math.ceil(held.bottom + MARGIN) for held in holds)]
+    root = _document(math.ceil(max(held.right for held in holds) + MARGIN), tops[-1])
+    _within(root, "title", {"id": "unrolled-title"}, "; ".join(map(_named, sketches)))
+    _within(root, "desc", {"id": "unrolled-description"}, " ".join(map(_in_words, sketches)))
+    _within(root, "style", {}, STYLE + "\n".join(map(_coloured, HUES)) + "\n")
+    for top, marks in zip(tops, figures, strict=False):
+        place = _within(root, "g", {"transform": f"translate(0 {top})"}, "\n") if top else root
+        for mark in marks:
+            _draw(place, mark)
+    root.text = "\n"
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _marks(sketch: Sketch) -> list[Mark]:
     pictured, column = figure(sketch)
-    marks = [*pictured, *tables(sketch, column)]
-    holds = around(marks)
-    width, height = math.ceil(holds.right + MARGIN), math.ceil(holds.bottom + MARGIN)
+    return [*pictured, *tables(sketch, column)]
+
+
+def _document(width: int, height: int) -> ET.Element:
     root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "unrolled", "role": "img"})
     root.set("viewBox", f"0 0 {width} {height}")
     root.attrib |= {"width": str(width), "height": str(height)}
     root.attrib |= {"aria-labelledby": "unrolled-title", "aria-describedby": "unrolled-description"}
-    _within(root, "title", {"id": "unrolled-title"}, f"{printable(sketch.cell)}, {sketch.span}")
-    _within(root, "desc", {"id": "unrolled-description"}, _in_words(sketch))
-    _within(root, "style", {}, STYLE + "\n".join(map(_coloured, HUES)) + "\n")
-    for mark in marks:
-        _draw(root, mark)
-    root.text = "\n"
-    return ET.tostring(root, encoding="unicode") + "\n"
+    return root
+
+
+def _named(sketch: Sketch) -> str:
+    return f"{printable(sketch.title)}, {sketch.span}"
 
 
 def _coloured(kind: str) -> str:
@@ -71,7 +87,8 @@ def _in_words(sketch: Sketch) -> str:
         kind: ", ".join(f"{printable(leaf.name)} {list(leaf.shape)}" for leaf in found) for kind, found in sketch.flows
     }
     told = "; ".join(f"{kind} {shortened(name, 400)}" for kind, name in names.items())
-    chain = f"copies 0 to {sketch.T - 1} from left to right" if sketch.T > 1 else "copy 0"
+    first, last = sketch.time(0), sketch.time(sketch.T - 1)
+    chain = f"copies {first} to {last} from left to right" if sketch.T > 1 else "copy 0"
     origin = f" The initial state is {ORIGINS[sketch.origin]}." if sketch.state else ""
     return (
         f"On the left the rolled cell, its state going round in a loop; on the right {chain}, each with its input "

@@ -16,14 +16,18 @@ WIDTH = 80
 _TO_ASCII = str.maketrans("┌┐└┘├┤┬┴│─→←↑", "++++++++|-><^")
 
 
-def text(sketch: Sketch, *, ascii: bool = False) -> str:
+def text(*sketches: Sketch, ascii: bool = False) -> str:
     """The picture as lines of text.
 
     Args:
-        sketch: what is to be drawn.
+        sketches: what is to be drawn, one below the other.
         ascii: whether to do without box-drawing characters and other letters than ASCII's.
     """
-    pen = _Pen(ascii)
+    drawn = "\n\n".join(_drawn(sketch, _Pen(ascii)) for sketch in sketches)
+    return drawn.translate(_TO_ASCII) if ascii else drawn
+
+
+def _drawn(sketch: Sketch, pen: _Pen) -> str:
     blocks = [
         _heading(sketch, pen),
         _rolled(sketch, pen),
@@ -31,8 +35,7 @@ def text(sketch: Sketch, *, ascii: bool = False) -> str:
         _flows(sketch, pen),
         _weights(sketch, pen),
     ]
-    drawn = "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block) + "\n"
-    return drawn.translate(_TO_ASCII) if ascii else drawn
+    return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block) + "\n"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class _Pen:
 
 
 def _heading(sketch: Sketch, pen: _Pen) -> list[str]:
-    return [*_wrapped(pen.name(sketch.cell)), sketch.span]
+    return [*_wrapped(pen.name(sketch.title)), sketch.span]
 
 
 def _wrapped(line: str) -> list[str]:
@@ -107,14 +110,15 @@ def _unrolled(sketch: Sketch, pen: _Pen) -> list[str]:
 def _chain(sketch: Sketch, pen: _Pen, shown: Sequence[int | None], *, labelled: bool) -> list[str]:
     """The copies side by side: each part of the chain is seven lines of one width."""
     parts = [_handed(sketch, 0, labelled)]
-    for t, following in zip(shown, [*shown[1:], sketch.T], strict=True):
-        parts.append(_omission(sketch.T - len(shown) + 1, pen) if t is None else _copy(sketch, t))
-        parts.append(_handed(sketch, following or 0 if t is None else t + 1, labelled))
+    for n, following in zip(shown, [*shown[1:], sketch.T], strict=True):
+        parts.append(_omission(sketch.T - len(shown) + 1, pen) if n is None else _copy(sketch, n))
+        parts.append(_handed(sketch, following or 0 if n is None else n + 1, labelled))
     rows = ("".join(pieces) for pieces in zip(*parts, strict=True))
     return [row for row in rows if row.strip()]
 
 
-def _copy(sketch: Sketch, t: int) -> list[str]:
+def _copy(sketch: Sketch, n: int) -> list[str]:
+    t = sketch.time(n)
     inner = len(str(t)) + 2
     inner += 1 - inner % 2
     half = inner // 2
@@ -130,11 +134,11 @@ def _copy(sketch: Sketch, t: int) -> list[str]:
     return _even(lines)
 
 
-def _handed(sketch: Sketch, t: int, labelled: bool) -> list[str]:
+def _handed(sketch: Sketch, n: int, labelled: bool) -> list[str]:
     if not sketch.state:
         return [" "] * 7
     names = sketch.state_symbols if labelled else ()
-    labels = [f" {name}{t} " for name in names]
+    labels = [f" {name}{sketch.handed(n)} " for name in names]
     width = max([3, *map(len, labels)])
     above, below = (_padded(line, width, "centre") for line in [*labels, "", ""][:2])
     return [" " * width] * 2 + [above, "─" * (width - 1) + "→", below] + [" " * width] * 2

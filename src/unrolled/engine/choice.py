@@ -32,19 +32,25 @@ class Runner:
             return ["the eager engine was asked for"]
         if device.type != "cpu":
             return [f"the native engine runs on the CPU, and this is on {device}"]
-        reasons = [self._refusal(loop) for loop in loops]
-        return list(dict.fromkeys(reason for reason in reasons if reason))
+        loops = list(loops)
+        self._prepare(loops)
+        return list(dict.fromkeys(self._refused[loop] for loop in loops if self._refused[loop]))
 
-    def _refusal(self, loop: LoopProgram) -> str:
+    def _prepare(self, loops: Iterable[LoopProgram]) -> None:
+        new = [loop for loop in loops if loop not in self._refused]
+        try:
+            refused = native.prepare(new)
+        except native.BuildError as error:
+            self.no_compiler = str(error)
+            self._refused |= dict.fromkeys(new, self.no_compiler)
+        else:
+            self._refused |= dict.fromkeys(new, "")
+            self._refused |= {loop: f"the native engine does not emit {what}" for loop, what in refused.items()}
+
+    def _emits(self, loop: LoopProgram) -> bool:
         if loop not in self._refused:
-            try:
-                native.prepare(loop)
-                self._refused[loop] = ""
-            except native.UnsupportedError as error:
-                self._refused[loop] = f"the native engine does not emit {error}"
-            except native.BuildError as error:
-                self._refused[loop] = self.no_compiler = str(error)
-        return self._refused[loop]
+            self._prepare([loop])
+        return not self._refused[loop]
 
     def affine(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor | None:
         """`x @ y + bias` by the native kernel; None where torch is left to do it."""
@@ -53,5 +59,5 @@ class Runner:
     def __call__(self, loop: LoopProgram, request: Request) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
         on_cpu = request.states[0].device.type == "cpu"
-        run = native.run_loop if self.use_native and on_cpu and not self._refusal(loop) else eager.run_loop
+        run = native.run_loop if self.use_native and on_cpu and self._emits(loop) else eager.run_loop
         return run(loop, request)

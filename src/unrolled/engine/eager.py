@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from unrolled.bptt.stepping import stepped
 from unrolled.bptt.walk import Request, Walk, ended, shifted
+from unrolled.engine.graphs import block_for, capturable, run_in_blocks
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["run_loop"]
 
 
 def run_loop(loop: LoopProgram, request: Request) -> Walk:
-    """Walk through time, one step of the loop's program after another; see `bptt.walk.LoopRunner`."""
+    """Walk through time; see `bptt.walk.LoopRunner`. On CUDA long walks are replays of captured graphs."""
+    if capturable(request):
+        with torch.no_grad():
+            block = block_for(loop, request)
+            if block is not None:
+                return run_in_blocks(loop, request, block, _run_steps)
+    return _run_steps(loop, request)
+
+
+def _run_steps(loop: LoopProgram, request: Request) -> Walk:
+    """One step of the loop's program after another."""
     extent, reverse = request.extent, request.reverse
     many, added = len(loop.emitted), len(loop.totals)
     kept = _Kept(loop, request)

@@ -206,7 +206,7 @@ def colour_backward(
     stages = sunk(program, colour(program, of_states, state_grads, changing), light)
     same = _constants(program, set(step.fixed))
     if batch_size is not None:
-        stages = fused(program, stages, coupled, same, batch_size, sums)
+        stages = fused(program, stages, of_states, coupled, same, batch_size, sums)
     asked = {v for v in program.outputs if v >= 0}
     loops = tuple(
         cut_loop(program, stage, of_states, state_grads, same, _read_elsewhere(program, stage) | asked)

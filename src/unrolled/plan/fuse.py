@@ -40,6 +40,7 @@ LEAST_ROWS = 4
 def fused(
     program: Program,
     stages: Sequence[Stage],
+    state: Sequence[int],
     coupled: Collection[int],
     fixed: Collection[int],
     batch_size: int,
@@ -50,6 +51,7 @@ def fused(
     Args:
         program: the step.
         stages: its stages.
+        state: the values of the state's leaves.
         coupled: operations that do not act row by row.
         fixed: values that are the same at every step.
         batch_size: B.
@@ -61,17 +63,24 @@ def fused(
         if not isinstance(stage, Loop):
             continue
         inside, totals = set(stage.ops), set[int]()
+        there = fusing.there(found[:number], {state[leaf] for later in found[number + 1 :] for leaf in _leaves(later)})
         before = -1
         while before != len(inside):  # what follows may be the last reader of what feeds
             before = len(inside)
             for earlier in reversed(found[:number]):
                 fusing.feed(inside, earlier)
             for later in found[number + 1 :]:
-                fusing.follow(inside, totals, later, found[:number])
+                fusing.follow(inside, totals, later, there)
         moved = (inside | totals).difference(stage.ops)
         found = [_without(other, moved) for other in found]
         found[number] = replace(stage, ops=tuple(sorted(inside)), totals=tuple(sorted(totals)))
     return [stage for stage in found if not isinstance(stage, Steps) or stage.ops]
+
+
+def _leaves(stage: Stage) -> tuple[int, ...]:
+    if isinstance(stage, Loop):
+        return stage.leaves
+    return () if isinstance(stage, Steps) else (stage.leaf,)
 
 
 def _without(stage: Stage, moved: Collection[int]) -> Stage:
@@ -90,6 +99,12 @@ class _Fusing:
             for v in op.inputs:
                 self.readers.setdefault(v, set()).add(n)
 
+    def there(self, before: Sequence[Stage], received_later: Collection[int]) -> set[int]:
+        """What a loop can read: not a state that is known after it only, as one that hands on what the loop made."""
+        steps = [n for earlier in before if isinstance(earlier, Steps) for n in earlier.ops]
+        made = {v for n in steps for v in self.program.ops[n].outputs}
+        return made.union(self.program.inputs, self.fixed).difference(received_later)
+
     def feed(self, inside: set[int], stage: Stage) -> None:
         """Take in operations that nobody but this loop reads."""
         for n in reversed(stage.ops if isinstance(stage, Steps) and not stage.once else ()):
@@ -99,10 +114,8 @@ class _Fusing:
             if fits and readers <= inside and self.asked.isdisjoint(op.outputs):
                 inside.add(n)
 
-    def follow(self, inside: set[int], totals: set[int], stage: Stage, before: Sequence[Stage]) -> None:
-        """Take in operations that read what the loop made, and totals of it."""
-        steps = [n for earlier in before if isinstance(earlier, Steps) for n in earlier.ops]
-        there = {v for n in steps for v in self.program.ops[n].outputs}.union(self.program.inputs, self.fixed)
+    def follow(self, inside: set[int], totals: set[int], stage: Stage, there: set[int]) -> None:
+        """Take in operations that read what the loop made and what is there, and totals of it."""
         for n in stage.ops if isinstance(stage, Steps) and not stage.once else ():
             op = self.program.ops[n]
             made = {v for m in inside for v in self.program.ops[m].outputs}

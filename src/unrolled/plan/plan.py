@@ -126,7 +126,7 @@ def _coloured(
     fixed = {v for v in range(len(program.values)) if v not in changing}
     seeds = {v: 0 for v in (*recording.inputs, *recording.state, *recording.fixed) if _has_rows(program.values[v])}
     rows, coupled = find_rows(program, seeds)
-    stages = tuple(apart if batch_size is None else fused(program, apart, coupled, fixed, batch_size))
+    stages = tuple(apart if batch_size is None else fused(program, apart, recording.state, coupled, fixed, batch_size))
     needing = dependents(program.ops, {*asked, *recording.state})
     values = [_values(cell, recording, sample, n) for sample, n in zip(samples, ROWS, strict=True)]
     read = read_outside(program, stages, recording.state)

@@ -127,6 +127,7 @@ class Tape(TorchDispatchMode):
             # Only the shape of what it was given counts: nothing is read, and nothing need be kept.
             recorded, named = _as_full(func, args, result)
             func = torch.ops.aten.full.default
+        func = _ANY_LAYOUT.get(func, func)
         if func is torch.ops.aten.lift_fresh.default:
             self.fresh.update(refs_of(recorded))
         if func._schema.is_mutable:
@@ -205,6 +206,9 @@ _FILLED = {
     **dict.fromkeys((_ATEN.new_ones.default, _ATEN.ones_like.default, _ATEN.ones.default), 1),
     **dict.fromkeys((_ATEN.new_full.default, _ATEN.full_like.default), None),
 }
+
+# Where another engine ran the operation before, its result may lie in memory in another way.
+_ANY_LAYOUT = dict.fromkeys((_ATEN.view.default, _ATEN._unsafe_view.default), _ATEN.reshape.default)
 
 
 def _as_full(func: Any, args: tuple[Any, ...], made: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

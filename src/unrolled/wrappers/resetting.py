@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from unrolled.cells.contract import name_of
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["ResettingCell"]
+__all__ = ["ResettingCell", "afresh"]
+
+
+def afresh(resets: Tensor, fresh: Tree, state: Tree) -> Tree:
+    """A state whose rows are those of `fresh` where `resets`, a bool `[B]`, says so."""
+
+    def chosen(start: Tensor, leaf: Tensor) -> Tensor:
+        return torch.where(resets.view(-1, *(1,) * (leaf.dim() - 1)), start, leaf)
+
+    return map_leaves(chosen, fresh, state)
 
 
 class ResettingCell(nn.Module):
@@ -37,9 +46,5 @@ class ResettingCell(nn.Module):
         """Run one step on states of which some are fresh."""
         given, resets = input
         own, fresh = context
-
-        def chosen(start: Tensor, leaf: Tensor) -> Tensor:
-            return torch.where(resets.view(-1, *(1,) * (leaf.dim() - 1)), start, leaf)
-
-        received = map_leaves(chosen, fresh, state)
+        received = afresh(resets, fresh, state)
         return self.cell(given, received) if own is None else self.cell(given, received, own)

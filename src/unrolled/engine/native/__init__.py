@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
 from unrolled.bptt.walk import Request, Walk
-from unrolled.engine.native.bind import NativeLoop
+from unrolled.engine.native.bind import NativeLoop, built
 from unrolled.engine.native.build import BuildError
+from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.nodes import UnsupportedError
 from unrolled.engine.native.products import affine, worthwhile
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["BuildError", "NativeLoop", "UnsupportedError", "affine", "prepare", "run_loop", "worthwhile"]
+__all__ = ["BuildError", "affine", "prepare", "run_loop", "worthwhile"]
 
 _LOOPS: dict[LoopProgram, NativeLoop] = {}
 
 
-def prepare(loop: LoopProgram) -> NativeLoop:
-    """Emit and build a loop; one that was built in this process is not built again.
+def prepare(loops: Iterable[LoopProgram]) -> dict[LoopProgram, str]:
+    """Emit loops and build them, those over numbers of one dtype in one run of the compiler; none is built twice.
+
+    Args:
+        loops: the loops that will be run.
+
+    Returns:
+        The loops that this engine does not emit, and what in them.
 
     Raises:
-        UnsupportedError: for an operation that this engine does not emit.
         BuildError: if there is no compiler, or it fails.
     """
-    if loop not in _LOOPS:
-        _LOOPS[loop] = NativeLoop(loop)
-    return _LOOPS[loop]
+    sources: dict[torch.dtype, dict[LoopProgram, Source]] = {}
+    refused: dict[LoopProgram, str] = {}
+    for loop in loops:
+        if loop in _LOOPS:
+            continue
+        try:
+            source = emit(loop)
+        except UnsupportedError as error:
+            refused[loop] = str(error)
+        else:
+            sources.setdefault(source.real, {})[loop] = source
+    for group in sources.values():
+        _LOOPS.update(built(group))
+    return refused
 
 
 def run_loop(loop: LoopProgram, request: Request) -> Walk:
-    """Walk through time in C; see `bptt.walk.LoopRunner`."""
-    return prepare(loop)(request)
+    """Walk through time in C; see `bptt.walk.LoopRunner`. The loop was prepared before."""
+    return _LOOPS[loop](request)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from ctypes import Array, c_int64, c_void_p
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import Array, c_int64, c_void_p, cast
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import torch
@@ -14,19 +14,21 @@ from torch import Tensor
 
 from unrolled.bptt.walk import Request, Walk
 from unrolled.engine.native.build import library, machine_lines
-from unrolled.engine.native.emit import Source, emit
+from unrolled.engine.native.emit import Source, one_file
 from unrolled.engine.native.layout import Layout
 from unrolled.engine.native.lower import state_homes
-from unrolled.engine.native.memory import fresh
+from unrolled.engine.native.memory import fresh, readable
 from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.rooms import StateRoom
 from unrolled.engine.native.threads import shares, team
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["NativeLoop"]
+__all__ = ["NativeLoop", "built"]
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
+_FEW = 2  # rows
+_WORTH_HELP = 500_000  # bytes of matrices, twice, that a step reads
 _MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
@@ -50,25 +52,44 @@ class _Sizes:
     rooms: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
-class NativeLoop:
-    """A loop that is compiled, ready to be run."""
+def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop]:
+    """Build loops over numbers of one dtype, all in one run of the compiler.
 
-    def __init__(self, loop: LoopProgram) -> None:
-        self.loop = loop
-        self.source: Source = emit(loop)
+    Raises:
+        BuildError: if there is no compiler, or it fails.
+    """
+    loaded = library(machine_lines() + one_file(list(sources.values())))
+    loaded.ur_loop.argtypes = [c_void_p] * 10 + [c_int64] * 8 + [c_void_p]
+    for source in sources.values():
+        if source.matrices:
+            product_library(source.real)  # a compiler that fails is to be found out now
+    walks = [cast(loaded[f"ur_walk_{number}"], c_void_p) for number in range(len(sources))]
+    return {
+        loop: NativeLoop(loop, source, partial(loaded.ur_loop, walk))
+        for (loop, source), walk in zip(sources.items(), walks, strict=True)
+    }
+
+
+class NativeLoop:
+    """A loop that is compiled, ready to be run.
+
+    Args:
+        loop: its program.
+        source: what was emitted for it.
+        entry: its entry in a library.
+    """
+
+    def __init__(self, loop: LoopProgram, source: Source, entry: Callable[..., int]) -> None:
+        self.loop, self.source, self._entry = loop, source, entry
         groups = (loop.program.inputs, loop.emitted)
         self._layouts = [[Layout.of(loop.program.values[v]) for v in group] for group in groups]
-        self._library = library(machine_lines() + self.source.text)
-        self._library.ur_loop.argtypes = [c_void_p] * 9 + [c_int64] * 7 + [c_void_p]
-        if self.source.matrices:
-            product_library(self.source.real)  # a compiler that fails is to be found out now
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
         self._homes = state_homes(loop)
         self._sizes = lru_cache(maxsize=16)(self._sizes_for)
 
     def __call__(self, request: Request) -> Walk:
         """Walk through time; see `bptt.walk.LoopRunner`."""
-        extent, given = request.extent, request.given
+        extent, given = request.extent, [readable(tensor) for tensor in request.given]
         sizes = self._sizes(extent.steps, extent.batch, extent.rows, extent.ragged)
         self._check(given, sizes)
         leaves, by_step, by_row = self._leaves(given, sizes, extent)
@@ -76,9 +97,10 @@ class NativeLoop:
         states = [StateRoom(rooms[home], extent, request.reverse) for home in self._homes]
         for room, state in zip(states, request.states, strict=True):
             room.begin(state)
-        packed = [packed_matrix(request.fixed[position]) for position in self.source.matrices]
+        fixed = given[len(request.sequences) :]
+        packed = [packed_matrix(fixed[position]) for position in self.source.matrices]
         scratch = torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8)
-        threads = self._threads(extent)
+        threads, helpers = self._threads(extent), self._helpers(extent)
         totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
         offsets = _integers((*extent.offsets, extent.rows)) if extent.ragged else None
         arguments = (
@@ -90,13 +112,13 @@ class NativeLoop:
             _pointers(packed),
             -(-scratch.data_ptr() // 64) * 64,
             offsets,
-            _integers(shares(extent, threads)),
+            _integers([0] + [extent.batch] * (1 + helpers) if helpers else shares(extent, threads)),
             self.source.scratch,
             extent.steps,
             extent.batch,
             int(request.reverse),
         )
-        self._walk(arguments, extent, threads)
+        self._walk(arguments, extent, threads, helpers)
         made = rooms[: len(self.loop.emitted)]
         for home, room in zip(self._homes, states, strict=True):
             made[home : home + 1] = [room.handed_on()] if home < len(made) else []
@@ -147,6 +169,11 @@ class NativeLoop:
                 by_row[i] = dense.stride(int(timed))
         return leaves, by_step, by_row
 
+    def _helpers(self, extent: Extent) -> int:
+        """How many threads help with the products of one or two rows: those of matrices that one alone reads slowly."""
+        most = min(torch.get_num_threads(), _MOST_THREADS) - 1
+        return most if extent.batch <= _FEW and self.source.flops * self.source.real.itemsize >= _WORTH_HELP else 0
+
     def _threads(self, extent: Extent) -> int:
         worth = extent.rows * self.source.flops > _WORTH_A_TEAM
         return min(torch.get_num_threads(), extent.batch, _MOST_THREADS) if worth else 1
@@ -156,13 +183,13 @@ class NativeLoop:
         known = self.loop.program.values[value]
         return torch.zeros((threads, *known.sizes(1)[1:]), dtype=known.dtype)
 
-    def _walk(self, arguments: tuple[object, ...], extent: Extent, threads: int) -> None:
+    def _walk(self, arguments: tuple[object, ...], extent: Extent, threads: int, helpers: int) -> None:
         done, steps = 0, extent.steps
         while done < steps:
             many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * extent.batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
-            self._library.ur_loop(*arguments, done, until, threads, team())
+            self._entry(*arguments, done, until, helpers, helpers + 1 if helpers else threads, team())
             walked = (until - done) * extent.rows / steps
             self._seconds_per_row = max((time.perf_counter() - started) / walked, 1e-10)
             done = until

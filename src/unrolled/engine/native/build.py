@@ -36,8 +36,8 @@ def compiler() -> tuple[str, ...]:
     if found is None:
         raise BuildError("there is no C compiler (cc, gcc or clang)")
     more = tuple(os.environ.get("UNROLLED_CFLAGS", "").split())  # `make sanitize` asks for checks this way
-    for native in (("-march=native",), ()):
-        command = (found, *_FLAGS, *native, *more)
+    for tried in (("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ()):
+        command = (found, *_FLAGS, *tried, *more)
         probe = subprocess.run(
             [*command, "-x", "c", "-", "-o", os.devnull], input=b"int x;", capture_output=True, check=False
         )

@@ -15,7 +15,7 @@ from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["Source", "emit"]
+__all__ = ["Source", "emit", "one_file"]
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,24 @@ class Source:
     """A loop in C, and what a caller has to know to call it.
 
     Attributes:
-        text: the C source; its entry is `ur_loop`.
+        setup: the C of what a walk begins with.
+        step: the C of one step.
         real: the dtype of its numbers.
         matrices: the positions among the fixed values of those that it reads packed.
         scratch: bytes of scratch memory per row.
         flops: floating-point operations per row and step, roughly.
     """
 
-    text: str
+    setup: str
+    step: str
     real: torch.dtype
     matrices: tuple[int, ...]
     scratch: int
     flops: int
+
+    def walk(self, name: str) -> str:
+        """The C function that walks through time, under a name."""
+        return _WALK % {"name": name, "setup": self.setup, "step": self.step}
 
 
 def emit(loop: LoopProgram) -> Source:
@@ -47,22 +53,22 @@ def emit(loop: LoopProgram) -> Source:
     return _Emitter(loop, lowered, schedule(lowered)).source()
 
 
-_ENTRY = """
-typedef struct {
-  void *const *leaves;
-  const int64_t *by_step, *by_row;
-  void *const *emitted;
-  real *const *totals;
-  const real *const *packed;
-  char *scratch;
-  const int64_t *offsets;  /* how many rows the steps before each have, if rows end at different times */
-  int64_t steps, batch, reverse, first, last, begin, end;
-} task;
+def one_file(sources: Sequence[Source]) -> str:
+    """Some loops over numbers of one dtype as one C file: what all of them need is compiled once.
 
-static void walk(void *tasks, int64_t number) {
-  const task *const w = (const task *)tasks + number;
+    Its entry is `ur_loop`; its first argument is the address of a loop's walk: `ur_walk_0`, `ur_walk_1`, ...
+    """
+    (real,) = {source.real for source in sources}
+    folder = resources.files("unrolled.engine.native")
+    shared = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "loops.c"))
+    walks = "".join(source.walk(f"ur_walk_{number}") for number, source in enumerate(sources))
+    return f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{shared}{walks}"
+
+
+_WALK = """
+void %(name)s(const task *w, int64_t number) {
   const int64_t batch = w->batch, begin = w->begin, most = w->end - begin, *const offsets = w->offsets;
-  (void)most;
+  (void)most; (void)number;
 %(setup)s
   for (int64_t i = w->first; i < w->last; ++i) {
     const int64_t t = w->reverse ? w->steps - 1 - i : i;
@@ -75,18 +81,6 @@ static void walk(void *tasks, int64_t number) {
     (void)at; (void)skipped; (void)received; (void)handed_on;
 %(step)s
   }
-}
-
-int ur_loop(void *const *leaves, const int64_t *by_step, const int64_t *by_row, void *const *emitted,
-            real *const *totals, const real *const *packed, char *scratch, const int64_t *offsets,
-            const int64_t *bounds, int64_t scratch_per_row, int64_t steps, int64_t batch, int64_t reverse,
-            int64_t first, int64_t last, int64_t threads, team run) {
-  task tasks[MOST_PARTS];
-  for (int64_t n = 0; n < threads; ++n)
-    tasks[n] = (task){leaves, by_step, by_row, emitted, totals, packed, scratch + bounds[n] * scratch_per_row,
-                      offsets, steps, batch, reverse, first, last, bounds[n], bounds[n + 1]};
-  share(run, walk, tasks, threads);
-  return 0;
 }
 """
 
@@ -104,11 +98,8 @@ class _Emitter:
         body = [line for kernel in self.scheduled.kernels for line in self.kernel(kernel.nodes)]
         body += [self.total(number, view) for number, view in enumerate(self.lowered.totals)]
         setup, step = self.memory()
-        kernels = resources.files("unrolled.engine.native").joinpath("kernels.c").read_text(encoding="utf-8")
-        real = self.lowered.real
-        head = f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{kernels}"
-        text = head + _ENTRY % {"setup": _indented(setup, 1), "step": _indented([*step, *body], 2)}
-        return Source(text, real, tuple(self.matrices), self.scratch, self.flops)
+        found = (_indented(setup, 1), _indented([*step, *body], 2))
+        return Source(*found, self.lowered.real, tuple(self.matrices), self.scratch, self.flops)
 
     # -- memory
 
@@ -171,7 +162,8 @@ class _Emitter:
         x = f"{self.names[row.node]} + {row.offset}"
         by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)
         self.flops += 2 * many * K * N
-        return f"product({self.names[node]}, {N}, {x}, {by_row}, w->packed[{index}], {many} * rows, {K}, {N});"
+        out, matrix = f"{self.names[node]}, {N}", f"w->packed[{index}], {many} * rows, {K}, {N}"
+        return f"product_with(w->helped, {out}, {x}, {by_row}, {matrix});"
 
     def total(self, number: int, view: View) -> str:
         (N,) = view.dims
@@ -221,8 +213,12 @@ class _Emitter:
             self._read(view, dims, flat, reads, constants, inside)
         for node in nodes:
             self._write(node, dims, flat, reads, constants, inside)
+        sums = {self.names[total]: node for node in nodes for total in self.scheduled.sums.get(node, ())}
+        constants += [f"real {name}_sum = 0;" for name in sums]
+        inside += [f"{name}_sum += {self.names[node]}_v;" for name, node in sums.items()]
         yield from _indented(constants, 1).splitlines()
-        yield from ("  " + line for line in _nest(shape, inside))
+        yield from ("  " + line for line in _nest(shape, inside, sums=[f"{name}_sum" for name in sums]))
+        yield from (f"  {name}[b] = {name}_sum;" for name in sums)
         yield "}"
         self.flops += prod(dims) * len(nodes)
 
@@ -312,14 +308,17 @@ def _index(strides: Sequence[int], letter: str = "i") -> str:
     return " + ".join(terms) or "0"
 
 
-def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i") -> list[str]:
-    """Nested loops around some lines."""
+def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i", sums: Sequence[str] = ()) -> list[str]:
+    """Nested loops around some lines, which may add to some sums."""
     if not dims:
         return ["{", *("  " + line for line in body), "}"]
     lines: list[str] = []
     for d, n in enumerate(dims):
         if d == len(dims) - 1 and letter == "i":
-            lines.append("  " * d + "#pragma GCC ivdep")
+            # Sums of floating-point numbers are put in another order only where that is asked for.
+            lines.append(
+                "  " * d + (f"#pragma omp simd reduction(+:{','.join(sums)})" if sums else "#pragma GCC ivdep")
+            )
         lines.append("  " * d + f"for (int64_t {letter}{d} = 0; {letter}{d} < {n}; ++{letter}{d}) {{")
     lines += ["  " * len(dims) + line for line in body]
     return lines + ["  " * d + "}" for d in reversed(range(len(dims)))]

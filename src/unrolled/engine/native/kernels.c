@@ -313,16 +313,30 @@ static void product(real *out, int64_t out_by_row, const real *x, int64_t x_by_r
 
 /* Reductions along a run of entries. */
 
+typedef real few __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
+
+/* The sum of a vector's lanes, halves first: one after the other they would wait for each other. */
+INLINE real across(lanes v) {
+  union {
+    lanes all;
+    few parts[VECTOR_BYTES / 16];
+  } of = {v};
+  for (int half = VECTOR_BYTES / 32; half; half /= 2)
+    for (int l = 0; l < half; ++l) of.parts[l] += of.parts[l + half];
+#if REAL_IS_FLOAT
+  return (of.parts[0][0] + of.parts[0][2]) + (of.parts[0][1] + of.parts[0][3]);
+#else
+  return of.parts[0][0] + of.parts[0][1];
+#endif
+}
+
 INLINE real sum_of(const real *x, int64_t n) {
-  lanes s[2] = {{0}, {0}};
+  lanes s[4] = {{0}, {0}, {0}, {0}};
   int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    s[0] += *(const lanes *)(x + i);
-    s[1] += *(const lanes *)(x + i + LANES);
-  }
-  s[0] += s[1];
-  real total = 0;
-  for (int l = 0; l < LANES; ++l) total += s[0][l];
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
+    _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) s[j] += *(const lanes *)(x + i + j * LANES);
+  for (; i + LANES <= n; i += LANES) s[0] += *(const lanes *)(x + i);
+  real total = across((s[0] + s[1]) + (s[2] + s[3]));
   for (; i < n; ++i) total += x[i];
   return total;
 }

@@ -1,4 +1,4 @@
-"""Memory for what a loop writes: torch's, with large pages asked for where it is large.
+"""Memory of what a loop reads and writes: torch's, with large pages asked for where it is large.
 
 A tensor of a hundred megabytes is new memory at every call, and the system hands it out page by page at the first
 write: with small pages that takes longer than the arithmetic.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["fresh"]
+__all__ = ["fresh", "readable"]
 
 _LARGE = 4 << 20  # bytes
 _PAGE = 2 << 20
@@ -45,3 +45,11 @@ def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         # Advice only: where it is not taken, nothing else changes.
         _MADVISE(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor such that its numbers are where its pointer says.
+
+    Autograd hands on zeros that have no memory, and a view may be negated only when torch reads it.
+    """
+    return tensor.clone() if tensor.is_neg() or not tensor.data_ptr() else tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unrolled.engine.native.build import BuildError, library, machine_lines
-from unrolled.engine.native.memory import fresh
+from unrolled.engine.native.memory import fresh, readable
 from unrolled.engine.native.threads import team
 
 __all__ = ["affine", "packed_matrix", "product_library", "worthwhile"]
@@ -89,6 +89,7 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         return x @ y if bias is None else torch.addmm(bias, x, y)
     loaded = _library(x.dtype)
     assert loaded is not None
+    x, y = readable(x), readable(y)
     threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
     out = fresh((M, N), x.dtype)
     room = torch.empty(threads * loaded.ur_room(N), dtype=x.dtype)
@@ -97,7 +98,7 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         partial = torch.empty((threads - 1) * M * N, dtype=x.dtype)
         loaded.ur_contract(*map(_pointer, (out, x, y, partial, room)), *sizes, team())
     else:
-        start = None if bias is None else bias.contiguous()
+        start = None if bias is None else readable(bias).contiguous()
         loaded.ur_multiply(*map(_pointer, (out, x, y, start, room)), *sizes, team())
     return out
 

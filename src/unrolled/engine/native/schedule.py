@@ -1,7 +1,8 @@
 """Scheduling: which nodes are computed together in one pass over a row, and which of them need memory.
 
 A kernel is a product, a reduction, or all element-wise computations of one shape at one level. A computation may be
-used by another of the same kernel without being stored, if that reads it entry by entry. Levels are taken as late as
+used by another of the same kernel without being stored, if that reads it entry by entry; its sum over the row is added
+up on the way. Levels are taken as late as
 possible, so that what is computed is used while it is at hand.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unrolled.engine.native.nodes import Compute, Copy, Join, Leaf, Lowered, Node, Product, Reduce, View
+from unrolled.engine.native.nodes import Compute, Copy, Join, Leaf, Lowered, Node, Product, Reduce, Scan, View
 
 __all__ = ["Kernel", "Scheduled", "local", "schedule"]
 
@@ -30,11 +31,13 @@ class Scheduled:
         kernels: in order.
         homes: for each node that needs memory the emitted tensor that it is, or None for scratch memory.
         levels: which level each node is on.
+        sums: sums over a whole row, added up while it is computed: by what they are sums of.
     """
 
     kernels: list[Kernel]
     homes: dict[Node, int | None]
     levels: dict[Node, int]
+    sums: dict[Node, list[Reduce]]
 
 
 def local(view: View, reader: Node) -> bool:
@@ -55,7 +58,19 @@ def schedule(lowered: Lowered) -> Scheduled:
     nodes = _alive(lowered.nodes, [*homes, *(view.node for view in (*lowered.next_states, *lowered.totals))])
     levels = _levels(nodes, homes)
     added = {view.node: None for view in lowered.totals if not isinstance(view.node, Leaf) and view.node not in homes}
-    return Scheduled(_kernels(nodes, levels), homes | added | _scratch(nodes, levels, homes), levels)
+    sums: dict[Node, list[Reduce]] = {}
+    for node in nodes:
+        if isinstance(node, Reduce) and _on_the_way(node):
+            sums.setdefault(node.source.node, []).append(node)
+    return Scheduled(_kernels(nodes, levels), homes | added | _scratch(nodes, levels, homes), levels, sums)
+
+
+def _on_the_way(node: Node) -> bool:
+    """Whether a node is the sum over a whole row of an element-wise computation."""
+    if not isinstance(node, Reduce) or isinstance(node, Scan) or node.name != "sum" or node.size != 1:
+        return False
+    source = node.source.node
+    return node.source.whole and type(source) is Compute and source.dtype == node.dtype
 
 
 def _emitted_homes(lowered: Lowered) -> dict[Node, int | None]:
@@ -114,6 +129,8 @@ def _late(nodes: Sequence[Node], levels: dict[Node, int]) -> dict[Node, int]:
 def _kernels(nodes: Sequence[Node], levels: dict[Node, int]) -> list[Kernel]:
     groups: dict[tuple[object, ...], Kernel] = {}
     for node in nodes:
+        if _on_the_way(node):
+            continue
         if isinstance(node, Product | Reduce):
             groups[levels[node], 0, id(node)] = Kernel([node])
         elif isinstance(node, Compute):
@@ -127,7 +144,7 @@ def _scratch(nodes: Sequence[Node], levels: dict[Node, int], homes: dict[Node, i
     for node in nodes:
         if isinstance(node, Product | Reduce | Join) and node not in homes:
             found[node] = None
-        for view in node.views:
+        for view in () if _on_the_way(node) else node.views:
             apart = levels[view.node] != levels[node] or not local(view, node)
             if isinstance(view.node, Compute) and apart and view.node not in homes:
                 found[view.node] = None
