@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import unrolled as ur
 
@@ -111,6 +111,8 @@ COUPLING: dict[str, Callable[[], Any]] = {
     "softmax over rows": lambda: lambda x: x.softmax(0),
     "rows turned": lambda: lambda x: x.flip(0),
     "the first row": lambda: lambda x: x + x[:1],
+    "a row in the middle": lambda: lambda x: x + x[1:2],
+    "the largest row": lambda: lambda x: x / x.abs().amax(),
 }
 
 
@@ -118,9 +120,10 @@ COUPLING: dict[str, Callable[[], Any]] = {
 def test_lengths_are_refused_for_cells_that_couple_rows(name, engine):
     rnn = ur.Unrolled(Stepping(COUPLING[name]()), engine=engine, quiet=True)
     x = torch.randn(T, B, I)
-    with pytest.raises(ur.InputError, match=r"acts row by row.*Stepping.*leave lengths= out"):
-        rnn(x, lengths=[5, 2, 1])
-    rnn(x, lengths=[T] * B)  # what is no ragged batch is run
+    for lengths in ([5, 2, 1], [T] * B):  # whether a batch is refused does not depend on its numbers
+        with pytest.raises(ur.InputError, match=r"acts row by row.*Stepping.*leave lengths= out"):
+            rnn(x, lengths=lengths)
+    rnn(x)
 
 
 ROWWISE: dict[str, Callable[[], Any]] = {
@@ -198,3 +201,65 @@ def test_states_of_a_stack_are_one_for_each_layer(lengths, engine):
     both = ur.stack([ur.GRUCell(I, H)], engine=engine, bidirectional=True)
     with pytest.raises(ur.StateError, match="each of its 2 parts"):
         both(GOOD, ((h,),), lengths=lengths)
+
+
+class SortedCell(Stepping):
+    """Its backward scatters, which is not proved to act row by row."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x.sort(1)[0] + x)
+
+
+@pytest.mark.parametrize("T_of_others", [1, 3])
+def test_a_backward_that_is_not_proved_to_act_row_by_row_runs_on_the_reference(T_of_others):
+    torch.manual_seed(0)
+    cell = SortedCell().double()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    lengths = [T, T_of_others, 2]
+    found = []
+    for engine in ("reference", "eager", "native"):
+        rnn = ur.Unrolled(cell, engine=engine, quiet=True)
+        outputs, _ = rnn(x, lengths=lengths)
+        found.append(torch.autograd.grad(outputs.square().sum(), list(cell.parameters())))
+        assert rnn.ran == "reference"
+        assert rnn.plan(x).engine == ("reference" if engine == "reference" else "eager")
+    for grads in zip(*found, strict=True):
+        assert all(torch.equal(grads[0], other) for other in grads[1:])
+
+
+def test_sorted_indices_of_a_packed_sequence_name_each_row_once():
+    packed = pack_padded_sequence(torch.randn(T, B, I), [1, T, 2], enforce_sorted=False)
+    wrong = PackedSequence(packed.data, packed.batch_sizes, torch.tensor([0, 0, 1]), packed.unsorted_indices)
+    with pytest.raises(ur.InputError, match=r"sorted_indices.*\[0, 0, 1\]"):
+        ur.unroll(ur.GRUCell(I, H))(wrong)
+
+
+def test_a_packed_sequence_among_others_is_refused():
+    packed = pack_padded_sequence(torch.randn(T, B, I), [1, T, 2], enforce_sorted=False)
+    with pytest.raises(ur.InputError, match="PackedSequence among others"):
+        ur.unroll(ur.GRUCell(I, H))({"a": packed})
+
+
+def test_the_engine_can_be_set_and_is_checked():
+    rnn, x = ur.unroll(ur.GRUCell(I, H)), torch.randn(T, B, I)
+    rnn(x)
+    rnn.engine = "eager"
+    rnn(x)
+    assert (rnn.engine, rnn.ran) == ("eager", "eager")
+    with pytest.raises(ur.OptionError, match="engine must be one of"):
+        rnn.engine = "fast"
+    assert rnn.engine == "eager"
+
+
+def test_a_float_state_that_counts_runs_as_any_other():
+    """Its step backward needs no value at all."""
+
+    def step(input: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden, count = state
+        hidden = torch.tanh(input + hidden)
+        return hidden, (hidden, count * 0.5 + 1)
+
+    x = torch.randn(T, B, I, requires_grad=True)
+    rnn = ur.Unrolled(ur.as_cell(step), engine="eager", quiet=True)
+    rnn(x, (torch.zeros(B, I), torch.zeros(B)))
+    assert rnn.ran == "eager"

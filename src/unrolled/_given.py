@@ -30,11 +30,12 @@ class Given:
 
     Attributes:
         steps: T, as the caller sees it.
+        by_length: whether the caller says how long each row is, be they all of one length.
     """
 
     def __init__(self, extent: Extent, batch: int, *, batch_first: bool = False) -> None:
         self.extent, self.batch, self.batch_first = extent, batch, batch_first
-        self.steps = extent.steps
+        self.steps, self.by_length = extent.steps, False
 
     def sequences(self, tree: Tree) -> Tree:
         """Sequences of the caller's as engines take them."""
@@ -58,18 +59,16 @@ class Given:
         shape = (self.batch, steps) if self.batch_first else (steps, self.batch)
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != shape:
             got = f"{resets.dtype} {list(resets.shape)}" if isinstance(resets, Tensor) else type(resets).__name__
-            raise InputError(f"resets must be a bool tensor {layout} = {list(shape)}, got {got}; compare: resets != 0")
+            mask = isinstance(resets, Tensor) and resets.dtype == torch.bool
+            remedy = "it has one entry for each row and step" if mask else "compare: resets != 0"
+            raise InputError(f"resets must be a bool tensor {layout} = {list(shape)}, got {got}; {remedy}")
         if not reverse:
             return resets
         # What starts afresh before step t, walked backwards, is what comes after it: step t - 1. A row's first step
         # walked comes after none of its own.
         time = int(self.batch_first)
         none = torch.zeros_like(resets.narrow(time, 0, 1))
-        return torch.cat([self._of_rows(resets).narrow(time, 1, steps - 1), none], time)
-
-    def _of_rows(self, mask: Tensor) -> Tensor:
-        """A mask without what it says of the padding."""
-        return mask
+        return torch.cat([resets.narrow(time, 1, steps - 1), none], time)
 
     def last(self, tree: Tree, first: Tree) -> Tree:
         """An engine's last state as the caller has it; rows without a step keep the first one."""
@@ -82,17 +81,13 @@ class _Padded(Given):
     def __init__(self, ragged: Ragged, *, batch_first: bool = False) -> None:
         super().__init__(ragged.extent, len(ragged.lengths), batch_first=batch_first)
         self.ragged = ragged
-        self.steps = ragged.steps
+        self.steps, self.by_length = ragged.steps, True
 
     def sequences(self, tree: Tree) -> Tree:
         return map_leaves(self.ragged.packed, super().sequences(tree))
 
     def outputs(self, tree: Tree) -> Tree:
         return super().outputs(map_leaves(self.ragged.padded, tree))
-
-    def _of_rows(self, mask: Tensor) -> Tensor:
-        alive = torch.arange(self.steps).unsqueeze(1) < self.ragged.lengths
-        return mask & (alive.T if self.batch_first else alive).to(mask.device)
 
     def rows(self, tree: Tree) -> Tree:
         return None if tree is None else map_leaves(self.ragged.running, tree)
@@ -143,7 +138,9 @@ def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
         return Given(Extent(T, B), B, batch_first=batch_first)
     found = checked_lengths(lengths, T, B)
     if bool((found == T).all()):
-        return Given(Extent(T, B), B, batch_first=batch_first)
+        given = Given(Extent(T, B), B, batch_first=batch_first)
+        given.by_length = True
+        return given
     return _Padded(Ragged(found, T), batch_first=batch_first)
 
 
@@ -159,6 +156,11 @@ def _ragged_of(packed: PackedSequence) -> Ragged:
     batch = steps[0]
     ordered = (sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
     order = torch.arange(batch) if order is None else order.cpu()
+    if order.shape != (batch,) or not torch.equal(order.sort().values, torch.arange(batch)):
+        raise InputError(
+            f"a PackedSequence's sorted_indices must name each of its {batch} rows once, got {order.tolist()[:8]}; "
+            "make it with torch.nn.utils.rnn.pack_padded_sequence"
+        )
     lengths = torch.empty_like(ordered)
     lengths[order] = ordered
     return Ragged(lengths, len(steps), order)

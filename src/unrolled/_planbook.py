@@ -31,7 +31,7 @@ from unrolled.trees import Tree, flatten, leaves, map_leaves
 
 __all__ = ["Decision", "PlanBook"]
 
-_MOST_PLANS = 32
+_MOST_PLANS = 128
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,24 @@ class PlanBook:
     Args:
         engine: 'auto', 'reference', 'eager' or 'native'.
         quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
-
-    Attributes:
-        latest: what was decided for the latest call, None before the first one.
     """
 
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
-        self._engine, self.quiet = engine, quiet
+        self.engine, self.quiet = engine, quiet
         self.runner = Runner(use_native=engine in ("auto", "native"))
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
         self._coupling: OrderedDict[Any, bool] = OrderedDict()
         self._said: set[Decision] = set()
-        self.latest: Decision | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
         return {
-            "_engine": self._engine,
+            "engine": self.engine,
             "quiet": self.quiet,
             "runner": Runner(self.runner.use_native),
             "_entries": OrderedDict(),
             "_coupling": OrderedDict(),
             "_said": set(),
-            "latest": None,
         }
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
@@ -110,11 +105,9 @@ class PlanBook:
             extent: how far the inputs reach; None for T and B of their own.
         """
         decision = self._decision(cell, inputs, state, context, extent or Extent(*leaves(inputs)[0].shape[:2]))
-        if extent is not None and extent.ragged and decision.plan is not None and decision.plan.coupled:
-            reason = next(iter(decision.plan.coupled.values()))
-            why = f"rows of different lengths need steps that act row by row: {reason}"
+        if extent is not None and extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
+            why = f"rows of different lengths need steps that act row by row: {decision.plan.why_not_ragged}"
             decision = self._told_once(Decision(None, "reference", why))
-        self.latest = decision
         return decision
 
     def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
@@ -129,12 +122,14 @@ class PlanBook:
             return Decision(None, "reference", str(error))
         # A step may do something else for some batch sizes, which a recording at two others does not show.
         key = (guards, needing, extent.batch)
-        known = self._entries.get(key)
-        if known is None or not _still_fits(known.plan, cell):
-            self._entries[key] = self._decide(cell, _first_steps(inputs, extent), state, context, needing)
+        decision = self._entries.get(key)
+        if decision is None or not _still_fits(decision.plan, cell):
+            decision = self._decide(cell, _first_steps(inputs, extent), state, context, needing)
+            self._entries[key] = decision
             while len(self._entries) > _MOST_PLANS:
                 self._entries.popitem(last=False)
-        return self._entries[key]
+        self._entries.move_to_end(key)
+        return decision
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
         try:
@@ -179,11 +174,11 @@ class PlanBook:
 
     def _told(self, decision: Decision) -> Decision:
         """Say it where another engine runs than the one that was asked for by name, and where there is no compiler."""
-        if self._engine == "auto" and self.runner.no_compiler and not self.quiet:
+        if self.engine == "auto" and self.runner.no_compiler and not self.quiet:
             _say_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
-        if not self.quiet and self._engine not in ("auto", decision.engine):
+        if not self.quiet and self.engine not in ("auto", decision.engine):
             warnings.warn(
-                f"engine={self._engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
+                f"engine={self.engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
                 stacklevel=2,
             )
         return decision
@@ -242,11 +237,15 @@ def _shapes(tree: Tree, leading: int) -> Any:
 
 
 def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
-    """Whether a step couples rows, found on a copy of the cell where it can be copied."""
+    """Whether a step couples rows, found on a copy of the cell; one that cannot be copied is not touched."""
+    try:
+        twin = twin_of(cell)
+    except UnrecordableError:
+        return False
     found: list[bool] = []
     with torch.inference_mode(False), contextlib.suppress(UnrecordableError), surroundings_kept(cell):
-        found.append(couples_rows(twin_of(cell), input, state, context))
-    return found[0] if found else couples_rows(cell, input, state, context)
+        found.append(couples_rows(twin, input, state, context))
+    return found[0] if found else couples_rows(twin, input, state, context)
 
 
 def _first_steps(inputs: Tree, extent: Extent) -> Tree:

@@ -329,6 +329,10 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
 
 def _refuse_batch_first(layers: Sequence[Any]) -> None:
     for layer in layers:
+        if not isinstance(layer, Unrolled | Layered):
+            raise OptionError(
+                f"layers of a Stack are unrolled networks, got {type(layer).__name__}; ur.stack takes cells"
+            )
         if layer.batch_first:
             raise OptionError(
                 f"layers of a stack are time-first, got {layer._get_name()} with batch_first; pass it to stack"

@@ -20,6 +20,7 @@ from unrolled.engine import reference
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Extent
 from unrolled.plan.report import Plan, report
+from unrolled.plan.twin import twin_of
 from unrolled.trees import Tree, describe, flatten, leaves, map_leaves, paths
 from unrolled.wrappers.resetting import ResettingCell
 
@@ -35,8 +36,8 @@ class Unrolled(nn.Module):
     Attributes:
         cell: the cell, shared by all copies.
         batch_first: whether inputs and outputs are `[B, T, ...]`.
-        engine: what runs the copies.
         reverse: whether the state is handed from the last copy to the first.
+        ran: the engine that the latest call ran on; the reference before the first one.
     """
 
     def __init__(
@@ -49,11 +50,10 @@ class Unrolled(nn.Module):
         quiet: bool = False,
     ) -> None:
         super().__init__()
-        if engine not in ENGINES:
-            raise OptionError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         self.cell = cell
         self.batch_first = batch_first
         self.reverse = reverse
+        self.ran = "reference"
         self.run_by(engine, quiet=quiet)
 
     def run_by(self, engine: str, *, quiet: bool = False) -> None:
@@ -63,16 +63,19 @@ class Unrolled(nn.Module):
             engine: one of `ENGINES`.
             quiet: whether the plan alone says that another engine runs than the one that was asked for by name.
         """
-        self.engine = engine
+        if engine not in ENGINES:
+            raise OptionError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
         self._plans = PlanBook(engine, quiet=quiet)
         self.__dict__.pop("_resetting", None)
 
     @property
-    def ran(self) -> str:
-        """The engine that the latest call ran on; the reference where there was none."""
-        networks = (self, self.__dict__.get("_resetting", self))
-        found = [network._plans.latest for network in networks if network._plans.latest is not None]
-        return found[-1].engine if found else "reference"
+    def engine(self) -> str:
+        """What runs the copies; setting it makes plans anew."""
+        return self._plans.engine
+
+    @engine.setter
+    def engine(self, engine: str) -> None:
+        self.run_by(engine, quiet=self._plans.quiet)
 
     def forward(
         self,
@@ -152,11 +155,13 @@ class Unrolled(nn.Module):
             mask = self.checked_resets(given, resets, fresh)
             rnn, steps, started = self._with_resets(), (steps, mask), (started, given.rows(fresh))
         outputs, last = rnn._run(steps, given.rows(first), started, given.extent)
+        self.ran = rnn.ran
         return outputs, given.last(last, first)
 
     def _run(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Tree, Tree]:
         if self.engine != "reference":
-            plan = self._plans.look_up(self.cell, inputs, state, context, extent).plan
+            decision = self._plans.look_up(self.cell, inputs, state, context, extent)
+            plan, self.ran = decision.plan, decision.engine
             if plan is not None:
                 return run_plan(
                     plan, self.cell, inputs, state, context, self._plans.runner, extent, reverse=self.reverse
@@ -166,6 +171,7 @@ class Unrolled(nn.Module):
                 mapped = run_mapped(self._plans, self.cell, self._forwards(inputs), state, context)
             if mapped is not None:
                 return self._forwards(mapped[0]), mapped[1]
+        self.ran = "reference"
         step = CheckedStep(self.cell, context, extent)
         return reference.run(step, inputs, state, extent, reverse=self.reverse)
 
@@ -190,8 +196,8 @@ class Unrolled(nn.Module):
             steps = given.sequences(inputs)
             state = self.checked(given, steps, state, context)
         T, B, name = given.extent.steps, given.extent.batch, name_of(self.cell)
-        if self.engine == "reference":
-            return Plan(name, T, B, "reference", "it was asked for")
+        if self.engine == "reference" or not given.extent.rows:
+            return Plan(name, T, B, "reference", "it was asked for" if T else "no row has a step")
         decision = self._plans.look_up(self.cell, steps, given.rows(state), given.rows(context), given.extent)
         if decision.plan is None:
             return Plan(name, T, B, decision.engine, decision.why)
@@ -210,7 +216,7 @@ class Unrolled(nn.Module):
             state = make_state(self.cell, steps, given.batch)
         else:
             check_state(self.cell, state, steps, given.batch)
-        if given.extent.ragged:
+        if given.by_length:
             self._refuse_lengths(given, steps, state, context)
         return state
 
@@ -239,14 +245,15 @@ class Unrolled(nn.Module):
         if given.extent.rows and self._plans.couples(self.cell, steps, *rows, given.extent):
             raise InputError(
                 f"lengths need a cell that acts row by row, but in a step of {name} one row's results depend on other "
-                "rows; leave lengths= out, or take what couples them (a batch norm in training?) out of the cell"
+                "rows, or have no row of their own; leave lengths= out, or take what couples them (a batch norm in "
+                "training?) out of the cell"
             )
 
     def no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
         first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
         with torch.no_grad(), torch.random.fork_rng():
-            output, _ = CheckedStep(self.cell, context)(0, first, state)
+            output, _ = CheckedStep(twin_of(self.cell), context)(0, first, state)
         return map_leaves(lambda x: x[:0], output)
 
     def _with_resets(self) -> Unrolled:

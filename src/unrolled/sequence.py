@@ -59,9 +59,16 @@ def _flatten_inputs(inputs: Tree) -> tuple[list[Tensor], Structure]:
         tensors, structure = flatten(inputs)
     except TypeError as error:
         raise InputError(f"inputs must be a pytree of tensors: {error}; convert it with torch.as_tensor") from error
+    if _holds_packed(inputs):
+        raise InputError("a PackedSequence among others is not taken; pass padded tensors and lengths=")
     if not tensors:
         raise InputError("inputs must have at least one tensor [T, B, ...], got none; T and B are read from it")
     return tensors, structure
+
+
+def _holds_packed(tree: Tree) -> bool:
+    inside = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    return isinstance(tree, PackedSequence) or any(_holds_packed(child) for child in inside)
 
 
 def device_of(inputs: Tree) -> torch.device:

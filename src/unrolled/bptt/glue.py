@@ -86,7 +86,7 @@ class _Call:
         )
         env: dict[int, Entry] = {v: self._timed(v, values[v]) for v in back.kept}
         env |= {v: values[v] for v in back.fixed}
-        device = next(tensor.device for tensor in values.values() if tensor is not None)
+        device = next(grad.device for grad in grads if grad is not None)
         for v, position in zip(self._emitted_tangents(), back.emitted, strict=True):
             grad = emitted[position]
             env[v] = self._zeros(planned.loop.emitted[position], device) if grad is None else self._timed(v, grad)

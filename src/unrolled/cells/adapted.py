@@ -248,9 +248,8 @@ def context_use(cell: nn.Module) -> str:
 
     A cell around another cell, its `wrapped`, hands on what it is given.
     """
-    wrapped = getattr(cell, "wrapped", None)
-    if isinstance(wrapped, nn.Module):
-        return context_use(wrapped)
+    if isinstance(getattr(type(cell), "wrapped", None), property):  # a user's attribute of that name is their own
+        return context_use(cell.wrapped)
     function: Callable[..., Any] = cell.forward
     leading = 2
     if isinstance(cell, AdaptedCell):

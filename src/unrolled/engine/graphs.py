@@ -6,6 +6,7 @@ what it is given and what it makes; a walk copies a block's inputs there, replay
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -128,10 +129,14 @@ _BLOCKS: OrderedDict[Any, Block | None] = OrderedDict()
 def block_for(loop: LoopProgram, request: Request, capture: Capture = captured) -> Block | None:
     """The block for a walk, captured now if there is none yet; None, said once, where its steps cannot be captured."""
     kinds = tuple((x.shape[i < len(request.sequences) :], x.dtype, x.device) for i, x in enumerate(request.given))
-    key = (loop, kinds, request.reverse, capture)
+    # A block's memory is one walk's at a time: walks on other streams, and of other threads, have blocks of their own.
+    stream = torch.cuda.current_stream().cuda_stream if request.states[0].device.type == "cuda" else 0
+    key = (loop, kinds, request.reverse, capture, stream, threading.get_ident())
     if key not in _BLOCKS:
         try:
             _BLOCKS[key] = Block(loop, request, capture)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             _BLOCKS[key] = None
             _say_once(f"unrolled launches every step's operations on CUDA, since no graph can be captured: {error}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ __all__ = ["couples_rows"]
 
 
 def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
-    """Whether other rows of a step's results move when its first row, or its last one, is another.
+    """Whether a row of a step's results moves when the others are changed, or is no row of its own.
 
     Args:
         cell: the cell; it may be changed by the call.
@@ -21,40 +23,53 @@ def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bo
     """
     given = (input, state) if context is None else (input, state, context)
     rows = len(leaves(given)[0])
-    if rows < 2:
-        return False
     before = _results(cell, map_leaves(lambda x: x.detach().clone(), given))
-    for row in (0, rows - 1):
-        after = _results(cell, map_leaves(lambda x, row=row: _with_another_row(x, row), given))
-        if any(_apart(a, b, row) for a, b in zip(before, after, strict=True)):
-            return True
+    if any(x.dim() == 0 or len(x) != rows for x in before):
+        return True
+    for row in {0, rows - 1} if rows > 1 else ():
+        for change in _CHANGES:
+            try:
+                changed = map_leaves(lambda x, row=row, change=change: _changed(x, row, change), given)
+                after = _results(cell, changed)
+            except (IndexError, RuntimeError):  # integers that index something: the change says nothing
+                continue
+            if any(_apart(a[row], b[row]) for a, b in zip(before, after, strict=True)):
+                return True
     return False
 
 
 def _results(cell: nn.Module, given: tuple[Tree, ...]) -> list[Tensor]:
     # The same random numbers every time, for all rows: a dropout inside of a step couples nothing.
     with torch.no_grad(), torch.random.fork_rng():
-        return leaves(cell(*given))
+        return [x.detach() for x in leaves(cell(*given))]
 
 
-def _with_another_row(tensor: Tensor, row: int) -> Tensor:
-    changed = tensor.detach().clone()
-    own, other = changed[row], changed[-1 - row]
-    changed[row] = other if torch.equal(own, own) and not torch.equal(own, other) else _moved(own)
+def _near(x: Tensor) -> Tensor:
+    """Other numbers of about the same size, and the integers of other rows, which are safe where they are indices."""
+    return x.nan_to_num() * 1.25 + 0.25 if x.is_floating_point() else x.roll(1, 0)
+
+
+def _far(x: Tensor) -> Tensor:
+    """Larger numbers; other integers."""
+    if x.is_floating_point():
+        return 3 - x.nan_to_num() * 4
+    return ~x if x.dtype == torch.bool else x + 1
+
+
+_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (_near, _far)
+
+
+def _changed(tensor: Tensor, row: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor in which all rows but one are others."""
+    changed = change(tensor.detach()).clone()
+    changed[row] = tensor[row].detach()
     return changed
 
 
-def _moved(row: Tensor) -> Tensor:
-    """Another row of the same kind. An integer may be an index, so that 0 is what is safe."""
-    return row.nan_to_num() * 1.25 + 0.25 if row.is_floating_point() else torch.zeros_like(row)
-
-
-def _apart(a: Tensor, b: Tensor, row: int) -> bool:
-    """Whether two results differ in any row but this one."""
-    if a.shape != b.shape or a.dim() == 0:
+def _apart(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
         return True
-    a, b = (torch.cat([x[:row], x[row + 1 :]]) for x in (a, b))
     if not a.is_floating_point():
         return not torch.equal(a, b)
-    bound = torch.finfo(a.dtype).eps ** 0.75 * float(a.abs().nan_to_num().max())
+    bound = torch.finfo(a.dtype).eps ** 0.75 * max(float(a.abs().nan_to_num().max()) if a.numel() else 0.0, 1.0)
     return not torch.allclose(a, b, rtol=0.0, atol=bound, equal_nan=True)

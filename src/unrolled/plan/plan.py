@@ -82,6 +82,18 @@ class StepPlan:
     beside: frozenset[int]
     asked: frozenset[int]
 
+    @property
+    def why_not_ragged(self) -> str | None:
+        """Why rows may not end at different times: an operation, forward or backward, that is not proved row-wise."""
+        reasons = [*self.coupled.values()]
+        for planned in self.planned.values():
+            program = planned.backward.program
+            for number, reason in planned.coupled.items():
+                made = [program.values[v] for v in program.ops[number].outputs if v >= 0]
+                if any(value.rows is not None for value in made):
+                    reasons.append(f"backward, {reason}")
+        return reasons[0] if reasons else None
+
 
 def plan_step(
     cell: nn.Module,

@@ -28,7 +28,7 @@ __all__ = ["NativeLoop", "built"]
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
 _FEW = 2  # rows
-_WORTH_HELP = 500_000  # bytes of matrices, twice, that a step reads
+_WORTH_HELP = 200_000  # bytes of matrices that a step reads
 _MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
@@ -172,7 +172,7 @@ class NativeLoop:
     def _helpers(self, extent: Extent) -> int:
         """How many threads help with the products of one or two rows: those of matrices that one alone reads slowly."""
         most = min(torch.get_num_threads(), _MOST_THREADS) - 1
-        return most if extent.batch <= _FEW and self.source.flops * self.source.real.itemsize >= _WORTH_HELP else 0
+        return most if extent.batch <= _FEW and self.source.weights * self.source.real.itemsize >= _WORTH_HELP else 0
 
     def _threads(self, extent: Extent) -> int:
         worth = extent.rows * self.source.flops > _WORTH_A_TEAM

@@ -29,6 +29,7 @@ class Source:
         matrices: the positions among the fixed values of those that it reads packed.
         scratch: bytes of scratch memory per row.
         flops: floating-point operations per row and step, roughly.
+        weights: numbers in the matrices that a step reads.
     """
 
     setup: str
@@ -37,6 +38,7 @@ class Source:
     matrices: tuple[int, ...]
     scratch: int
     flops: int
+    weights: int
 
     def walk(self, name: str) -> str:
         """The C function that walks through time, under a name."""
@@ -91,7 +93,7 @@ class _Emitter:
         self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
         self.matrices: list[int] = []
         self.scratch = 0
-        self.flops = 0
+        self.flops = self.weights = 0
         self.state_homes = state_homes(loop)
 
     def source(self) -> Source:
@@ -99,7 +101,7 @@ class _Emitter:
         body += [self.total(number, view) for number, view in enumerate(self.lowered.totals)]
         setup, step = self.memory()
         found = (_indented(setup, 1), _indented([*step, *body], 2))
-        return Source(*found, self.lowered.real, tuple(self.matrices), self.scratch, self.flops)
+        return Source(*found, self.lowered.real, tuple(self.matrices), self.scratch, self.flops, self.weights)
 
     # -- memory
 
@@ -162,6 +164,7 @@ class _Emitter:
         x = f"{self.names[row.node]} + {row.offset}"
         by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)
         self.flops += 2 * many * K * N
+        self.weights += K * N
         out, matrix = f"{self.names[node]}, {N}", f"w->packed[{index}], {many} * rows, {K}, {N}"
         return f"product_with(w->helped, {out}, {x}, {by_row}, {matrix});"
 

@@ -8,7 +8,7 @@
 
 typedef struct {
   int64_t posted;  /* products so far; negative when there will be no more */
-  uint64_t next;   /* of the current product: its number, how many pieces it has, and the next one */
+  uint64_t next;   /* of the current product: how many pieces it has, and the next one */
   int64_t done;    /* pieces of it */
   real *out;
   const real *x, *packed;
@@ -16,7 +16,8 @@ typedef struct {
 } helped;
 
 /* Takes pieces of the current product until none is left. While a piece is not done the product stays the current one,
-   so that its operands may be read. */
+   so that its operands may be read; who comes late finds none left, or pieces of the next product, whose operands were
+   written before. */
 static void take_pieces(helped *h) {
   for (;;) {
     uint64_t taken = __atomic_fetch_add(&h->next, 1, __ATOMIC_ACQ_REL);
@@ -54,7 +55,7 @@ static void product_with(helped *h, real *out, int64_t out_by_row, const real *x
   h->out = out, h->x = x, h->packed = packed;
   h->out_by_row = out_by_row, h->x_by_row = x_by_row, h->rows = rows, h->K = K, h->N = N;
   __atomic_store_n(&h->done, 0, __ATOMIC_RELAXED);
-  __atomic_store_n(&h->next, (uint64_t)(h->posted + 1) << 32 | (uint64_t)pieces << 16, __ATOMIC_RELEASE);
+  __atomic_store_n(&h->next, (uint64_t)pieces << 16, __ATOMIC_RELEASE);
   __atomic_store_n(&h->posted, h->posted + 1, __ATOMIC_RELEASE);
   take_pieces(h);
   while (__atomic_load_n(&h->done, __ATOMIC_ACQUIRE) < pieces) wait_a_little(&waited);
