@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from unrolled import sequence
 from unrolled._given import Given, Lengths, given_as
 from unrolled._mapped import run_mapped, transforms
 from unrolled._planbook import PlanBook
-from unrolled._windows import Window, each_window
+from unrolled._windows import Windowed
 from unrolled.bptt.pieces import Run, run_cut
 from unrolled.bptt.run import run_plan
 from unrolled.bptt.truncated import run_truncated
@@ -33,7 +33,7 @@ ENGINES = ("auto", "reference", "eager", "native")
 """The engines there are; 'auto' takes the fastest that can run the cell."""
 
 
-class Unrolled(nn.Module):
+class Unrolled(Windowed, nn.Module):
     """A cell unrolled into one weight-sharing copy for each step of whatever sequence comes; made by `unroll`.
 
     Attributes:
@@ -74,16 +74,6 @@ class Unrolled(nn.Module):
         self.engine = engine
         self._plans = PlanBook(engine, quiet=quiet)
         self.__dict__.pop("_resetting", None)
-
-    @property
-    def horizon(self) -> int | None:
-        """How many copies gradients flow back through; None for all of them."""
-        return self.truncation.horizon if self.truncation else None
-
-    @property
-    def stride(self) -> int | None:
-        """How many steps have their losses taken together; None for all of them."""
-        return self.truncation.stride if self.truncation else None
 
     @property
     def ran(self) -> str:
@@ -207,52 +197,6 @@ class Unrolled(nn.Module):
             return reference.run(lambda t, *given: step(start + t, *given), inputs, state, extent, reverse=self.reverse)
 
         return run
-
-    def windows(
-        self,
-        source: Iterable[Tree],
-        state: Tree = None,
-        *,
-        lengths: Lengths = None,
-        resets: Iterable[Tensor] | None = None,
-        context: Tree = None,
-    ) -> Iterator[Window]:
-        """Truncated BPTT over a sequence that is longer than memory, with updates of the weights between windows.
-
-        Each window has `stride` new steps (the last one may have fewer) and goes back through `horizon` copies: the
-        horizon - stride copies before its new steps are run again, with the current weights, from the state that the
-        window before had there. One window is held at a time. Inputs of the overlap are kept as numbers: what made them
-        gets its gradients from the window in which they were new.
-
-        Args:
-            source: an iterable of chunks, pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`), t as you like.
-            state: what each row's first copy receives: numbers, or leaves of a graph; by default the cell's own.
-            lengths: how many steps each row has in all chunks together, integers `[B]`.
-            resets: an iterable beside the source, for each chunk a bool `[t, B]` (`[B, t]`): rows that start afresh.
-                It is a second one, and no part of the chunks, because a chunk is whatever tree the cell reads.
-            context: what a cell with a third argument receives at every step: numbers, or leaves of a graph.
-
-        Yields:
-            A `Window`. Where its `backward` is not called (as in evaluation) the next one begins all the same.
-
-        Raises:
-            OptionError: for a network without a horizon.
-            InputError: for a reversed network, for chunks that differ in B, structure or dtype, naming the chunk, and
-                for a context that is neither numbers nor a leaf.
-            StateError: for a state that is neither.
-
-        Example:
-            >>> import torch, unrolled as ur
-            >>> rnn = ur.unroll(ur.GRUCell(3, 4), horizon=6, stride=3)
-            >>> for window in rnn.windows(torch.randn(2, 5, 2, 3)):  # two chunks of five steps
-            ...     window.backward(window.outputs.pow(2).mean())
-            ...     print(window.start, window.stop)
-            0 3
-            3 6
-            6 9
-            9 10
-        """
-        return each_window(self, self.truncation, source, state, lengths=lengths, resets=resets, context=context)
 
     def _forwards(self, steps: Tree) -> Tree:
         """Sequences `[T, ...]` turned such that the first copy to run is copy 0, and back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +17,7 @@ from unrolled.errors import GradientError, InputError, OptionError, StateError, 
 from unrolled.lengths import Extent, checked_lengths
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
-__all__ = ["Window", "each_window"]
-
-
-class Network(Protocol):
-    """What windows are run on."""
-
-    batch_first: bool
-
-    def through(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Tree, Tree]:
-        """Run over sequences that are laid out as engines take them."""
-
-    def _get_name(self) -> str: ...
+__all__ = ["Window", "Windowed"]
 
 
 class Window:
@@ -89,8 +76,81 @@ def _steps(window: Window) -> str:
     return f"steps {window.start} to {window.stop - 1}"
 
 
-def each_window(
-    network: Network,
+class Windowed:
+    """A network that gradients may flow back through for a horizon of copies only.
+
+    Attributes:
+        truncation: how far gradients flow back, and how often losses are taken; None for all copies.
+    """
+
+    truncation: Truncation | None
+    batch_first: bool
+
+    @property
+    def horizon(self) -> int | None:
+        """How many copies gradients flow back through; None for all of them."""
+        return self.truncation.horizon if self.truncation else None
+
+    @property
+    def stride(self) -> int | None:
+        """How many steps have their losses taken together; None for all of them."""
+        return self.truncation.stride if self.truncation else None
+
+    def through(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        """Run over sequences that are laid out as engines take them."""
+        raise NotImplementedError
+
+    def windows(
+        self,
+        source: Iterable[Tree],
+        state: Tree = None,
+        *,
+        lengths: Lengths = None,
+        resets: Iterable[Tensor] | None = None,
+        context: Tree = None,
+    ) -> Iterator[Window]:
+        """Truncated BPTT over a sequence that is longer than memory, with updates of the weights between windows.
+
+        Each window has `stride` new steps (the last one may have fewer) and goes back through `horizon` copies: the
+        horizon - stride copies before its new steps are run again, with the current weights, from the state that the
+        window before had there. One window is held at a time. Inputs of the overlap are kept as numbers: what made them
+        gets its gradients from the window in which they were new.
+
+        Args:
+            source: an iterable of chunks, pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`), t as you like.
+            state: what each row's first copy receives: numbers, or leaves of a graph; by default the cell's own.
+            lengths: how many steps each row has in all chunks together, integers `[B]`.
+            resets: an iterable beside the source, for each chunk a bool `[t, B]` (`[B, t]`): rows that start afresh.
+                It is a second one, and no part of the chunks, because a chunk is whatever tree the cell reads.
+            context: what a cell with a third argument receives at every step: numbers, or leaves of a graph.
+
+        Yields:
+            A `Window`. Where its `backward` is not called (as in evaluation) the next one begins all the same.
+
+        Raises:
+            OptionError: for a network without a horizon.
+            InputError: for a reversed network, for chunks that differ in B, structure or dtype, naming the chunk, and
+                for a context that is neither numbers nor a leaf.
+            StateError: for a state that is neither.
+
+        Example:
+            >>> import torch, unrolled as ur
+            >>> rnn = ur.unroll(ur.GRUCell(3, 4), horizon=6, stride=3)
+            >>> for window in rnn.windows(torch.randn(5, 2, 3) for _ in range(2)):
+            ...     window.backward(window.outputs.pow(2).mean())
+            ...     print(window.start, window.stop)
+            0 3
+            3 6
+            6 9
+            9 10
+        """
+        return _each_window(self, self.truncation, source, state, lengths=lengths, resets=resets, context=context)
+
+
+def _each_window(
+    network: Windowed,
     truncation: Truncation | None,
     source: Iterable[Tree],
     state: Tree,
@@ -99,10 +159,10 @@ def each_window(
     resets: Iterable[Tensor] | None,
     context: Tree,
 ) -> Iterator[Window]:
-    """The windows of a source; see `Unrolled.windows`. What is refused beforehand is refused now, not by `next`."""
+    """The windows of a source; what is refused beforehand is refused now, not by `next`."""
     if truncation is None:
         raise OptionError(
-            f"windows need a horizon, {network._get_name()} has none; make it with unroll(cell, horizon=k2, stride=k1)"
+            f"windows need a horizon, this {type(network).__name__} has none; make it with horizon=k2, stride=k1"
         )
     if getattr(network, "reverse", False):
         raise InputError(
@@ -111,10 +171,10 @@ def each_window(
         )
     _refuse_graphs("state", state, StateError)
     _refuse_graphs("context", context, InputError)
-    if isinstance(source, dict | tuple) or not isinstance(source, Iterable):
+    if isinstance(source, dict | Tensor) or not isinstance(source, Iterable):
         raise InputError(
-            f"a source is an iterable of chunks, a list, a file or a generator, got a {type(source).__name__}; for one "
-            "chunk pass [inputs]"
+            f"a source is an iterable of chunks, such as a list or a generator, got a {type(source).__name__}; for one "
+            "chunk pass [inputs], for more of them inputs.split(steps)"
         )
     chunks = Chunks(source, resets, batch_first=network.batch_first)
     return _Walker(network, truncation, chunks, state, lengths, context).windows()
@@ -137,7 +197,7 @@ class _Walker:
     """One walk over a source: where it is, and what the next window needs of the ones before."""
 
     def __init__(
-        self, network: Network, truncation: Truncation, chunks: Chunks, state: Tree, lengths: Any, context: Tree
+        self, network: Windowed, truncation: Truncation, chunks: Chunks, state: Tree, lengths: Any, context: Tree
     ) -> None:
         self.network, self.truncation, self.chunks = network, truncation, chunks
         self.lengths, self.context = lengths, context
@@ -188,8 +248,7 @@ class _Walker:
             return Tape(self._run, steps, self.entry, self.context, extent, [Block(start, T, 0)], bounds=bounds)
 
     def _run(self, steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
-        inputs, resets = steps
-        first = self.begin + start
+        (inputs, resets), first = steps, self.begin + start
         lengths = None if self.lengths is None else (self.lengths - first).clamp(0, extent.steps)
         given = given_as(inputs, lengths, batch_first=False)
         try:

@@ -241,18 +241,15 @@ def _part(grad: Tensor | None, place: int, count: int, reverse: bool) -> Tensor 
 
 def _last(span: Span, tensor: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """The gradient of what a piece hands on: some rows go on to the next piece, others have ended."""
-    rows = span.extent.batch
-    if not span.extent.ragged or not span.handed:
+    if not span.extent.ragged:
         return above if span.handed else grad
-    if span.handed == rows:
-        return None if above is None else above[:rows]
-    if above is None and grad is None:
+    parts = [above, grad], [slice(0, span.handed), slice(span.handed, span.extent.batch)]
+    flowing = [(part, rows) for part, rows in zip(*parts, strict=True) if part is not None and rows.start < rows.stop]
+    if not flowing:
         return None
     full = torch.zeros_like(tensor)
-    if above is not None:
-        full[: span.handed] = above[: span.handed]
-    if grad is not None:
-        full[span.handed :] = grad[span.handed : rows]
+    for part, rows in flowing:
+        full[rows] = part[rows]
     return full
 
 
