@@ -560,3 +560,24 @@ def test_stacks_that_have_no_horizon() -> None:
     with pytest.raises(OptionError, match="windows need a horizon"):
         ur.stack([cell]).windows([])
     assert "horizon=4, stride=2" in repr(ur.stack([cell], horizon=4, stride=2))
+
+
+def test_what_transforms_and_verify_do() -> None:
+    x = torch.randn(9, B, I)
+    rnn = ur.unroll(ur.GRUCell(I, H), engine="reference", horizon=4, stride=2)
+    with pytest.raises(OptionError, match=r"stride < horizon is not offered inside of torch.func"):
+        torch.func.grad(lambda x: rnn(x)[0].sum())(x)
+    plain = ur.unroll(rnn.cell, engine="reference", horizon=4)
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(plain(leaf)[0].sum(), leaf)
+    assert_match(torch.func.grad(lambda x: plain(x)[0].sum())(x), wanted)
+    assert ur.verify(rnn, x, lengths=[4, 9, 7])
+
+
+def test_what_made_the_inputs_is_reached_from_the_window_they_are_new_in() -> None:
+    x, scale = torch.randn(6, 1, 1, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    rnn = ur.unroll(Linear(0.8), engine="reference", horizon=4, stride=2)
+    for window in rnn.windows(part * scale for part in x.split(2)):
+        window.backward(window.outputs.sum())
+    new = [x[t] * (1 + 0.8 * (t % 2 == 0)) for t in range(6)]
+    assert_match(scale.grad, sum(new).squeeze())

@@ -116,7 +116,7 @@ class Windowed:
         Each window has `stride` new steps (the last one may have fewer) and goes back through `horizon` copies: the
         horizon - stride copies before its new steps are run again, with the current weights, from the state that the
         window before had there. One window is held at a time. Inputs of the overlap are kept as numbers: what made them
-        gets its gradients from the window in which they were new.
+        gets its gradients from the window in which they were new, and needs chunks of `stride` steps for that.
 
         Args:
             source: an iterable of chunks, pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`), t as you like.

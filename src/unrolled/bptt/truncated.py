@@ -7,6 +7,7 @@ of the run is a graph of its own, and one autograd Function goes back through th
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,11 +156,12 @@ class Tape:
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of what was given and of the weights, from those of the results."""
         sums: dict[int, Tensor] = {}
+        begins = [piece.span.begin for piece in self.pieces]
         for block in self.blocks:
             above: list[Tensor | None] = []
-            for piece in reversed(self.pieces):
-                if block.cut <= piece.span.begin < block.end:
-                    above = self._through(piece, grads, above, sums, taken=piece.span.begin >= block.begin)
+            first, behind = (bisect_left(begins, at) for at in (block.cut, block.end))
+            for piece in reversed(self.pieces[first:behind]):
+                above = self._through(piece, grads, above, sums, taken=piece.span.begin >= block.begin)
         beside = [sums.get(id(x)) for x in (*self._around, *self.weights)]
         return [*self._of_inputs(sums), *self._of_state(sums), *beside]
 
