@@ -202,7 +202,7 @@ class _Walker:
         self.network, self.truncation, self.chunks = network, truncation, chunks
         self.lengths, self.context = lengths, context
         self.entry, self.overlap, self.begin, self.stop = state, None, 0, 0
-        self.random = torch.random.get_rng_state()
+        self.random: Tensor | None = None
 
     def windows(self) -> Iterator[Window]:
         """Each window, the one before it left."""
@@ -242,8 +242,10 @@ class _Walker:
         again = not self.begin and start > 0
         # An initial state that is drawn at random is the same one each time that copy 0 is run again.
         with torch.random.fork_rng(devices=[], enabled=again):
-            if again:
+            if again and self.random is not None:
                 torch.random.set_rng_state(self.random)
+            elif self.random is None:
+                self.random = torch.random.get_rng_state()
             extent, bounds = Extent(T, self.chunks.batch), {following}.intersection(range(T))
             return Tape(self._run, steps, self.entry, self.context, extent, [Block(start, T, 0)], bounds=bounds)
 
