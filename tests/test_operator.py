@@ -136,7 +136,7 @@ def test_layers(kind):
     layer = kind(I, H, batch_first=True)
     x = torch.randn(2, 5, I)
     assert_same(numbers(compiled(layer), layer, x), numbers(layer, layer, x))
-    assert layer.unrolled.plan(x).engine != "reference"
+    assert layer.network.plan(x).engine != "reference"
 
 
 def test_frozen_weights_get_no_gradient():

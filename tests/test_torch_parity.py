@@ -210,40 +210,6 @@ def test_an_unrolled_cell_becomes_torch_nns_layer(kind, adapted, batch_first):
 LAYERS = [(ur.RNN, nn.RNN), (ur.LSTM, nn.LSTM), (ur.GRU, nn.GRU)]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"num_layers": 2}, "num_layers=2"),
-        ({"bidirectional": True}, "bidirectional=True"),
-        ({"num_layers": 2, "dropout": 0.5}, "num_layers=2"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(("ours", "theirs"), LAYERS)
-def test_layer_options_not_offered_yet_are_refused_by_constructor_and_conversion(ours, theirs, options, said):
-    with pytest.raises(ur.OptionError, match=said):
-        ours(I, H, **options)
-    with pytest.raises(ur.OptionError, match=said):
-        ur.from_torch(theirs(I, H, **options))
-
-
-def test_projections_are_refused_by_constructor_and_conversion():
-    with pytest.raises(ur.OptionError, match="proj_size=2"):
-        ur.LSTM(I, H, proj_size=2)
-    with pytest.raises(ur.OptionError, match="proj_size=2"):
-        ur.from_torch(nn.LSTM(I, H, proj_size=2))
-
-
-@pytest.mark.parametrize(("ours", "theirs"), LAYERS)
-def test_dropout_between_layers_is_refused_where_there_is_one_layer(ours, theirs):
-    with pytest.raises(ur.OptionError, match=r"dropout=0\.5"):
-        ours(I, H, dropout=0.5)
-    with pytest.warns(UserWarning, match="dropout"):
-        layer = theirs(I, H, dropout=0.5)
-    with pytest.raises(ur.OptionError, match=r"dropout=0\.5"):
-        ur.from_torch(layer)
-
-
 @pytest.mark.parametrize("wrap", [lambda cell: cell, ur.unroll], ids=["cell", "unrolled"])
 @pytest.mark.parametrize("cell", [ur.RNNCell, ur.LSTMCell, ur.GRUCell])
 def test_a_learned_initial_state_has_no_place_in_torch_nn(cell, wrap):

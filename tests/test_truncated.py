@@ -583,3 +583,16 @@ def test_what_made_the_inputs_is_reached_from_the_window_they_are_new_in() -> No
         window.backward(window.outputs.sum())
     new = [x[t] * (1 + 0.8 * (t % 2 == 0)) for t in range(6)]
     assert_match(scale.grad, sum(new).squeeze())
+
+
+@pytest.mark.parametrize("cut", [(4, 4), (4, 2)])
+def test_a_compiler_cuts_nothing_else(cut: tuple[int, int]) -> None:
+    x = torch.randn(9, B, I)
+    cell, other = ur.GRUCell(I, H), ur.GRUCell(H, H)
+    for rnn in (
+        ur.unroll(cell, engine="eager", horizon=cut[0], stride=cut[1]),
+        ur.stack([cell, other], engine="eager", horizon=cut[0], stride=cut[1]),
+    ):
+        seen = [network(x)[0].square().sum() for network in (rnn, torch.compile(rnn, backend="eager"))]
+        wanted, found = (torch.autograd.grad(loss, list(rnn.parameters())) for loss in seen)
+        assert_match(list(found), list(wanted))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from unrolled._layers import GRU, LSTM, RNN, TorchLayer
+from unrolled._stack import Bidirectional, Layered, Stack
 from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import is_torch_cell
 from unrolled.cells.gru import GRUCell
@@ -40,7 +41,7 @@ def from_torch(module: nn.Module) -> nn.Module:
         `requires_grad`.
 
     Raises:
-        OptionError: for any other module, or for options that the layer here does not offer yet.
+        OptionError: for any other module.
 
     Example:
         >>> import torch
@@ -62,13 +63,15 @@ def to_torch(module: nn.Module) -> nn.Module:
     """Make torch.nn's counterpart of one of our layers or cells, with a copy of its weights.
 
     Args:
-        module: `RNN`, `LSTM`, `GRU`, `RNNCell`, `LSTMCell`, `GRUCell`, or such a cell unrolled, which becomes a layer.
+        module: `RNN`, `LSTM`, `GRU`, `RNNCell`, `LSTMCell`, `GRUCell`; or such a cell unrolled, a `Bidirectional` or a
+            `Stack` of such, which becomes a layer: torch.nn's has one tensor for the states of all layers.
 
     Returns:
         The module of torch.nn: same numbers, dtype, device, mode and `requires_grad`.
 
     Raises:
-        OptionError: for any other module, or for what torch.nn cannot hold: a learned initial state.
+        OptionError: for any other module, or for what torch.nn cannot hold: a learned initial state, one direction
+            that is the backward one, layers that are not alike, or one cell in two layers.
 
     Example:
         >>> import torch
@@ -77,14 +80,14 @@ def to_torch(module: nn.Module) -> nn.Module:
         >>> torch.allclose(to_torch(rnn)(inputs)[0], rnn(inputs)[0], atol=1e-6)
         True
     """
-    if isinstance(module, Unrolled):
-        return _unrolled_to_torch(module)
+    if isinstance(module, Unrolled | Layered):
+        return _network_to_torch(module)
     for theirs, ours in _PAIRS:
         if type(module) is ours:
             _refuse_learned_state(module)
             return _moved(module, theirs)
     raise OptionError(
-        f"to_torch takes {', '.join(ours.__name__ for _, ours in _PAIRS)} or such a cell unrolled, "
+        f"to_torch takes {', '.join(ours.__name__ for _, ours in _PAIRS)} or networks of such cells, "
         f"got {type(module).__name__}: torch.nn has no counterpart of it"
     )
 
@@ -97,24 +100,67 @@ def _refuse_learned_state(module: nn.Module) -> None:
         )
 
 
-def _unrolled_to_torch(rnn: Unrolled) -> nn.Module:
-    layers: dict[type[nn.Module], Callable[..., nn.Module]] = {
-        RNNCell: nn.RNN,
-        LSTMCell: nn.LSTM,
-        GRUCell: nn.GRU,
-    }
-    cell = rnn.cell.module if is_torch_cell(rnn.cell) else rnn.cell
-    if type(cell) in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
-        cell = from_torch(cell)
-    if type(cell) not in layers:
+_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {RNNCell: nn.RNN, LSTMCell: nn.LSTM, GRUCell: nn.GRU}
+
+
+def _network_to_torch(rnn: Unrolled | Layered) -> nn.Module:
+    parts = rnn.parts if isinstance(rnn, Stack) else [rnn]
+    layers = [[_plain(cell) for cell in _directions(part)] for part in parts]
+    _refuse_unlike(layers)
+    first, ways = layers[0][0], len(layers[0])
+    made = _LAYERS[type(first)](
+        **_arguments(first),
+        num_layers=len(layers),
+        bidirectional=ways > 1,
+        dropout=rnn.dropout if isinstance(rnn, Stack) and len(layers) > 1 else 0.0,
+        batch_first=rnn.batch_first,
+    )
+    ends = ("", "_reverse")
+    sources = {f"_l{n}{end}": cell for n, layer in enumerate(layers) for end, cell in zip(ends, layer, strict=False)}
+    return _with_weights(made, sources).train(rnn.training)
+
+
+def _directions(part: nn.Module) -> list[nn.Module]:
+    """The cells of one layer, forwards first."""
+    if isinstance(part, Bidirectional):
+        return [part.forwards.cell, part.backwards.cell]
+    if not isinstance(part, Unrolled):
+        raise OptionError(f"torch.nn has no layer in which there is a {type(part).__name__}; stack cells, not stacks")
+    if part.reverse:
+        raise OptionError(
+            "torch.nn has no layer that runs backwards alone; convert ur.unroll(cell) and flip what it reads and gives"
+        )
+    return [part.cell]
+
+
+def _plain(cell: nn.Module) -> nn.Module:
+    """A cell as one of ours that has a layer in torch.nn."""
+    if is_torch_cell(cell):
+        cell = from_torch(cell.module)
+    if type(cell) not in _LAYERS:
         raise OptionError(f"torch.nn has no layer whose cell is a {type(cell).__name__}")
     _refuse_learned_state(cell)
-    made = layers[type(cell)](**_arguments(cell), batch_first=rnn.batch_first)
-    return _with_weights(made, cell, suffix="_l0").train(rnn.training)
+    return cell
+
+
+def _refuse_unlike(layers: list[list[nn.Module]]) -> None:
+    """Refuse what torch.nn has no one module for: its layers have one kind of cell, one H and as many directions."""
+    cells = [cell for layer in layers for cell in layer]
+    first = cells[0]
+    for n, layer in enumerate(layers):
+        reads = first.input_size if n == 0 else first.hidden_size * len(layer)
+        wanted = _arguments(first) | {"input_size": reads}
+        if len(layer) != len(layers[0]) or any((type(c), _arguments(c)) != (type(first), wanted) for c in layer):
+            raise OptionError(
+                f"torch.nn's layers are all alike, but layer {n} is {layer} and layer 0 {layers[0]}; convert them one "
+                "by one"
+            )
+    if len(set(map(id, cells))) < len(cells):
+        raise OptionError("torch.nn's layers share no weights, but one cell is in two of these; copy it first")
 
 
 def _moved(module: nn.Module, target: Callable[..., nn.Module]) -> nn.Module:
-    return _with_weights(target(**_arguments(module)), module)
+    return _with_weights(target(**_arguments(module)), {"": module}).train(module.training)
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
@@ -128,9 +174,10 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names} | {"device": first.device, "dtype": first.dtype}
 
 
-def _with_weights(made: nn.Module, source: nn.Module, suffix: str = "") -> nn.Module:
-    made.load_state_dict({name + suffix: tensor for name, tensor in source.state_dict().items()})
-    trained = {name + suffix: parameter.requires_grad for name, parameter in source.named_parameters()}
+def _with_weights(made: nn.Module, sources: Mapping[str, nn.Module]) -> nn.Module:
+    """A module with copies of other modules' parameters, whose names get an ending."""
+    given = {name + end: p for end, source in sources.items() for name, p in source.named_parameters()}
+    made.load_state_dict(given)
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(trained[name])
-    return made.train(source.training)
+        parameter.requires_grad_(given[name].requires_grad)
+    return made

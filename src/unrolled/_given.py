@@ -61,10 +61,15 @@ class Given:
             raise InputError(f"resets must be a bool tensor {layout} = {list(shape)}, got {got}; compare: resets != 0")
         if not reverse:
             return resets
-        # What starts afresh before step t, walked backwards, is what comes after it: step t - 1.
+        # What starts afresh before step t, walked backwards, is what comes after it: step t - 1. A row's first step
+        # walked comes after none of its own.
         time = int(self.batch_first)
         none = torch.zeros_like(resets.narrow(time, 0, 1))
-        return torch.cat([resets.narrow(time, 1, steps - 1), none], time)
+        return torch.cat([self._of_rows(resets).narrow(time, 1, steps - 1), none], time)
+
+    def _of_rows(self, mask: Tensor) -> Tensor:
+        """A mask without what it says of the padding."""
+        return mask
 
     def last(self, tree: Tree, first: Tree) -> Tree:
         """An engine's last state as the caller has it; rows without a step keep the first one."""
@@ -95,6 +100,10 @@ class _Padded(Given):
     def outputs(self, tree: Tree) -> Tree:
         return super().outputs(map_leaves(self.ragged.padded, tree))
 
+    def _of_rows(self, mask: Tensor) -> Tensor:
+        alive = torch.arange(self.steps).unsqueeze(1) < self.ragged.lengths
+        return mask & (alive.T if self.batch_first else alive).to(mask.device)
+
     def rows(self, tree: Tree) -> Tree:
         return None if tree is None else map_leaves(self.ragged.running, tree)
 
@@ -113,8 +122,8 @@ class _Padded(Given):
 class _Packed(_Padded):
     """A PackedSequence: what engines take is its data."""
 
-    def __init__(self, packed: PackedSequence) -> None:
-        super().__init__(_ragged_of(packed))
+    def __init__(self, packed: PackedSequence, *, batch_first: bool) -> None:
+        super().__init__(_ragged_of(packed), batch_first=batch_first)
         self._packed = packed
 
     def sequences(self, tree: Tree) -> Tree:
@@ -138,7 +147,7 @@ def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
     if isinstance(inputs, PackedSequence):
         if lengths is not None:
             raise InputError("a PackedSequence has its lengths in it; leave lengths= out, or pass padded inputs")
-        return _Packed(inputs)
+        return _Packed(inputs, batch_first=batch_first)
     T, B = sequence.sizes(inputs, batch_first=batch_first)
     if lengths is None:
         return Given(Extent(T, B), B, batch_first=batch_first)

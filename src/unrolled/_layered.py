@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unrolled import sequence
 from unrolled._given import Given, Lengths, given_as
 from unrolled._unroll import Unrolled
+from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import context_use
 from unrolled.cells.contract import check_state, make_state, name_of
 from unrolled.errors import InputError, StateError
@@ -29,6 +30,8 @@ class Layered(nn.Module):
     Args:
         batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
     """
+
+    truncation: Truncation | None = None
 
     def __init__(self, *, batch_first: bool = False) -> None:
         super().__init__()
@@ -73,17 +76,29 @@ class Layered(nn.Module):
             InputError: for what a cell cannot take, naming the part.
             StateError: for a state that does not fit.
         """
-        if (
-            torch.compiler.is_compiling()
-            and lengths is None
-            and resets is None
-            and not isinstance(inputs, PackedSequence)
-        ):
-            steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
-            outputs, last = self.composed_by(
-                lambda part, *given: part(given[0], given[1], context=given[2]), steps, state, context
-            )
-            return sequence.swap_time_and_batch(outputs) if self.batch_first else outputs, last
+        if torch.compiler.is_compiling():
+            return self._traced(inputs, state, lengths, resets, context)
+        return self._run(inputs, state, lengths, resets, context)
+
+    def _traced(
+        self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        """What a compiler sees: the parts, each for itself; of rows that end or start afresh, and of cuts, nothing."""
+        # Imported here since it brings in torch's compiler, which takes a second.
+        from unrolled._traced import left_alone
+
+        plain = lengths is None and resets is None and not isinstance(inputs, PackedSequence)
+        if not plain or self.truncation is not None:
+            return left_alone(self._run, inputs, state, lengths, resets, context)
+        steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
+        outputs, last = self.composed_by(
+            lambda part, *given: part(given[0], given[1], context=given[2]), steps, state, context
+        )
+        return sequence.swap_time_and_batch(outputs) if self.batch_first else outputs, last
+
+    def _run(
+        self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
         given = given_as(inputs, lengths, batch_first=self.batch_first)
         outputs, last = self.through(given, given.sequences(inputs), state, resets, context)
         return given.outputs(outputs), last

@@ -59,6 +59,7 @@ class PlanBook:
         self.runner = Runner(use_native=engine in ("auto", "native"))
         self._entries: OrderedDict[Any, Decision] = OrderedDict()
         self._coupling: OrderedDict[Any, bool] = OrderedDict()
+        self._said: set[Decision] = set()
         self.latest: Decision | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class PlanBook:
             "runner": Runner(self.runner.use_native),
             "_entries": OrderedDict(),
             "_coupling": OrderedDict(),
+            "_said": set(),
             "latest": None,
         }
 
@@ -110,9 +112,8 @@ class PlanBook:
         decision = self._decision(cell, inputs, state, context, extent or Extent(*leaves(inputs)[0].shape[:2]))
         if extent is not None and extent.ragged and decision.plan is not None and decision.plan.coupled:
             reason = next(iter(decision.plan.coupled.values()))
-            decision = Decision(
-                None, "reference", f"rows of different lengths need steps that act row by row: {reason}"
-            )
+            why = f"rows of different lengths need steps that act row by row: {reason}"
+            decision = self._told_once(Decision(None, "reference", why))
         self.latest = decision
         return decision
 
@@ -186,6 +187,11 @@ class PlanBook:
                 stacklevel=2,
             )
         return decision
+
+    def _told_once(self, decision: Decision) -> Decision:
+        """Say it for a decision that is made anew at every call."""
+        known, self._said = decision in self._said, {*self._said, decision}
+        return decision if known else self._told(decision)
 
 
 @functools.cache

@@ -87,8 +87,8 @@ class Stack(Windowed, Layered):
         stride: as in `unroll`.
 
     Raises:
-        OptionError: for no layer, a dropout that is no probability, layers whose sizes do not fit, or a horizon of
-            layers that walk backwards or have one of their own.
+        OptionError: for no layer, one that is batch-first, a dropout that is no probability, sizes that do not fit, or
+            a horizon of layers that walk backwards or have one of their own.
 
     Example:
         >>> import torch, unrolled as ur
@@ -111,6 +111,7 @@ class Stack(Windowed, Layered):
         self.truncation = truncation_of(horizon, stride)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
+        _refuse_batch_first(layers)
         _refuse_misfits(layers)
         if self.truncation is not None:
             _refuse_to_cut(layers)
@@ -218,10 +219,6 @@ def checked_dropout(p: float) -> float:
 
 def _layer(entry: Any, *, bidirectional: bool, engine: str) -> nn.Module:
     if isinstance(entry, Unrolled | Layered):
-        if entry.batch_first:
-            raise OptionError(
-                f"layers of a stack are time-first, got {entry._get_name()} with batch_first; pass it to stack"
-            )
         return entry
     if isinstance(entry, tuple | list):
         if len(entry) != 2:
@@ -260,6 +257,14 @@ def _refuse_to_cut(layers: Sequence[nn.Module]) -> None:
                     f"a stack with a horizon walks forwards, but layer {number} has {named(part)} that walks backwards "
                     "and begins where the last block ends; leave horizon out, or stack one direction"
                 )
+
+
+def _refuse_batch_first(layers: Sequence[Any]) -> None:
+    for layer in layers:
+        if layer.batch_first:
+            raise OptionError(
+                f"layers of a stack are time-first, got {layer._get_name()} with batch_first; pass it to stack"
+            )
 
 
 def _refuse_misfits(layers: Sequence[nn.Module]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,11 +53,14 @@ def run_traced(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, cont
     *results, _ = call(site, [*given, *rows, *held(cell)])
     start, structure = flatten(state)
     outputs = len(results) - len(start)
-    return unflatten(_OUTPUTS[site], results[:outputs]), unflatten(structure, results[outputs:])
+    return unflatten(getattr(_OUTPUTS, f"of_{site}"), results[:outputs]), unflatten(structure, results[outputs:])
 
 
-_OUTPUTS: dict[int, Structure] = {}
-"""The structure of each site's outputs. A trace reads it here: a constant that is no number, it could not guard."""
+_OUTPUTS = SimpleNamespace()
+"""The structure of each site's outputs. A trace reads it here: a constant that is no number, it could not guard.
+
+An attribute for each: of a dict a trace has only what stood in it when it was first read.
+"""
 
 
 @torch.compiler.disable
@@ -98,7 +102,8 @@ def _site(plans: PlanBook, cell: nn.Module, *trees: tuple[Any, Any]) -> int | No
     site = site_of(plans, cell, Asked(inputs, state, context)) if apart(operable) and not transforms() else None
     if site is None:
         return None
-    if site.number not in _OUTPUTS:
-        _OUTPUTS[site.number] = site.structures[0]
-        weakref.finalize(site, _OUTPUTS.pop, site.number, None).atexit = False
+    name = f"of_{site.number}"
+    if not hasattr(_OUTPUTS, name):
+        setattr(_OUTPUTS, name, site.structures[0])
+        weakref.finalize(site, vars(_OUTPUTS).pop, name, None).atexit = False
     return site.number

@@ -217,6 +217,15 @@ class _Taken(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Placed.apply(grad, ctx.places, ctx.size), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        taken: Tensor = _Taken.apply(tangent, ctx.places)
+        return taken
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int, None], tensor: Tensor, places: Tensor) -> tuple[Tensor, int]:
+        return _Taken.apply(tensor.movedim(dims[0], 1), places), 1
+
 
 class _Placed(torch.autograd.Function):
     """A tensor's rows at some places among zeros."""
@@ -227,8 +236,17 @@ class _Placed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.places, _ = inputs
+        _, ctx.places, ctx.size = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Taken.apply(grad, ctx.places), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        placed: Tensor = _Placed.apply(tangent, ctx.places, ctx.size)
+        return placed
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int, None, None], tensor: Tensor, places: Tensor, size: int) -> tuple[Tensor, int]:
+        return _Placed.apply(tensor.movedim(dims[0], 1), places, size), 1

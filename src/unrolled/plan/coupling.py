@@ -11,7 +11,7 @@ __all__ = ["couples_rows"]
 
 
 def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
-    """Whether the first rows of a step's results move when its last row is another.
+    """Whether other rows of a step's results move when its first row, or its last one, is another.
 
     Args:
         cell: the cell; it may be changed by the call.
@@ -20,24 +20,27 @@ def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bo
         context: `[B, ...]`, or None.
     """
     given = (input, state) if context is None else (input, state, context)
-    if len(leaves(given)[0]) < 2:
+    rows = len(leaves(given)[0])
+    if rows < 2:
         return False
-    # The same random numbers both times, for all rows: a dropout inside of a step couples nothing.
-    with torch.no_grad():
-        results = []
-        for other in (False, True):
-            with torch.random.fork_rng():
-                tried = map_leaves(
-                    lambda x, other=other: _with_another_last_row(x) if other else x.detach().clone(), given
-                )
-                results.append(leaves(cell(*tried)))
-    return any(_apart(a, b) for a, b in zip(*results, strict=True))
+    before = _results(cell, map_leaves(lambda x: x.detach().clone(), given))
+    for row in (0, rows - 1):
+        after = _results(cell, map_leaves(lambda x, row=row: _with_another_row(x, row), given))
+        if any(_apart(a, b, row) for a, b in zip(before, after, strict=True)):
+            return True
+    return False
 
 
-def _with_another_last_row(tensor: Tensor) -> Tensor:
+def _results(cell: nn.Module, given: tuple[Tree, ...]) -> list[Tensor]:
+    # The same random numbers every time, for all rows: a dropout inside of a step couples nothing.
+    with torch.no_grad(), torch.random.fork_rng():
+        return leaves(cell(*given))
+
+
+def _with_another_row(tensor: Tensor, row: int) -> Tensor:
     changed = tensor.detach().clone()
-    row = changed[-1]
-    changed[-1] = changed[0] if torch.equal(row, row) and not torch.equal(row, changed[0]) else _moved(row)
+    own, other = changed[row], changed[-1 - row]
+    changed[row] = other if torch.equal(own, own) and not torch.equal(own, other) else _moved(own)
     return changed
 
 
@@ -46,10 +49,11 @@ def _moved(row: Tensor) -> Tensor:
     return row.nan_to_num() * 1.25 + 0.25 if row.is_floating_point() else torch.zeros_like(row)
 
 
-def _apart(a: Tensor, b: Tensor) -> bool:
+def _apart(a: Tensor, b: Tensor, row: int) -> bool:
+    """Whether two results differ in any row but this one."""
     if a.shape != b.shape or a.dim() == 0:
         return True
-    a, b = a[:-1], b[:-1]
+    a, b = (torch.cat([x[:row], x[row + 1 :]]) for x in (a, b))
     if not a.is_floating_point():
         return not torch.equal(a, b)
     bound = torch.finfo(a.dtype).eps ** 0.75 * float(a.abs().nan_to_num().max())

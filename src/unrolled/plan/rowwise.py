@@ -174,7 +174,9 @@ def _view(call: Call) -> list[Place]:
     assert place is not None
     before = _count(shape[:place])
     for d, n in enumerate(new):
-        if n == ROW and before is not None and _count(new[:d]) == before:
+        # What a row has may become so many rows of a dimension: they lie one after the other.
+        whole = isinstance(n, Size) and n.constant == 0
+        if whole and before is not None and _count(new[:d]) == before:
             return [d]
     raise _refuse(call, "merges the rows with another dimension")
 
