@@ -15,7 +15,7 @@ from unrolled.errors import InputError
 from unrolled.lengths import Extent, Ragged, checked_lengths
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Given", "Lengths", "given_as"]
+__all__ = ["Given", "Lengths", "Portion", "given_as"]
 
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 
@@ -73,6 +73,16 @@ class Given:
     def last(self, tree: Tree, first: Tree) -> Tree:
         """An engine's last state as the caller has it; rows without a step keep the first one."""
         return tree
+
+
+class Portion(Given):
+    """A portion of a batch, laid out as engines take it already; so are its resets."""
+
+    def __init__(self, extent: Extent) -> None:
+        super().__init__(extent, extent.batch)
+
+    def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
+        return resets
 
 
 class _Padded(Given):

@@ -4,140 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from unrolled import sequence
-from unrolled._given import Given, Lengths, given_as
+from unrolled._given import Given
+from unrolled._layered import Layered, Run, named
+from unrolled._portions import run_portions
 from unrolled._unroll import Unrolled
-from unrolled.cells.adapted import as_cell, context_use
+from unrolled._windows import Windowed
+from unrolled.bptt.truncation import truncation_of
+from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import name_of
 from unrolled.cells.gates import GatedCell
 from unrolled.cells.min_gru import MinGRUCell
-from unrolled.errors import InputError, OptionError, StateError, UnrolledError
-from unrolled.trees import Tree, describe, map_leaves
+from unrolled.errors import OptionError, UnrolledError
+from unrolled.trees import Tree, map_leaves
 
 __all__ = ["Bidirectional", "Layered", "Stack", "checked_dropout", "stack"]
-
-Run: TypeAlias = Callable[[nn.Module, Tree, Tree, Tree], tuple[Tree, Tree]]
-"""How one part is run: `(part, steps, state, context) -> (outputs, last state)`."""
-
-
-class Layered(nn.Module):
-    """A module made of unrolled networks, its `parts`; how it is called.
-
-    Args:
-        batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
-    """
-
-    def __init__(self, *, batch_first: bool = False) -> None:
-        super().__init__()
-        self.batch_first = batch_first
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        """The unrolled networks, or modules made of such, in the order in which their states are handed out."""
-        raise NotImplementedError
-
-    @property
-    def takes_context(self) -> bool:
-        """Whether any cell has a third argument."""
-        return any(_takes_context(part) for part in self.parts)
-
-    def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
-        """Run the parts, one way or another, and put their outputs together."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        inputs: Tree,
-        state: Tree = None,
-        *,
-        lengths: Lengths = None,
-        resets: Tensor | None = None,
-        context: Tree = None,
-    ) -> tuple[Tree, Tree]:
-        """Run over a sequence.
-
-        Args:
-            inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`), or a PackedSequence.
-            state: a tuple with one state for each part, None for its cell's own; None for all of them.
-            lengths: how many steps each row has, integers `[B]`, as `Unrolled.forward` takes them.
-            resets: a bool `[T, B]`, rows that start afresh just before step t.
-            context: what every cell with a third argument receives at every step.
-
-        Returns:
-            The outputs, laid out as the inputs, and a tuple with the last state of each part.
-
-        Raises:
-            InputError: for what a cell cannot take, naming the part.
-            StateError: for a state that does not fit.
-        """
-        if torch.compiler.is_compiling():
-            return self._traced(inputs, state, lengths, resets, context)
-        return self._run(inputs, state, lengths, resets, context)
-
-    def _traced(
-        self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
-    ) -> tuple[Tree, Tree]:
-        """What a compiler sees: the parts, each for itself; of rows that end early or start afresh nothing."""
-        # Imported here since it brings in torch's compiler, which takes a second.
-        from unrolled._traced import left_alone
-
-        if lengths is not None or resets is not None or isinstance(inputs, PackedSequence):
-            return left_alone(self._run, inputs, state, lengths, resets, context)
-        steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
-        outputs, last = self.composed_by(
-            lambda part, *given: part(given[0], given[1], context=given[2]), steps, state, context
-        )
-        return sequence.swap_time_and_batch(outputs) if self.batch_first else outputs, last
-
-    def _run(
-        self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
-    ) -> tuple[Tree, Tree]:
-        given = given_as(inputs, lengths, batch_first=self.batch_first)
-        outputs, last = self.through(given, given.sequences(inputs), state, resets, context)
-        return given.outputs(outputs), last
-
-    def through(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Tree, Tree]:
-        """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
-
-        def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
-            return cast("Layered | Unrolled", part).through(given, steps, state, resets, context)
-
-        return self.composed_by(run, steps, state, context)
-
-    def composed_by(self, run: Run, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
-        """Check what was passed and run the parts, one way or another; see `compose`.
-
-        Raises:
-            InputError: for a context that no cell takes.
-            StateError: for a state that is no tuple with one entry for each part.
-        """
-        parts = self.parts
-        if context is not None and not self.takes_context:
-            raise InputError(f"no cell of {self._get_name()} takes a context; leave context= out")
-        states = [None] * len(parts) if state is None else state
-        if not isinstance(states, tuple | list) or len(states) != len(parts):
-            raise StateError(
-                f"the state of {self._get_name()} is a tuple with one state for each of its {len(parts)} parts "
-                f"({', '.join(map(_name, parts))}), got {_count(states)}; pass on what an earlier call returned"
-            )
-
-        def each(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
-            return run(part, steps, state, context if _takes_context(part) else None)
-
-        return self.compose(each, steps, states, context)
-
-    def extra_repr(self) -> str:
-        """The layout."""
-        return "batch_first=True" if self.batch_first else ""
 
 
 class Bidirectional(Layered):
@@ -189,16 +76,19 @@ class Bidirectional(Layered):
         return f"Bidirectional[{name_of(self.forwards.cell)}]"
 
 
-class Stack(Layered):
+class Stack(Windowed, Layered):
     """Layers, each reading what the one before it gives out; made by `stack`.
 
     Args:
         layers: unrolled networks, `Bidirectional` ones, or stacks; all time-first.
         dropout: the probability with which entries between two layers are dropped, in training only.
         batch_first: whether inputs and outputs are `[B, T, ...]`.
+        horizon: as in `unroll`; all layers are cut at one place.
+        stride: as in `unroll`.
 
     Raises:
-        OptionError: for no layer, one that is batch-first, a dropout that is no probability, or sizes that do not fit.
+        OptionError: for no layer, one that is batch-first, a dropout that is no probability, sizes that do not fit, or
+            a horizon of layers that walk backwards or have one of their own.
 
     Example:
         >>> import torch, unrolled as ur
@@ -208,12 +98,23 @@ class Stack(Layered):
         (torch.Size([5, 2, 2]), torch.Size([2, 4]))
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, dropout: float = 0.0, batch_first: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        dropout: float = 0.0,
+        batch_first: bool = False,
+        horizon: int | None = None,
+        stride: int | None = None,
+    ) -> None:
         super().__init__(batch_first=batch_first)
+        self.truncation = truncation_of(horizon, stride)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
         _refuse_batch_first(layers)
         _refuse_misfits(layers)
+        if self.truncation is not None:
+            _refuse_to_cut(layers)
         self.layers = nn.ModuleList(layers)
         self.dropout = checked_dropout(dropout)
 
@@ -221,6 +122,16 @@ class Stack(Layered):
     def parts(self) -> list[nn.Module]:
         """The layers, the first one first."""
         return list(self.layers)
+
+    def through(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
+        if self.truncation is None:
+            return Layered.through(self, given, steps, state, resets, context)
+        first = self.first_state(steps, state, given.batch)
+        whole, weights = partial(Layered.through, self), self.parameters()
+        return run_portions(self.truncation, whole, given, steps, first, resets, context, weights)
 
     def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
         """Run one layer after the other."""
@@ -233,9 +144,9 @@ class Stack(Layered):
             except UnrolledError as error:
                 if not number or torch.compiler.is_compiling():
                     raise
-                before = _name(self.layers[number - 1])
+                before = named(self.layers[number - 1])
                 error.args = (
-                    f"layer {number}, {_name(layer)}, reads what layer {number - 1}, {before}, gives out: {error}",
+                    f"layer {number}, {named(layer)}, reads what layer {number - 1}, {before}, gives out: {error}",
                 )
                 raise
             steps = outputs
@@ -244,7 +155,9 @@ class Stack(Layered):
 
     def extra_repr(self) -> str:
         """The options that differ from the defaults."""
+        cut = self.truncation
         shown = [f"dropout={self.dropout}"] if self.dropout else []
+        shown += [f"horizon={cut.horizon}", f"stride={cut.stride}"] if cut else []
         return ", ".join(shown + ([super().extra_repr()] if self.batch_first else []))
 
 
@@ -255,6 +168,8 @@ def stack(
     dropout: float = 0.0,
     batch_first: bool = False,
     engine: str = "auto",
+    horizon: int | None = None,
+    stride: int | None = None,
 ) -> Stack:
     """Put recurrent layers on top of each other; each reads what the one before it gives out.
 
@@ -269,13 +184,16 @@ def stack(
         dropout: the probability with which entries between two layers are dropped, in training only.
         batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
         engine: as in `unroll`.
+        horizon: as in `unroll`; all layers are cut at one place.
+        stride: as in `unroll`.
 
     Returns:
         A module: `outputs, states = rnn(inputs, states=None, lengths=None, resets=None, context=None)`; states is a
         tuple with one entry for each layer, a pair of states for a bidirectional one.
 
     Raises:
-        OptionError: for layers whose sizes do not fit, naming both, or a cell that cannot be copied anew.
+        OptionError: for layers whose sizes do not fit, naming both, a cell that cannot be copied anew, or a
+            horizon of layers that walk backwards or have one of their own.
 
     Example:
         >>> import torch, unrolled as ur
@@ -285,7 +203,7 @@ def stack(
         (torch.Size([5, 2, 8]), 2)
     """
     layers = [_layer(entry, bidirectional=bidirectional, engine=engine) for entry in cells]
-    return Stack(layers, dropout=dropout, batch_first=batch_first)
+    return Stack(layers, dropout=dropout, batch_first=batch_first, horizon=horizon, stride=stride)
 
 
 def checked_dropout(p: float) -> float:
@@ -327,6 +245,20 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
     return other
 
 
+def _refuse_to_cut(layers: Sequence[nn.Module]) -> None:
+    for number, layer in enumerate(layers):
+        for part in layer.modules():
+            if getattr(part, "truncation", None) is not None:
+                raise OptionError(
+                    f"layer {number}, {named(part)}, has a horizon of its own; give one to the stack or to its layers"
+                )
+            if getattr(part, "reverse", False):
+                raise OptionError(
+                    f"a stack with a horizon walks forwards, but layer {number} has {named(part)} that walks backwards "
+                    "and begins where the last block ends; leave horizon out, or stack one direction"
+                )
+
+
 def _refuse_batch_first(layers: Sequence[Any]) -> None:
     for layer in layers:
         if not isinstance(layer, Unrolled | Layered):
@@ -344,7 +276,7 @@ def _refuse_misfits(layers: Sequence[nn.Module]) -> None:
         made, read = _output_size(below), _input_size(above)
         if made is not None and read is not None and made != read:
             raise OptionError(
-                f"layer {number + 1}, {_name(above)}, reads inputs of size {read}, but layer {number}, {_name(below)}, "
+                f"layer {number + 1}, {named(above)}, reads inputs of size {read}, but layer {number}, {named(below)}, "
                 f"gives out {made}; make its input_size {made}"
             )
 
@@ -363,17 +295,3 @@ def _output_size(layer: nn.Module) -> int | None:
         sizes = [_output_size(part) for part in layer.parts]
         return None if None in sizes else sum(size for size in sizes if size is not None)
     return layer.cell.hidden_size if isinstance(layer.cell, GatedCell | MinGRUCell) else None
-
-
-def _takes_context(part: nn.Module) -> bool:
-    return part.takes_context if isinstance(part, Layered) else context_use(part.cell) != "refuses"
-
-
-def _name(part: nn.Module) -> str:
-    return part._get_name() if isinstance(part, Layered) else name_of(part.cell)
-
-
-def _count(states: Any) -> str:
-    if isinstance(states, tuple | list):
-        return f"{len(states)} of them"
-    return describe(states) if isinstance(states, Tensor) else f"a {type(states).__name__}"

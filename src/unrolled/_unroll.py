@@ -11,9 +11,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unrolled import sequence
 from unrolled._given import Given, Lengths, given_as
-from unrolled._mapped import run_mapped
+from unrolled._mapped import run_mapped, transforms
 from unrolled._planbook import PlanBook
+from unrolled._windows import Windowed
+from unrolled.bptt.pieces import Run, run_cut
 from unrolled.bptt.run import run_plan
+from unrolled.bptt.truncated import run_truncated
+from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
 from unrolled.engine import reference
@@ -30,7 +34,7 @@ ENGINES = ("auto", "reference", "eager", "native")
 """The engines there are; 'auto' takes the fastest that can run the cell."""
 
 
-class Unrolled(nn.Module):
+class Unrolled(Windowed, nn.Module):
     """A cell unrolled into one weight-sharing copy for each step of whatever sequence comes; made by `unroll`.
 
     Attributes:
@@ -38,6 +42,7 @@ class Unrolled(nn.Module):
         batch_first: whether inputs and outputs are `[B, T, ...]`.
         reverse: whether the state is handed from the last copy to the first.
         ran: the engine that the latest call ran on; the reference before the first one.
+        truncation: how far gradients flow back, and how often losses are taken; None for all copies.
     """
 
     def __init__(
@@ -47,9 +52,12 @@ class Unrolled(nn.Module):
         batch_first: bool = False,
         engine: str = "auto",
         reverse: bool = False,
+        horizon: int | None = None,
+        stride: int | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__()
+        self.truncation = truncation_of(horizon, stride)
         self.cell = cell
         self.batch_first = batch_first
         self.reverse = reverse
@@ -118,7 +126,7 @@ class Unrolled(nn.Module):
         from unrolled._traced import left_alone, run_traced
 
         plain = lengths is None and resets is None and not isinstance(inputs, PackedSequence)
-        if plain and self.engine != "reference":
+        if plain and self.engine != "reference" and self.truncation is None:
             found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:
                 return self.in_callers_layout(self._forwards(found[0])), found[1]
@@ -159,21 +167,42 @@ class Unrolled(nn.Module):
         return outputs, given.last(last, first)
 
     def _run(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Tree, Tree]:
+        run = self._way(inputs, state, context, extent)
+        cut = self.truncation
+        if cut is None or extent.steps <= cut.horizon or not torch.is_grad_enabled():
+            return run(inputs, state, context, extent, 0)
+        given, blocks = (inputs, state, context, extent), cut.blocks(extent.steps)
+        if cut.stride == cut.horizon:
+            bounds = [0, *(block.end for block in blocks)]
+            return run_cut(run, *given, bounds, reverse=self.reverse)
+        if transforms():
+            raise OptionError(
+                f"stride < horizon is not offered inside of torch.func's {transforms()[-1]}; take stride = horizon, or "
+                "differentiate with backward()"
+            )
+        return run_truncated(run, *given, blocks, reverse=self.reverse, weights=self.cell.parameters())
+
+    def _way(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Run:
+        """How a sequence like this one, or a piece of it, is run."""
+        plan, whole = None, extent
         if self.engine != "reference":
             decision = self._plans.look_up(self.cell, inputs, state, context, extent)
             plan, self.ran = decision.plan, decision.engine
+
+        def run(inputs: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
             if plan is not None:
                 return run_plan(
                     plan, self.cell, inputs, state, context, self._plans.runner, extent, reverse=self.reverse
                 )
-            mapped = None
-            if not extent.ragged:
+            if self.engine != "reference" and not extent.ragged:
                 mapped = run_mapped(self._plans, self.cell, self._forwards(inputs), state, context)
-            if mapped is not None:
-                return self._forwards(mapped[0]), mapped[1]
-        self.ran = "reference"
-        step = CheckedStep(self.cell, context, extent)
-        return reference.run(step, inputs, state, extent, reverse=self.reverse)
+                if mapped is not None:
+                    return self._forwards(mapped[0]), mapped[1]
+            self.ran = "reference"
+            step = CheckedStep(self.cell, context, whole)  # which counts the copies of all pieces
+            return reference.run(lambda t, *given: step(start + t, *given), inputs, state, extent, reverse=self.reverse)
+
+        return run
 
     def _forwards(self, steps: Tree) -> Tree:
         """Sequences `[T, ...]` turned such that the first copy to run is copy 0, and back."""
@@ -196,6 +225,8 @@ class Unrolled(nn.Module):
             steps = given.sequences(inputs)
             state = self.checked(given, steps, state, context)
         T, B, name = given.extent.steps, given.extent.batch, name_of(self.cell)
+        if self.truncation is not None:
+            name = f"{name}, horizon {self.horizon}, stride {self.stride}"
         if self.engine == "reference" or not given.extent.rows:
             return Plan(name, T, B, "reference", "it was asked for" if T else "no row has a step")
         decision = self._plans.look_up(self.cell, steps, given.rows(state), given.rows(context), given.extent)
@@ -259,8 +290,16 @@ class Unrolled(nn.Module):
     def _with_resets(self) -> Unrolled:
         """The network whose rows start afresh where they are told to; no submodule, which would list weights twice."""
         made: Unrolled | None = self.__dict__.get("_resetting")
-        if made is None or (made.cell.cell, made.engine, made.reverse) != (self.cell, self.engine, self.reverse):
-            made = Unrolled(ResettingCell(self.cell), engine=self.engine, reverse=self.reverse, quiet=self._plans.quiet)
+        same = (self.cell, self.engine, self.reverse, self.truncation)
+        if made is None or (made.cell.cell, made.engine, made.reverse, made.truncation) != same:
+            made = Unrolled(
+                ResettingCell(self.cell),
+                engine=self.engine,
+                reverse=self.reverse,
+                horizon=self.horizon,
+                stride=self.stride,
+                quiet=self._plans.quiet,
+            )
             self.__dict__["_resetting"] = made
         return made
 
@@ -274,6 +313,8 @@ class Unrolled(nn.Module):
             "engine": (self.engine, "auto"),
             "batch_first": (self.batch_first, False),
             "reverse": (self.reverse, False),
+            "horizon": (self.horizon, None),
+            "stride": (self.stride, None),
         }
         return ", ".join(f"{name}={value!r}" for name, (value, default) in options.items() if value != default)
 
@@ -282,7 +323,13 @@ class Unrolled(nn.Module):
 
 
 def unroll(
-    cell: nn.Module | Callable[..., Any], *, batch_first: bool = False, engine: str = "auto", reverse: bool = False
+    cell: nn.Module | Callable[..., Any],
+    *,
+    batch_first: bool = False,
+    engine: str = "auto",
+    reverse: bool = False,
+    horizon: int | None = None,
+    stride: int | None = None,
 ) -> Unrolled:
     """Unroll a cell into copies that share its weights, as many as a sequence has steps.
 
@@ -291,14 +338,20 @@ def unroll(
         batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
         engine: "auto" (the fastest that can run the cell), "reference", "eager" or "native".
         reverse: whether the state is handed from the last copy to the first: a row begins at its own last step.
+        horizon: k2, how many copies gradients flow back through (truncated BPTT); None for all of them. At every k1-th
+            step the losses of the last k1 steps are taken, each once, and flow back through k2 copies; the state that
+            the earliest of these received counts as a constant. Steps are counted as the copies run.
+        stride: k1, from 1 to k2; k2 by default.
 
     Returns:
         A module: `outputs, state = rnn(inputs, state=None, lengths=None, resets=None, context=None)`.
 
     Raises:
-        OptionError: for an unknown engine, or something that is no cell.
+        OptionError: for an unknown engine, something that is no cell, or a horizon and stride that do not fit.
 
-    Source: P. Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78 (1990).
+    Source: P. Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78 (1990); horizon and
+    stride: R. Williams and J. Peng, "An efficient gradient-based algorithm for on-line training of recurrent network
+    trajectories", Neural Computation 2 (1990).
 
     Example:
         >>> import torch, unrolled as ur
@@ -307,4 +360,6 @@ def unroll(
         >>> outputs.shape, h.shape
         (torch.Size([100, 32, 128]), torch.Size([32, 128]))
     """
-    return Unrolled(as_cell(cell), batch_first=batch_first, engine=engine, reverse=reverse)
+    return Unrolled(
+        as_cell(cell), batch_first=batch_first, engine=engine, reverse=reverse, horizon=horizon, stride=stride
+    )

@@ -27,8 +27,9 @@ from unrolled.plan.loops import LoopProgram
 __all__ = ["NativeLoop", "built"]
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
-_FEW = 2  # rows
-_WORTH_HELP = 200_000  # bytes of matrices that a step reads
+# Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their own
+# each thread would read all of them.
+_WORTH_HELP = ((2, 200_000), (8, 8 << 20))
 _MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
@@ -171,8 +172,9 @@ class NativeLoop:
 
     def _helpers(self, extent: Extent) -> int:
         """How many threads help with the products of one or two rows: those of matrices that one alone reads slowly."""
-        most = min(torch.get_num_threads(), _MOST_THREADS) - 1
-        return most if extent.batch <= _FEW and self.source.weights * self.source.real.itemsize >= _WORTH_HELP else 0
+        read = self.source.weights * self.source.real.itemsize
+        worth = any(extent.batch <= rows and read >= least for rows, least in _WORTH_HELP)
+        return min(torch.get_num_threads(), _MOST_THREADS) - 1 if worth else 0
 
     def _threads(self, extent: Extent) -> int:
         worth = extent.rows * self.source.flops > _WORTH_A_TEAM

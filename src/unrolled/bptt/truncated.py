@@ -1,0 +1,317 @@
+"""Truncated BPTT with overlap (k1 < k2): one forward tape, walked back block by block.
+
+The gradients of two blocks mix in the copies that both go back through, yet stop at different places. So every piece
+of the run is a graph of its own, and one autograd Function goes back through these graphs for each block anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrolled.bptt.pieces import Run, Span, final, joined, received, rows_of, spans, split
+from unrolled.bptt.truncation import Block
+from unrolled.errors import GradientError
+from unrolled.lengths import Extent
+from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
+
+__all__ = ["Standing", "Tape", "left_behind", "run_truncated"]
+
+
+@dataclass
+class Standing:
+    """Whether a tape may still be walked back.
+
+    Attributes:
+        left: why not, or None.
+        tape: the tape, as long as it may be.
+    """
+
+    left: str | None = None
+    tape: weakref.ref[Tape] | None = None
+
+    def leave(self, why: str) -> None:
+        """Let go of the graphs; a backward pass that comes for them is told why they are gone."""
+        self.left = why
+        tape = None if self.tape is None else self.tape()
+        if tape is not None:
+            tape.pieces.clear()
+            tape.weights.clear()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece that has run, with leaves of its own: what it read, and what came out of it."""
+
+    span: Span
+    inputs: list[Tensor]
+    entry: list[Tensor]
+    outputs: list[Tensor]
+    last: list[Tensor]
+    place: int
+
+
+class Tape:
+    """A run in pieces, each with a graph of its own.
+
+    Args:
+        run: how a piece is run.
+        inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
+        state: what each row's first copy receives.
+        context: what is the same at every step, or None.
+        extent: how far the sequence reaches.
+        blocks: whose losses are taken together, in order. Copies before the first block are run, not shown.
+        bounds: where further pieces begin, counted as the copies are walked.
+        reverse: whether the last copy comes first.
+        weights: tensors that the cell reads, whether or not they are leaves of the graph.
+
+    Attributes:
+        states: the state that each piece hands on, without a graph.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        inputs: Tree,
+        state: Tree,
+        context: Tree,
+        extent: Extent,
+        blocks: Sequence[Block],
+        *,
+        bounds: Iterable[int] = (),
+        reverse: bool = False,
+        weights: Iterable[Tensor] = (),
+    ) -> None:
+        self.blocks, self.reverse, self.standing = blocks, reverse, Standing(tape=weakref.ref(self))
+        edges = {edge for block in blocks for edge in (block.begin, block.end, block.cut)}
+        walk = spans(extent, {0, *edges, *bounds}, reverse=reverse)
+        outputs, lasts = self._walked(run, inputs, state, context, walk)
+        self.weights = _once([w for w in weights if w.requires_grad])
+        self.weights += self._read_beside()
+        self._given = [*leaves(inputs), *leaves(state), *leaves(context), *self.weights]
+        shown = [n for n, span in enumerate(walk) if span.begin >= blocks[0].begin]
+        with torch.no_grad():
+            told = joined([outputs[n] for n in shown], [walk[n] for n in shown], reverse=reverse)
+            self._results = told, map_leaves(Tensor.clone, final(lasts, walk))
+        self.states = [map_leaves(Tensor.detach, last) for last in lasts]
+
+    def _walked(
+        self, run: Run, inputs: Tree, state: Tree, context: Tree, walk: Sequence[Span]
+    ) -> tuple[list[Tree], list[Tree]]:
+        outputs, lasts, before, place = list[Tree](), list[Tree](), None, 0
+        self.pieces: list[_Piece] = []
+        around = map_leaves(_own, context)
+        self._around = leaves(around)
+        for span, part in zip(walk, split(inputs, walk, reverse=self.reverse), strict=True):
+            steps, entry = map_leaves(_own, part), map_leaves(_own, received(state, before, span))
+            output, before = run(steps, entry, rows_of(around, span.extent), span.extent, span.start)
+            outputs.append(output)
+            lasts.append(before)
+            self.pieces.append(_Piece(span, leaves(steps), leaves(entry), leaves(output), leaves(before), place))
+            place += span.count if span.begin >= self.blocks[0].begin else 0
+        return outputs, lasts
+
+    def _read_beside(self) -> list[Tensor]:
+        """Leaves of the graph that the cell reads from elsewhere: they get their gradients, too."""
+        own = [tensor for piece in self.pieces for tensor in (*piece.inputs, *piece.entry)]
+        known = {_node(tensor) for tensor in (*own, *self._around, *self.weights) if tensor.requires_grad}
+        found: list[Tensor] = []
+        ahead = [_node(x) for piece in self.pieces for x in (*piece.outputs, *piece.last) if x.requires_grad]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in known:
+                continue
+            known.add(node)
+            if node.name().endswith("AccumulateGrad"):
+                found.append(node.variable)
+            ahead += [following for following, _ in node.next_functions]
+        return found
+
+    def results(self) -> tuple[Tree, Tree]:
+        """The outputs and the last state, with the way back; asked for once.
+
+        A result leads to the tape, so that the tape must not keep it: neither would ever go.
+        """
+        (outputs, last), given = self._results, self._given
+        del self._results, self._given
+        if not any(self.differentiable):
+            return outputs, last
+        (shown, structure), (ends, kind) = flatten(outputs), flatten(last)
+        found = _Truncated.apply(_Handed(self, [*shown, *ends]), *given)
+        return unflatten(structure, found[: len(shown)]), unflatten(kind, found[len(shown) :])
+
+    @property
+    def differentiable(self) -> list[bool]:
+        """For each leaf of the results whether a gradient flows back from it."""
+        shown = [piece for piece in self.pieces if piece.span.begin >= self.blocks[0].begin]
+        columns = zip(*([x.requires_grad for x in (*p.outputs, *p.last)] for p in shown), strict=True)
+        return [any(column) for column in columns]
+
+    def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of what was given and of the weights, from those of the results."""
+        sums: dict[int, Tensor] = {}
+        begins = [piece.span.begin for piece in self.pieces]
+        for block in self.blocks:
+            above: list[Tensor | None] = []
+            first, behind = (bisect_left(begins, at) for at in (block.cut, block.end))
+            for piece in reversed(self.pieces[first:behind]):
+                above = self._through(piece, grads, above, sums, taken=piece.span.begin >= block.begin)
+        beside = [sums.get(id(x)) for x in (*self._around, *self.weights)]
+        return [*self._of_inputs(sums), *self._of_state(sums), *beside]
+
+    def _through(
+        self,
+        piece: _Piece,
+        grads: Sequence[Tensor | None],
+        above: Sequence[Tensor | None],
+        sums: dict[int, Tensor],
+        *,
+        taken: bool,
+    ) -> list[Tensor | None]:
+        """Go back through a piece once; return the gradients of the state that it received from the one before."""
+        shown, span = len(piece.outputs), piece.span
+        flowing: list[Tensor | None] = [None] * shown
+        if taken:
+            flowing = [_part(grad, piece.place, span.count, self.reverse) for grad in grads[:shown]]
+        flowing += [
+            _last(span, tensor, above[n] if above else None, grads[shown + n] if taken else None)
+            for n, tensor in enumerate(piece.last)
+        ]
+        results = zip((*piece.outputs, *piece.last), flowing, strict=True)
+        pairs = [(x, grad) for x, grad in results if grad is not None and x.requires_grad]
+        wanted = [x for x in (*piece.entry, *piece.inputs, *self._around, *self.weights) if x.requires_grad]
+        if not pairs or not wanted:
+            return [None] * len(piece.entry)
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], wanted, [grad for _, grad in pairs], retain_graph=True, allow_unused=True
+        )
+        by = {id(x): grad for x, grad in zip(wanted, found, strict=True) if grad is not None}
+        received = [by.pop(id(x), None) for x in piece.entry]
+        for x, grad in zip(piece.entry, received, strict=True):
+            if grad is not None and (not span.begin or span.carried < span.extent.batch):
+                by[id(x)] = grad[span.carried :] if span.begin else grad
+        for name, grad in by.items():
+            sums[name] = sums[name] + grad if name in sums else grad
+        return received
+
+    def _of_inputs(self, sums: dict[int, Tensor]) -> list[Tensor | None]:
+        columns = zip(*(piece.inputs for piece in self.pieces), strict=True)
+        return [_together(column[::-1] if self.reverse else column, sums) for column in columns]
+
+    def _of_state(self, sums: dict[int, Tensor]) -> list[Tensor | None]:
+        """Of the rows that begin in each piece."""
+        first, *others = self.pieces
+        starts = [[first.entry[n]] for n in range(len(first.entry))]
+        for piece in others:
+            if piece.span.extent.ragged and piece.span.carried < piece.span.extent.batch:
+                for n, entry in enumerate(piece.entry):
+                    sums.setdefault(id(entry), torch.zeros_like(entry[piece.span.carried :]))
+                    starts[n].append(entry)
+        return [_together(column, sums) for column in starts]
+
+
+def _together(column: Sequence[Tensor], sums: dict[int, Tensor]) -> Tensor | None:
+    if not any(x.requires_grad for x in column) or not any(id(x) in sums for x in column):
+        return None
+    return torch.cat([sums.get(id(x), torch.zeros_like(x)) for x in column]) if len(column) > 1 else sums[id(column[0])]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A leaf of a graph to come, on the same memory."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _node(tensor: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(tensor).node
+
+
+def _part(grad: Tensor | None, place: int, count: int, reverse: bool) -> Tensor | None:
+    if grad is None:
+        return None
+    return grad.narrow(0, len(grad) - place - count if reverse else place, count)
+
+
+def _last(span: Span, tensor: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """The gradient of what a piece hands on: some rows go on to the next piece, others have ended."""
+    if not span.extent.ragged:
+        return above if span.handed else grad
+    parts = [above, grad], [slice(0, span.handed), slice(span.handed, span.extent.batch)]
+    flowing = [(part, rows) for part, rows in zip(*parts, strict=True) if part is not None and rows.start < rows.stop]
+    if not flowing:
+        return None
+    full = torch.zeros_like(tensor)
+    for part, rows in flowing:
+        full[rows] = part[rows]
+    return full
+
+
+@dataclass(frozen=True)
+class _Handed:
+    tape: Tape
+    results: list[Tensor]
+
+
+class _Truncated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handed: _Handed, *given: Tensor) -> tuple[Tensor, ...]:
+        tape, shown = handed.tape, handed.results
+        ctx.set_materialize_grads(False)
+        ctx.standing = tape.standing
+        # The tape hangs on a saved tensor: it goes when autograd lets go of what was saved.
+        token = torch.empty(0)
+        token.tape = tape
+        ctx.save_for_backward(token)
+        ctx.mark_non_differentiable(*(x for x, needed in zip(shown, tape.differentiable, strict=True) if not needed))
+        return tuple(shown)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.standing.left is not None:
+            raise GradientError(ctx.standing.left)
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "gradients of windows, and of calls with stride < horizon, have no graph of their own; leave "
+                "create_graph out, or call the network with stride = horizon"
+            )
+        (token,) = ctx.saved_tensors
+        return (None, *token.tape.backward(grads))
+
+
+def run_truncated(
+    run: Run,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    extent: Extent,
+    blocks: Sequence[Block],
+    *,
+    reverse: bool,
+    weights: Iterable[Tensor],
+) -> tuple[Tree, Tree]:
+    """Run a sequence such that the losses of each block flow back to its own cut; see `Tape`."""
+    return Tape(run, inputs, state, context, extent, blocks, reverse=reverse, weights=weights).results()
+
+
+def left_behind(loss: Tensor) -> str | None:
+    """Why a loss can no longer be walked back, if it depends on a tape that has been left."""
+    seen, ahead = set[Any](), [_node(loss)] if loss.requires_grad else []
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        standing = getattr(node, "standing", None)
+        if isinstance(standing, Standing) and standing.left is not None:
+            return standing.left
+        ahead += [following for following, _ in node.next_functions]
+    return None
