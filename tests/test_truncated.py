@@ -51,7 +51,7 @@ def by_definition(
     found = [torch.zeros_like(w) for w in weights]
     for begin in range(0, T, k1):
         end = min(begin + k1, T)
-        first = max(begin + k1 - k2, 0)
+        first = begin if k1 == k2 else max(end - k2, 0)
         taken = range(max(begin, rows.start), min(end, rows.stop))
         if not taken:
             continue
@@ -213,7 +213,7 @@ def test_a_linear_cell_in_closed_form(T: int, k2: int, data: st.DataObject) -> N
     grad_a, grad_x = 0.0, [0.0] * T
     for t in range(T):  # the loss of step t reaches back to `first`
         begin = t // k1 * k1
-        first = max(begin + k1 - k2, 0)
+        first = begin if k1 == k2 else max(min(begin + k1, T) - k2, 0)
         for i in range(first, t + 1):
             grad_x[i] += a ** (t - i)
             grad_a += a ** (t - i) * s[i]

@@ -43,9 +43,14 @@ class Truncation:
     stride: int
 
     def block(self, number: int, steps: int) -> Block:
-        """Block 0, 1, 2, ... of so many steps. The last one may be short; it is cut where a whole one would be."""
+        """Block 0, 1, 2, ... of so many steps.
+
+        The last one may be short. With overlap it, too, goes back through a whole horizon from its own end; without
+        overlap it is cut where it begins, as in the loop that everybody writes.
+        """
         begin = number * self.stride
-        return Block(begin, min(begin + self.stride, steps), max(begin + self.stride - self.horizon, 0))
+        end = min(begin + self.stride, steps)
+        return Block(begin, end, begin if self.stride == self.horizon else max(end - self.horizon, 0))
 
     def blocks(self, steps: int) -> list[Block]:
         """All blocks of a sequence of so many steps."""

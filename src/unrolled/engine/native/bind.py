@@ -27,8 +27,8 @@ from unrolled.plan.loops import LoopProgram
 __all__ = ["NativeLoop", "built"]
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
-# Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their own
-# each thread would read all of them.
+# Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their
+# own each thread would read all of them.
 _WORTH_HELP = ((2, 200_000), (8, 8 << 20))
 _MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
