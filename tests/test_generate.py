@@ -235,6 +235,15 @@ def test_without_gradients_no_state_and_no_graph_is_kept():
             assert sum(state() is not None for state in kept) <= 3
 
 
+@pytest.fixture
+def _heeds_sigint():
+    """A process that was started in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_sigint")
 def test_an_endless_loop_can_be_interrupted():
     cell = ur.GRUCell(H, H)
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

@@ -159,6 +159,8 @@ class _LoopFunction(torch.autograd.Function):
         loop = call.planned.loop
         saved = ctx.saved_tensors
         given = saved[: len(loop.program.inputs)]
+        if all(grad is None for grad in grads):
+            return (None,) * (1 + len(given))
         if torch.is_grad_enabled():
             return (None, *_differentiable_backward(call, given, grads))
         values = dict(zip((*loop.program.inputs, *loop.emitted), saved, strict=False))
