@@ -175,7 +175,11 @@ def test_windows_cover_each_stream_once_and_in_order():
 def test_an_interrupted_run_is_usable_and_the_command_ends_with_130(text_file, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", str(text_file), "--out", str(out), "--epochs", "1000"]
-    job = subprocess.Popen([sys.executable, "-m", "unrolled", *arguments], stdout=subprocess.PIPE)
+    # What is started in the background ignores the signal, and so would what it starts.
+    program = [sys.executable, "-m", "unrolled", *arguments]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    job = subprocess.Popen(program, stdout=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and '"update"' in metrics.read_text()) and time.monotonic() < deadline:
