@@ -243,3 +243,25 @@ def uneven_loss(*trees: Tree) -> Tensor:
             weights = torch.linspace(0.5, 1.5, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)
             total = total + torch.sin(weights * leaf).sum()
     return total
+
+
+class Surrogate(torch.autograd.Function):
+    """A spike forward, a fast sigmoid's slope backward; written the old way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / (1 + 5 * x.abs()) ** 2
+
+
+def learned(make: Callable[..., nn.Module] = ur.LSTMCell, input_size: int = I) -> nn.Module:
+    cell = make(input_size, H, learn_initial_state=True)
+    for name, parameter in cell.named_parameters():
+        if name.startswith("initial"):
+            nn.init.normal_(parameter)
+    return cell

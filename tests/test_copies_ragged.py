@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import unrolled as ur
 from matching import assert_match
-from problems import AttendingCell, CountingCell, H, I, NestedCell, uneven_loss
+from problems import AttendingCell, CountingCell, H, I, NestedCell, learned, uneven_loss
 from unrolled.bptt import run as bptt_run
 from unrolled.trees import leaves, map_leaves
 
@@ -30,14 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resets": {"resets": RESETS},
     "both": {"lengths": LENGTHS, "resets": RESETS},
 }
-
-
-def learned(make: Callable[..., nn.Module] = ur.LSTMCell, input_size: int = I) -> nn.Module:
-    cell = make(input_size, H, learn_initial_state=True)
-    for name, parameter in cell.named_parameters():
-        if name.startswith("initial"):
-            nn.init.normal_(parameter)
-    return cell
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

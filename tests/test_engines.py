@@ -16,7 +16,16 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import unrolled as ur
 from matching import assert_match
-from problems import AttendingCell, CountingCell, DelayCell, NestedCell, SharedStartCell, TokenCell, uneven_loss
+from problems import (
+    AttendingCell,
+    CountingCell,
+    DelayCell,
+    NestedCell,
+    SharedStartCell,
+    Surrogate,
+    TokenCell,
+    uneven_loss,
+)
 from random_cells import ENGINES, assert_as_reference, decision, gradients, unrolled
 from unrolled.plan.plan import plan_step
 
@@ -338,20 +347,6 @@ class SwappingCell(UserCell):
 
     def forward(self, input: Tensor, state: Any) -> tuple[Any, Any]:
         return input * state[0], (state[1], state[0])
-
-
-class Surrogate(torch.autograd.Function):
-    """A spike forward, a fast sigmoid's slope backward; written the old way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad / (1 + 5 * x.abs()) ** 2
 
 
 class SpikingCell(UserCell):

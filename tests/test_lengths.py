@@ -16,7 +16,7 @@ from torch import Tensor, func, nn
 
 import unrolled as ur
 from matching import assert_match
-from problems import AttendingCell, CountingCell, DelayCell, NestedCell, SharedStartCell, TokenCell
+from problems import AttendingCell, CountingCell, DelayCell, NestedCell, SharedStartCell, Surrogate, TokenCell, learned
 from row_by_row import Batch, answers, padding_of
 from unrolled.engine.native import bind
 from unrolled.engine.native.threads import shares
@@ -59,20 +59,6 @@ class PairCell(nn.Module):
         return {"h": h, "both": (x.sum(-1), h * gate)}, {"h": h}
 
 
-class Spike(torch.autograd.Function):
-    """Written the old way, which no transform and no batching over steps can look into."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad / (1 + 5 * x.abs()) ** 2
-
-
 class SpikingCell(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +70,7 @@ class SpikingCell(nn.Module):
     def forward(self, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         spikes, membrane = state
         membrane = 0.9 * membrane + self.input(input) + self.hidden(spikes) - spikes
-        spikes = Spike.apply(membrane - 0.1)
+        spikes = Surrogate.apply(membrane - 0.1)
         return spikes, (spikes, membrane)
 
 
@@ -129,14 +115,6 @@ class HeadsCell(RowsLastCell):
         heads = F.linear(state.view(-1, 2, H // 2), self.weight[: H // 2, : H // 2])
         h = torch.tanh(heads.flatten(1) + F.linear(input, self.input))
         return h, h
-
-
-def learned(kind: type[nn.Module]) -> nn.Module:
-    cell = kind(I, H, learn_initial_state=True)
-    for name, parameter in cell.named_parameters():
-        if name.startswith("initial"):
-            nn.init.normal_(parameter)
-    return cell
 
 
 CELLS: dict[str, Callable[[], nn.Module]] = {

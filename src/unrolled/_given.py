@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -15,7 +15,7 @@ from unrolled.errors import InputError
 from unrolled.lengths import Extent, Ragged, checked_lengths
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Given", "Lengths", "Portion", "given_as"]
+__all__ = ["Given", "Lengths", "Portion", "Through", "given_as", "is_plain", "run_as_given"]
 
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 
@@ -27,15 +27,15 @@ class Given:
         extent: how far it reaches, as engines see it.
         batch: B, as the caller sees it.
         batch_first: whether the caller has `[B, T, ...]`.
+        by_length: whether the caller says how long each row is, be they all of one length.
 
     Attributes:
         steps: T, as the caller sees it.
-        by_length: whether the caller says how long each row is, be they all of one length.
     """
 
-    def __init__(self, extent: Extent, batch: int, *, batch_first: bool = False) -> None:
+    def __init__(self, extent: Extent, batch: int, *, batch_first: bool = False, by_length: bool = False) -> None:
         self.extent, self.batch, self.batch_first = extent, batch, batch_first
-        self.steps, self.by_length = extent.steps, False
+        self.steps, self.by_length = extent.steps, by_length
 
     def sequences(self, tree: Tree) -> Tree:
         """Sequences of the caller's as engines take them."""
@@ -89,9 +89,9 @@ class _Padded(Given):
     """A padded batch whose rows end at different times."""
 
     def __init__(self, ragged: Ragged, *, batch_first: bool = False) -> None:
-        super().__init__(ragged.extent, len(ragged.lengths), batch_first=batch_first)
+        super().__init__(ragged.extent, len(ragged.lengths), batch_first=batch_first, by_length=True)
         self.ragged = ragged
-        self.steps, self.by_length = ragged.steps, True
+        self.steps = ragged.steps
 
     def sequences(self, tree: Tree) -> Tree:
         return map_leaves(self.ragged.packed, super().sequences(tree))
@@ -128,6 +128,10 @@ class _Packed(_Padded):
         return map_leaves(lambda data: PackedSequence(data, *self._packed[1:]), tree)
 
 
+Through: TypeAlias = Callable[[Given, Tree, Tree, Tensor | None, Tree], tuple[Tree, Tree]]
+"""How a network is run over what engines see of a batch; see `Unrolled.through`."""
+
+
 def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
     """How a caller gives a batch.
 
@@ -148,10 +152,42 @@ def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
         return Given(Extent(T, B), B, batch_first=batch_first)
     found = checked_lengths(lengths, T, B)
     if bool((found == T).all()):
-        given = Given(Extent(T, B), B, batch_first=batch_first)
-        given.by_length = True
-        return given
+        return Given(Extent(T, B), B, batch_first=batch_first, by_length=True)
     return _Padded(Ragged(found, T), batch_first=batch_first)
+
+
+def is_plain(inputs: Tree, lengths: Lengths, resets: Tensor | None) -> bool:
+    """Whether all rows are of one length and none starts afresh: what a compiler may see of a call."""
+    return lengths is None and resets is None and not isinstance(inputs, PackedSequence)
+
+
+def run_as_given(
+    through: Through,
+    inputs: Tree,
+    state: Tree,
+    lengths: Lengths,
+    resets: Tensor | None,
+    context: Tree,
+    *,
+    batch_first: bool,
+) -> tuple[Tree, Tree]:
+    """Run a network over what a caller gives.
+
+    Args:
+        through: how it is run over what engines see of it.
+        inputs: as `given_as` takes them.
+        state: `[B, ...]`, or None.
+        lengths: as `given_as` takes them.
+        resets: a bool `[T, B]` in the caller's layout, or None.
+        context: `[B, ...]`, or None.
+        batch_first: whether sequences are `[B, T, ...]`.
+
+    Returns:
+        The outputs as the caller has them, and the last state.
+    """
+    given = given_as(inputs, lengths, batch_first=batch_first)
+    outputs, last = through(given, given.sequences(inputs), state, resets, context)
+    return given.outputs(outputs), last
 
 
 def _ragged_of(packed: PackedSequence) -> Ragged:

@@ -7,10 +7,9 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from unrolled import sequence
-from unrolled._given import Given, Lengths, given_as
+from unrolled._given import Given, Lengths, is_plain, run_as_given
 from unrolled._unroll import Unrolled
 from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import context_use
@@ -87,8 +86,7 @@ class Layered(nn.Module):
         # Imported here since it brings in torch's compiler, which takes a second.
         from unrolled._traced import left_alone
 
-        plain = lengths is None and resets is None and not isinstance(inputs, PackedSequence)
-        if not plain or self.truncation is not None:
+        if not is_plain(inputs, lengths, resets) or self.truncation is not None:
             return left_alone(self._run, inputs, state, lengths, resets, context)
         steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
         outputs, last = self.composed_by(
@@ -99,9 +97,7 @@ class Layered(nn.Module):
     def _run(
         self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
-        given = given_as(inputs, lengths, batch_first=self.batch_first)
-        outputs, last = self.through(given, given.sequences(inputs), state, resets, context)
-        return given.outputs(outputs), last
+        return run_as_given(self.through, inputs, state, lengths, resets, context, batch_first=self.batch_first)
 
     def through(
         self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from unrolled._given import Given, Portion
-from unrolled.bptt.pieces import run_cut
-from unrolled.bptt.truncated import run_truncated
+from unrolled._given import Given, Portion, Through
+from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import Truncation
 from unrolled.lengths import Extent
 from unrolled.trees import Tree
 
-__all__ = ["Through", "run_portions"]
-
-Through: TypeAlias = Callable[[Given, Tree, Tree, Tensor | None, Tree], tuple[Tree, Tree]]
-"""How a network is run over what engines see of a batch; see `Unrolled.through`."""
+__all__ = ["run_portions"]
 
 
 def run_portions(
@@ -53,9 +48,5 @@ def run_portions(
 
     mask = None if resets is None else given.sequences(given.resets(resets, reverse=False))
     parts = (steps, mask), given.rows(state), given.rows(context), given.extent
-    blocks = truncation.blocks(T)
-    if truncation.stride == truncation.horizon:
-        outputs, last = run_cut(run, *parts, [0, *(block.end for block in blocks)], reverse=False)
-    else:
-        outputs, last = run_truncated(run, *parts, blocks, reverse=False, weights=weights)
+    outputs, last = run_by_blocks(truncation, run, *parts, reverse=False, weights=weights)
     return outputs, given.last(last, state)

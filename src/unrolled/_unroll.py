@@ -7,16 +7,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from unrolled import sequence
-from unrolled._given import Given, Lengths, given_as
+from unrolled._given import Given, Lengths, given_as, is_plain, run_as_given
 from unrolled._mapped import run_mapped, transforms
 from unrolled._planbook import PlanBook
 from unrolled._windows import Windowed
-from unrolled.bptt.pieces import Run, run_cut
+from unrolled.bptt.pieces import Run
 from unrolled.bptt.run import run_plan
-from unrolled.bptt.truncated import run_truncated
+from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
@@ -125,8 +124,7 @@ class Unrolled(Windowed, nn.Module):
         # Imported here since it brings in torch's compiler, which takes a second.
         from unrolled._traced import left_alone, run_traced
 
-        plain = lengths is None and resets is None and not isinstance(inputs, PackedSequence)
-        if plain and self.engine != "reference" and self.truncation is None:
+        if is_plain(inputs, lengths, resets) and self.engine != "reference" and self.truncation is None:
             found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:
                 return self.in_callers_layout(self._forwards(found[0])), found[1]
@@ -135,9 +133,7 @@ class Unrolled(Windowed, nn.Module):
     def _run_prepared(
         self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
-        given = given_as(inputs, lengths, batch_first=self.batch_first)
-        outputs, last = self.through(given, given.sequences(inputs), state, resets, context)
-        return given.outputs(outputs), last
+        return run_as_given(self.through, inputs, state, lengths, resets, context, batch_first=self.batch_first)
 
     def through(
         self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
@@ -171,16 +167,13 @@ class Unrolled(Windowed, nn.Module):
         cut = self.truncation
         if cut is None or extent.steps <= cut.horizon or not torch.is_grad_enabled():
             return run(inputs, state, context, extent, 0)
-        given, blocks = (inputs, state, context, extent), cut.blocks(extent.steps)
-        if cut.stride == cut.horizon:
-            bounds = [0, *(block.end for block in blocks)]
-            return run_cut(run, *given, bounds, reverse=self.reverse)
-        if transforms():
+        if cut.stride < cut.horizon and transforms():
             raise OptionError(
                 f"stride < horizon is not offered inside of torch.func's {transforms()[-1]}; take stride = horizon, or "
                 "differentiate with backward()"
             )
-        return run_truncated(run, *given, blocks, reverse=self.reverse, weights=self.cell.parameters())
+        given, weights = (inputs, state, context, extent), self.cell.parameters()
+        return run_by_blocks(cut, run, *given, reverse=self.reverse, weights=weights)
 
     def _way(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Run:
         """How a sequence like this one, or a piece of it, is run."""

@@ -197,12 +197,19 @@ def _by_autograd(call: _Call, request: Request) -> list[Tensor]:
     """A loop's results, step by step under ordinary autograd."""
     loop, extent = call.planned.loop, call.extent
     found = dict(stepped(loop, request))
-    first = len(loop.emitted) + len(loop.totals)
-    following = [_joined([found[t][first + n] for t in range(extent.steps)], extent, 0) for n in range(loop.counts[2])]
+    steps = [found[t] for t in range(extent.steps)]
     values = [loop.program.values[v] for v in loop.emitted[: call.planned.emits]]
-    columns = [[found[t][place] for t in range(extent.steps)] for place in range(len(values))]
+    columns = [[results[place] for results in steps] for place in range(len(values))]
     emitted = [_joined(column, extent, value.rows) for column, value in zip(columns, values, strict=True)]
-    return [*emitted, *(ended(entries, extent, reverse=call.reverse) for entries in following)]
+    states = range(len(loop.emitted) + len(loop.totals), len(steps[0]))
+    return [*emitted, *(_last([results[n] for results in steps], extent, reverse=call.reverse) for n in states)]
+
+
+def _last(column: Sequence[Tensor], extent: Extent, *, reverse: bool) -> Tensor:
+    """What each row's last step walked handed on, of a state at step 0, 1, 2, ..."""
+    if extent.ragged:
+        return ended(_joined(column, extent, 0), extent, reverse=reverse)
+    return column[0 if reverse else -1]
 
 
 def _joined(column: Sequence[Tensor], extent: Extent, rows: int | None) -> Tensor:

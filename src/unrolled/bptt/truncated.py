@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unrolled.bptt.pieces import Run, Span, final, joined, received, rows_of, spans, split
-from unrolled.bptt.truncation import Block
+from unrolled.bptt.pieces import Run, Span, final, joined, received, rows_of, run_cut, spans, split
+from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError
 from unrolled.lengths import Extent
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["Standing", "Tape", "left_behind", "run_truncated"]
+__all__ = ["Standing", "Tape", "left_behind", "run_by_blocks", "run_truncated"]
 
 
 @dataclass
@@ -285,6 +285,24 @@ class _Truncated(torch.autograd.Function):
             )
         (token,) = ctx.saved_tensors
         return (None, *token.tape.backward(grads))
+
+
+def run_by_blocks(
+    truncation: Truncation,
+    run: Run,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    extent: Extent,
+    *,
+    reverse: bool,
+    weights: Iterable[Tensor],
+) -> tuple[Tree, Tree]:
+    """Truncated BPTT of a sequence longer than the horizon: with overlap as `run_truncated`, without as `run_cut`."""
+    given, blocks = (inputs, state, context, extent), truncation.blocks(extent.steps)
+    if truncation.stride == truncation.horizon:
+        return run_cut(run, *given, [0, *(block.end for block in blocks)], reverse=reverse)
+    return run_truncated(run, *given, blocks, reverse=reverse, weights=weights)
 
 
 def run_truncated(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unrolled.plan.guards import fingerprint
 from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
 from unrolled.plan.refusals import why_not_recorded
-from unrolled.plan.rows import find_rows
+from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
 from unrolled.trees import Tree
@@ -67,9 +67,7 @@ def _proved(cell: nn.Module, trees: list[Any]) -> bool:
 def _row_by_row(recording: Recording) -> bool:
     """Whether all that a step gives out and hands on has its rows where those of the input are: in front."""
     program = recording.program
-    given = (*recording.inputs, *recording.state, *recording.fixed)
-    fronts = {v: 0 for v in given if program.values[v].shape and not isinstance(program.values[v].shape[0], int)}
-    rows, coupled = find_rows(program, fronts)
+    rows, coupled = find_rows(program, rows_in_front(program))
     return not coupled and all(rows.get(value) == 0 for value in program.outputs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from unrolled.plan.fuse import fused
 from unrolled.plan.loops import LoopProgram, cut_loop, once_each, sample_values
 from unrolled.plan.program import dependents
 from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
-from unrolled.plan.rows import find_rows
+from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
 from unrolled.trees import Tree
 
@@ -82,7 +82,7 @@ class StepPlan:
     beside: frozenset[int]
     asked: frozenset[int]
 
-    @property
+    @cached_property
     def why_not_ragged(self) -> str | None:
         """Why rows may not end at different times: an operation, forward or backward, that is not proved row-wise."""
         reasons = [*self.coupled.values()]
@@ -136,8 +136,7 @@ def _coloured(
     apart = colour(program, recording.state, recording.next_state, recording.inputs)
     changing = dependents(program.ops, {*recording.inputs, *recording.state})
     fixed = {v for v in range(len(program.values)) if v not in changing}
-    seeds = {v: 0 for v in (*recording.inputs, *recording.state, *recording.fixed) if _has_rows(program.values[v])}
-    rows, coupled = find_rows(program, seeds)
+    rows, coupled = find_rows(program, rows_in_front(program))
     stages = tuple(apart if batch_size is None else fused(program, apart, recording.state, coupled, fixed, batch_size))
     needing = dependents(program.ops, {*asked, *recording.state})
     values = [_values(cell, recording, sample, n) for sample, n in zip(samples, ROWS, strict=True)]
@@ -165,10 +164,6 @@ def _coloured(
 
 def _loop_ops(stages: Sequence[Stage]) -> set[int]:
     return {n for stage in stages if isinstance(stage, Loop) for n in stage.ops}
-
-
-def _has_rows(value: Any) -> bool:
-    return bool(value.shape) and not isinstance(value.shape[0], int)
 
 
 def _values(cell: nn.Module, recording: Recording, sample: Sample, rows: int) -> dict[int, Tensor]:

@@ -13,7 +13,13 @@ import torch
 from unrolled.plan.program import Custom, Op, Program
 from unrolled.plan.rowwise import RULES, Call, CouplesRowsError, Place, pointwise
 
-__all__ = ["CouplesRowsError", "find_rows", "rows_of_outputs"]
+__all__ = ["CouplesRowsError", "find_rows", "rows_in_front", "rows_of_outputs"]
+
+
+def rows_in_front(step: Program) -> dict[int, int]:
+    """Where the rows of a step's inputs are, as a caller gives them: in front, of those that have any."""
+    shapes = {v: step.values[v].shape for v in step.inputs}
+    return {v: 0 for v, shape in shapes.items() if shape and not isinstance(shape[0], int)}
 
 
 def find_rows(program: Program, seeds: Mapping[int, int]) -> tuple[dict[int, int], dict[int, str]]:

@@ -2,8 +2,7 @@
 
 A kernel is a product, a reduction, or all element-wise computations of one shape at one level. A computation may be
 used by another of the same kernel without being stored, if that reads it entry by entry; its sum over the row is added
-up on the way. Levels are taken as late as
-possible, so that what is computed is used while it is at hand.
+up on the way. Levels are taken as late as possible, so that what is computed is used while it is at hand.
 """
 
 from __future__ import annotations
