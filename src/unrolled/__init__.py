@@ -10,8 +10,10 @@ from unrolled._outputs import last_output, pooled, sequence_loss
 from unrolled._stack import Bidirectional, Stack, stack
 from unrolled._unroll import Unrolled, unroll
 from unrolled._verify import Check, Verification, verify
+from unrolled._windows import Window
 from unrolled.batches.buckets import BucketSampler
 from unrolled.batches.collate import collate_packed, collate_padded
+from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.cells import (
     Cell,
     GRUCell,
@@ -77,6 +79,12 @@ __all__ = [
     "GRU",
     "from_torch",
     "to_torch",
+    # long horizons
+    "Window",
+    "Schedule",
+    "segments",
+    "revolve",
+    "store_all",
     # a cell on its own outputs
     "generate",
     "stream",

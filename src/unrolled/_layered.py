@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unrolled import sequence
 from unrolled._given import Given, Lengths, is_plain, run_as_given
 from unrolled._unroll import Unrolled
+from unrolled.bptt.checkpointing import Checkpointing
 from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import context_use
 from unrolled.cells.contract import check_state, make_state, name_of
@@ -31,6 +32,7 @@ class Layered(nn.Module):
     """
 
     truncation: Truncation | None = None
+    checkpointing: Checkpointing | None = None
 
     def __init__(self, *, batch_first: bool = False) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class Layered(nn.Module):
         # Imported here since it brings in torch's compiler, which takes a second.
         from unrolled._traced import left_alone
 
-        if not is_plain(inputs, lengths, resets) or self.truncation is not None:
+        if not is_plain(inputs, lengths, resets) or self.truncation is not None or self.checkpointing is not None:
             return left_alone(self._run, inputs, state, lengths, resets, context)
         steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
         outputs, last = self.composed_by(

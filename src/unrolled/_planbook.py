@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
+from unrolled._kept import Kept
 from unrolled.bptt.run import run_plan
 from unrolled.bptt.walk import LoopRunner
 from unrolled.cells.contract import CheckedStep
@@ -54,8 +54,8 @@ class PlanBook:
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
         self.engine, self.quiet = engine, quiet
         self.runner = Runner(use_native=engine in ("auto", "native"))
-        self._entries: OrderedDict[Any, Decision] = OrderedDict()
-        self._coupling: OrderedDict[Any, bool] = OrderedDict()
+        self._entries: Kept[Decision] = Kept(_MOST_PLANS)
+        self._coupling: Kept[bool] = Kept(_MOST_PLANS)
         self._said: set[Decision] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,8 +64,8 @@ class PlanBook:
             "engine": self.engine,
             "quiet": self.quiet,
             "runner": Runner(self.runner.use_native),
-            "_entries": OrderedDict(),
-            "_coupling": OrderedDict(),
+            "_entries": Kept(_MOST_PLANS),
+            "_coupling": Kept(_MOST_PLANS),
             "_said": set(),
         }
 
@@ -86,11 +86,7 @@ class PlanBook:
             key = None
         if key is None:
             return _tried(cell, sample, state, context)
-        if key not in self._coupling:
-            self._coupling[key] = _tried(cell, sample, state, context)
-            while len(self._coupling) > _MOST_PLANS:
-                self._coupling.popitem(last=False)
-        return self._coupling[key]
+        return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
 
     def look_up(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None
@@ -122,14 +118,11 @@ class PlanBook:
             return Decision(None, "reference", str(error))
         # A step may do something else for some batch sizes, which a recording at two others does not show.
         key = (guards, needing, extent.batch)
-        decision = self._entries.get(key)
-        if decision is None or not _still_fits(decision.plan, cell):
-            decision = self._decide(cell, _first_steps(inputs, extent), state, context, needing)
-            self._entries[key] = decision
-            while len(self._entries) > _MOST_PLANS:
-                self._entries.popitem(last=False)
-        self._entries.move_to_end(key)
-        return decision
+        return self._entries.get(
+            key,
+            lambda: self._decide(cell, _first_steps(inputs, extent), state, context, needing),
+            holds=lambda decision: _still_fits(decision.plan, cell),
+        )
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
         try:

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unrolled._given import Given, Portion, Through
-from unrolled.bptt.truncated import run_by_blocks
-from unrolled.bptt.truncation import Truncation
+from unrolled.bptt.pieces import Whole
 from unrolled.lengths import Extent
 from unrolled.trees import Tree
 
-__all__ = ["run_portions"]
+__all__ = ["in_portions"]
 
 
-def run_portions(
-    truncation: Truncation,
+def in_portions(
     through: Through,
     given: Given,
     steps: Tree,
     state: Tree,
     resets: Tensor | None,
     context: Tree,
-    weights: Iterable[Tensor],
-) -> tuple[Tree, Tree]:
-    """Truncated BPTT through a network whose parts are cut together; takes and returns what `through` does.
+    module: nn.Module,
+) -> Whole:
+    """A network's run, all parts of which are taken piece by piece together.
 
     Args:
-        truncation: its horizon and stride.
-        through: how the network is run without them.
+        through: how the network is run.
         given: how the caller gave the batch.
         steps: the inputs as engines take them.
         state: the first state, of the caller's rows.
         resets: as the caller gave them, or None.
         context: what is the same at every step, or None.
-        weights: the network's parameters.
+        module: the network, whose parameters get gradients.
     """
-    T = given.extent.steps
-    if truncation.horizon >= T or not torch.is_grad_enabled():
-        return through(given, steps, state, resets, context)
 
     def run(steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         inputs, mask = steps
@@ -48,5 +39,4 @@ def run_portions(
 
     mask = None if resets is None else given.sequences(given.resets(resets, reverse=False))
     parts = (steps, mask), given.rows(state), given.rows(context), given.extent
-    outputs, last = run_by_blocks(truncation, run, *parts, reverse=False, weights=weights)
-    return outputs, given.last(last, state)
+    return Whole(run, *parts, reverse=False, module=module)

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled._budgeted import Budgeted
 from unrolled._given import Given
 from unrolled._layered import Layered, Run, named
-from unrolled._portions import run_portions
+from unrolled._portions import in_portions
 from unrolled._unroll import Unrolled
 from unrolled._windows import Windowed
+from unrolled.bptt.checkpointing import checkpointing_of
+from unrolled.bptt.measured import twin_sharing
+from unrolled.bptt.pieces import Whole
+from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import name_of
@@ -76,7 +82,7 @@ class Bidirectional(Layered):
         return f"Bidirectional[{name_of(self.forwards.cell)}]"
 
 
-class Stack(Windowed, Layered):
+class Stack(Windowed, Budgeted, Layered):
     """Layers, each reading what the one before it gives out; made by `stack`.
 
     Args:
@@ -85,10 +91,12 @@ class Stack(Windowed, Layered):
         batch_first: whether inputs and outputs are `[B, T, ...]`.
         horizon: as in `unroll`; all layers are cut at one place.
         stride: as in `unroll`.
+        memory: as in `unroll`; all layers run within a segment.
+        checkpoint: as in `unroll`.
 
     Raises:
         OptionError: for no layer, one that is batch-first, a dropout that is no probability, sizes that do not fit, or
-            a horizon of layers that walk backwards or have one of their own.
+            a horizon or a memory budget of layers that walk backwards or have one of their own.
 
     Example:
         >>> import torch, unrolled as ur
@@ -106,15 +114,18 @@ class Stack(Windowed, Layered):
         batch_first: bool = False,
         horizon: int | None = None,
         stride: int | None = None,
+        memory: int | float | str | None = None,
+        checkpoint: Schedule | Callable[[int], Schedule] | None = None,
     ) -> None:
         super().__init__(batch_first=batch_first)
         self.truncation = truncation_of(horizon, stride)
+        self.checkpointing = checkpointing_of(memory, checkpoint, horizon)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
         _refuse_batch_first(layers)
         _refuse_misfits(layers)
-        if self.truncation is not None:
-            _refuse_to_cut(layers)
+        if self.truncation is not None or self.checkpointing is not None:
+            _refuse_to_cut(layers, "horizon" if self.truncation is not None else "memory budget")
         self.layers = nn.ModuleList(layers)
         self.dropout = checked_dropout(dropout)
 
@@ -127,11 +138,24 @@ class Stack(Windowed, Layered):
         self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
-        if self.truncation is None:
+        cut = self.truncation
+        if self.checkpointing is None and (cut is None or cut.horizon >= given.extent.steps):
             return Layered.through(self, given, steps, state, resets, context)
         first = self.first_state(steps, state, given.batch)
-        whole, weights = partial(Layered.through, self), self.parameters()
-        return run_portions(self.truncation, whole, given, steps, first, resets, context, weights)
+        if not given.extent.rows:
+            return Layered.through(self, given, steps, first, resets, context)
+        if self.checkpointing is not None:
+            self.checkpointing.check(given.steps)
+
+        def whole(network: Stack) -> Whole:
+            through = partial(Layered.through, network)
+            return in_portions(through, given, steps, first, resets, context, network)
+
+        if cut is not None and torch.is_grad_enabled():
+            outputs, last = run_by_blocks(cut, whole(self))
+        else:
+            outputs, last = self.run_whole(whole(self), lambda: whole(twin_sharing(self)))
+        return outputs, given.last(last, first)
 
     def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
         """Run one layer after the other."""
@@ -158,6 +182,8 @@ class Stack(Windowed, Layered):
         cut = self.truncation
         shown = [f"dropout={self.dropout}"] if self.dropout else []
         shown += [f"horizon={cut.horizon}", f"stride={cut.stride}"] if cut else []
+        given = {"memory": self.memory, "checkpoint": self.checkpoint}
+        shown += [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return ", ".join(shown + ([super().extra_repr()] if self.batch_first else []))
 
 
@@ -170,6 +196,8 @@ def stack(
     engine: str = "auto",
     horizon: int | None = None,
     stride: int | None = None,
+    memory: int | float | str | None = None,
+    checkpoint: Schedule | Callable[[int], Schedule] | None = None,
 ) -> Stack:
     """Put recurrent layers on top of each other; each reads what the one before it gives out.
 
@@ -186,6 +214,8 @@ def stack(
         engine: as in `unroll`.
         horizon: as in `unroll`; all layers are cut at one place.
         stride: as in `unroll`.
+        memory: as in `unroll`; all layers run within a segment.
+        checkpoint: as in `unroll`.
 
     Returns:
         A module: `outputs, states = rnn(inputs, states=None, lengths=None, resets=None, context=None)`; states is a
@@ -193,7 +223,7 @@ def stack(
 
     Raises:
         OptionError: for layers whose sizes do not fit, naming both, a cell that cannot be copied anew, or a
-            horizon of layers that walk backwards or have one of their own.
+            horizon or a memory budget of layers that walk backwards or have one of their own.
 
     Example:
         >>> import torch, unrolled as ur
@@ -203,7 +233,15 @@ def stack(
         (torch.Size([5, 2, 8]), 2)
     """
     layers = [_layer(entry, bidirectional=bidirectional, engine=engine) for entry in cells]
-    return Stack(layers, dropout=dropout, batch_first=batch_first, horizon=horizon, stride=stride)
+    return Stack(
+        layers,
+        dropout=dropout,
+        batch_first=batch_first,
+        horizon=horizon,
+        stride=stride,
+        memory=memory,
+        checkpoint=checkpoint,
+    )
 
 
 def checked_dropout(p: float) -> float:
@@ -245,17 +283,18 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
     return other
 
 
-def _refuse_to_cut(layers: Sequence[nn.Module]) -> None:
+def _refuse_to_cut(layers: Sequence[nn.Module], what: str) -> None:
     for number, layer in enumerate(layers):
         for part in layer.modules():
-            if getattr(part, "truncation", None) is not None:
+            if getattr(part, "truncation", None) is not None or getattr(part, "checkpointing", None) is not None:
                 raise OptionError(
-                    f"layer {number}, {named(part)}, has a horizon of its own; give one to the stack or to its layers"
+                    f"layer {number}, {named(part)}, has a horizon or a memory budget of its own; give one to the "
+                    "stack or to its layers"
                 )
             if getattr(part, "reverse", False):
                 raise OptionError(
-                    f"a stack with a horizon walks forwards, but layer {number} has {named(part)} that walks backwards "
-                    "and begins where the last block ends; leave horizon out, or stack one direction"
+                    f"a stack with a {what} walks forwards, but layer {number} has {named(part)} that walks backwards "
+                    f"and begins where the last block ends; leave the {what} out, or stack one direction"
                 )
 
 

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
+from unrolled._budgeted import Budgeted
 from unrolled._given import Given, Lengths, given_as, is_plain, run_as_given
 from unrolled._mapped import run_mapped, transforms
 from unrolled._planbook import PlanBook
 from unrolled._windows import Windowed
-from unrolled.bptt.pieces import Run
+from unrolled.bptt.checkpointing import checkpointing_of
+from unrolled.bptt.measured import twin_sharing
+from unrolled.bptt.pieces import Run, Whole
 from unrolled.bptt.run import run_plan
+from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
@@ -33,7 +37,7 @@ ENGINES = ("auto", "reference", "eager", "native")
 """The engines there are; 'auto' takes the fastest that can run the cell."""
 
 
-class Unrolled(Windowed, nn.Module):
+class Unrolled(Windowed, Budgeted, nn.Module):
     """A cell unrolled into one weight-sharing copy for each step of whatever sequence comes; made by `unroll`.
 
     Attributes:
@@ -42,6 +46,7 @@ class Unrolled(Windowed, nn.Module):
         reverse: whether the state is handed from the last copy to the first.
         ran: the engine that the latest call ran on; the reference before the first one.
         truncation: how far gradients flow back, and how often losses are taken; None for all copies.
+        checkpointing: the memory budget or the schedule; None for full storage.
     """
 
     def __init__(
@@ -53,10 +58,13 @@ class Unrolled(Windowed, nn.Module):
         reverse: bool = False,
         horizon: int | None = None,
         stride: int | None = None,
+        memory: int | float | str | None = None,
+        checkpoint: Schedule | Callable[[int], Schedule] | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__()
         self.truncation = truncation_of(horizon, stride)
+        self.checkpointing = checkpointing_of(memory, checkpoint, horizon)
         self.cell = cell
         self.batch_first = batch_first
         self.reverse = reverse
@@ -124,7 +132,12 @@ class Unrolled(Windowed, nn.Module):
         # Imported here since it brings in torch's compiler, which takes a second.
         from unrolled._traced import left_alone, run_traced
 
-        if is_plain(inputs, lengths, resets) and self.engine != "reference" and self.truncation is None:
+        if (
+            is_plain(inputs, lengths, resets)
+            and self.engine != "reference"
+            and self.truncation is None
+            and self.checkpointing is None
+        ):
             found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:
                 return self.in_callers_layout(self._forwards(found[0])), found[1]
@@ -153,27 +166,39 @@ class Unrolled(Windowed, nn.Module):
         first = self.checked(given, steps, state, context)
         if not given.extent.rows:
             return self.no_outputs(given, steps, first, context), first
-        rnn, started = self, given.rows(context)
-        if resets is not None:
-            fresh = first if state is None else make_state(self.cell, steps, given.batch)
-            mask = self.checked_resets(given, resets, fresh)
-            rnn, steps, started = self._with_resets(), (steps, mask), (started, given.rows(fresh))
-        outputs, last = rnn._run(steps, given.rows(first), started, given.extent)
+        if self.checkpointing is not None:
+            self.checkpointing.check(given.steps)
+        rnn, run = self._started(given, steps, state, first, resets, context)
+        outputs, last = self._run(rnn, run)
         self.ran = rnn.ran
         return outputs, given.last(last, first)
 
-    def _run(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Tree, Tree]:
-        run = self._way(inputs, state, context, extent)
-        cut = self.truncation
-        if cut is None or extent.steps <= cut.horizon or not torch.is_grad_enabled():
-            return run(inputs, state, context, extent, 0)
+    def _started(
+        self, given: Given, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Unrolled, tuple[Tree, Tree, Tree, Extent]]:
+        """The network that runs, which may be one that resets rows, and what it runs on."""
+        if resets is None:
+            return self, (steps, given.rows(first), given.rows(context), given.extent)
+        fresh = first if state is None else make_state(self.cell, steps, given.batch)
+        mask = self.checked_resets(given, resets, fresh)
+        started = given.rows(context), given.rows(fresh)
+        return self._with_resets(), ((steps, mask), given.rows(first), started, given.extent)
+
+    def _run(self, rnn: Unrolled, given: tuple[Tree, Tree, Tree, Extent]) -> tuple[Tree, Tree]:
+        whole, cut = rnn.whole(*given), self.truncation
+        if cut is None or whole.extent.steps <= cut.horizon or not torch.is_grad_enabled():
+            return self.run_whole(whole, lambda: twin_sharing(rnn).whole(*given))
         if cut.stride < cut.horizon and transforms():
             raise OptionError(
                 f"stride < horizon is not offered inside of torch.func's {transforms()[-1]}; take stride = horizon, or "
                 "differentiate with backward()"
             )
-        given, weights = (inputs, state, context, extent), self.cell.parameters()
-        return run_by_blocks(cut, run, *given, reverse=self.reverse, weights=weights)
+        return run_by_blocks(cut, whole)
+
+    def whole(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Whole:
+        """A run over what engines see of a batch, which may be taken piece by piece."""
+        run = self._way(inputs, state, context, extent)
+        return Whole(run, inputs, state, context, extent, self.reverse, self.cell)
 
     def _way(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Run:
         """How a sequence like this one, or a piece of it, is run."""
@@ -283,16 +308,9 @@ class Unrolled(Windowed, nn.Module):
     def _with_resets(self) -> Unrolled:
         """The network whose rows start afresh where they are told to; no submodule, which would list weights twice."""
         made: Unrolled | None = self.__dict__.get("_resetting")
-        same = (self.cell, self.engine, self.reverse, self.truncation)
-        if made is None or (made.cell.cell, made.engine, made.reverse, made.truncation) != same:
-            made = Unrolled(
-                ResettingCell(self.cell),
-                engine=self.engine,
-                reverse=self.reverse,
-                horizon=self.horizon,
-                stride=self.stride,
-                quiet=self._plans.quiet,
-            )
+        same = (self.cell, self.engine, self.reverse)
+        if made is None or (made.cell.cell, made.engine, made.reverse) != same:
+            made = Unrolled(ResettingCell(self.cell), engine=self.engine, reverse=self.reverse, quiet=self._plans.quiet)
             self.__dict__["_resetting"] = made
         return made
 
@@ -308,6 +326,8 @@ class Unrolled(Windowed, nn.Module):
             "reverse": (self.reverse, False),
             "horizon": (self.horizon, None),
             "stride": (self.stride, None),
+            "memory": (self.memory, None),
+            "checkpoint": (self.checkpoint, None),
         }
         return ", ".join(f"{name}={value!r}" for name, (value, default) in options.items() if value != default)
 
@@ -323,6 +343,8 @@ def unroll(
     reverse: bool = False,
     horizon: int | None = None,
     stride: int | None = None,
+    memory: int | float | str | None = None,
+    checkpoint: Schedule | Callable[[int], Schedule] | None = None,
 ) -> Unrolled:
     """Unroll a cell into copies that share its weights, as many as a sequence has steps.
 
@@ -335,12 +357,19 @@ def unroll(
             step the losses of the last k1 steps are taken, each once, and flow back through k2 copies; the state that
             the earliest of these received counts as a constant. Steps are counted as the copies run.
         stride: k1, from 1 to k2; k2 by default.
+        memory: what a call may take beside inputs, outputs and their gradients: bytes as an integer or as text
+            ("512MB", "1.5GiB"), or a float up to 1, the share of what full storage takes on the same engine. The
+            fastest schedule that fits is planned from the memory of a few steps, measured when such a call comes for
+            the first time; `plan_memory` shows what there is to choose from.
+        checkpoint: a schedule (`segments`, `revolve`), or a function that makes one for T steps. Steps whose tape is
+            not kept are run again in the backward pass, on the random numbers of the first time.
 
     Returns:
         A module: `outputs, state = rnn(inputs, state=None, lengths=None, resets=None, context=None)`.
 
     Raises:
-        OptionError: for an unknown engine, something that is no cell, or a horizon and stride that do not fit.
+        OptionError: for an unknown engine, something that is no cell, a horizon and stride that do not fit, or a memory
+            budget that is none.
 
     Source: P. Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78 (1990); horizon and
     stride: R. Williams and J. Peng, "An efficient gradient-based algorithm for on-line training of recurrent network
@@ -354,5 +383,12 @@ def unroll(
         (torch.Size([100, 32, 128]), torch.Size([32, 128]))
     """
     return Unrolled(
-        as_cell(cell), batch_first=batch_first, engine=engine, reverse=reverse, horizon=horizon, stride=stride
+        as_cell(cell),
+        batch_first=batch_first,
+        engine=engine,
+        reverse=reverse,
+        horizon=horizon,
+        stride=stride,
+        memory=memory,
+        checkpoint=checkpoint,
     )

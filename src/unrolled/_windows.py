@@ -11,6 +11,7 @@ from torch import Tensor
 from unrolled import sequence
 from unrolled._chunks import Chunks
 from unrolled._given import Given, Lengths, given_as
+from unrolled.bptt.pieces import Whole
 from unrolled.bptt.truncated import Tape, left_behind
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
@@ -247,7 +248,8 @@ class _Walker:
             elif self.random is None:
                 self.random = torch.random.get_rng_state()
             extent, bounds = Extent(T, self.chunks.batch), {following}.intersection(range(T))
-            return Tape(self._run, steps, self.entry, self.context, extent, [Block(start, T, 0)], bounds=bounds)
+            whole = Whole(self._run, steps, self.entry, self.context, extent, False, self.network)
+            return Tape(whole, [Block(start, T, 0)], bounds=bounds)
 
     def _run(self, steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         (inputs, resets), first = steps, self.begin + start

@@ -8,16 +8,53 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unrolled.errors import CellError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
 
-__all__ = ["Run", "Span", "final", "joined", "received", "rows_of", "run_cut", "spans", "split"]
+__all__ = [
+    "Run",
+    "Span",
+    "Whole",
+    "final",
+    "handed_back",
+    "joined",
+    "received",
+    "refuse_other_kind",
+    "rows_of",
+    "run_cut",
+    "spans",
+    "split",
+    "starts_at",
+]
 
 Run: TypeAlias = Callable[[Tree, Tree, Tree, Extent, int], tuple[Tree, Tree]]
 """How a piece is run: `(inputs, state, context, extent, first step) -> (outputs, last state)`."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that may be taken piece by piece.
+
+    Attributes:
+        run: how a piece is run.
+        inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
+        state: what each row's first copy receives.
+        context: what is the same at every step, or None.
+        extent: how far the sequence reaches.
+        reverse: whether the last copy comes first.
+        module: what is run, whose parameters get gradients.
+    """
+
+    run: Run
+    inputs: Tree
+    state: Tree
+    context: Tree
+    extent: Extent
+    reverse: bool
+    module: nn.Module
 
 
 @dataclass(frozen=True)
@@ -111,39 +148,69 @@ def joined(outputs: Sequence[Tree], walk: Sequence[Span], *, reverse: bool) -> T
     """
     order = slice(None, None, -1) if reverse else slice(None)
     flat = [flatten(output) for output in outputs[order]]
-    for span, (tensors, structure) in zip(walk[order], flat, strict=True):
-        if _kind(tensors, structure) != _kind(*flat[0]):
-            raise CellError(
-                f"a cell's output must keep its structure, shape and dtype, but that of copy {span.start} is another "
-                "than that of the copies before it; return the same kind of output at every step"
-            )
+    for span, found in zip(walk[order], flat, strict=True):
+        refuse_other_kind(span, found, flat[0])
     return unflatten(flat[0][1], [torch.cat(column) for column in zip(*(tensors for tensors, _ in flat), strict=True)])
+
+
+def refuse_other_kind(
+    span: Span, found: tuple[Sequence[Tensor], Structure], first: tuple[Sequence[Tensor], Structure]
+) -> None:
+    """Refuse outputs of a piece that are not like those of another.
+
+    Raises:
+        CellError: naming the piece's first copy.
+    """
+    if _kind(*found) != _kind(*first):
+        raise CellError(
+            f"a cell's output must keep its structure, shape and dtype, but that of copy {span.start} is another "
+            "than that of the copies before it; return the same kind of output at every step"
+        )
 
 
 def _kind(tensors: Sequence[Tensor], structure: Structure) -> object:
     return structure, [(tensor.shape[1:], tensor.dtype) for tensor in tensors]
 
 
-def run_cut(
-    run: Run, inputs: Tree, state: Tree, context: Tree, extent: Extent, bounds: Iterable[int], *, reverse: bool
-) -> tuple[Tree, Tree]:
+def starts_at(extent: Extent, span: Span) -> int:
+    """Where a piece begins in the sequences of the whole run."""
+    return extent.offsets[span.start] if extent.ragged else span.start
+
+
+def handed_back(span: Span, last: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """The gradient of what a piece hands on: some rows go on to the next piece, others have ended.
+
+    Args:
+        span: the piece.
+        last: what it hands on.
+        above: the gradient of what the next piece received, or None.
+        grad: the gradient of the run's last state, or None.
+    """
+    if not span.extent.ragged:
+        return above if span.handed else grad
+    parts = [above, grad], [slice(0, span.handed), slice(span.handed, span.extent.batch)]
+    flowing = [(part, rows) for part, rows in zip(*parts, strict=True) if part is not None and rows.start < rows.stop]
+    if not flowing:
+        return None
+    full = torch.zeros_like(last)
+    for part, rows in flowing:
+        full[rows] = part[rows]
+    return full
+
+
+def run_cut(whole: Whole, bounds: Iterable[int]) -> tuple[Tree, Tree]:
     """Run piece by piece, each on a state that no gradient flows back from; by ordinary autograd.
 
     Args:
-        run: how a piece is run.
-        inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
-        state: what each row's first copy receives, and gets a gradient.
-        context: what is the same at every step, or None.
-        extent: how far the sequence reaches.
+        whole: the run.
         bounds: where pieces begin, counted as the copies are walked, 0 and T included.
-        reverse: whether the last copy comes first.
     """
-    walk = spans(extent, bounds, reverse=reverse)
+    walk = spans(whole.extent, bounds, reverse=whole.reverse)
     outputs, lasts, before = list[Tree](), list[Tree](), None
-    for span, steps in zip(walk, split(inputs, walk, reverse=reverse), strict=True):
-        entry = received(state, before, span)
-        output, last = run(steps, entry, rows_of(context, span.extent), span.extent, span.start)
+    for span, steps in zip(walk, split(whole.inputs, walk, reverse=whole.reverse), strict=True):
+        entry = received(whole.state, before, span)
+        output, last = whole.run(steps, entry, rows_of(whole.context, span.extent), span.extent, span.start)
         outputs.append(output)
         lasts.append(last)
         before = map_leaves(Tensor.detach, last)
-    return joined(outputs, walk, reverse=reverse), final(lasts, walk)
+    return joined(outputs, walk, reverse=whole.reverse), final(lasts, walk)

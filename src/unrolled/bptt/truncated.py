@@ -10,18 +10,20 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from unrolled.bptt.pieces import Run, Span, final, joined, received, rows_of, run_cut, spans, split
+from unrolled.bptt.aside import Aside, leaves_beside, own
+from unrolled.bptt.pieces import Run, Span, Whole, final, handed_back, joined, received, rows_of, run_cut, spans, split
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError
-from unrolled.lengths import Extent
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["Standing", "Tape", "left_behind", "run_by_blocks", "run_truncated"]
+__all__ = ["Standing", "Tape", "left_behind", "run_by_blocks"]
 
 
 @dataclass
@@ -61,55 +63,36 @@ class Tape:
     """A run in pieces, each with a graph of its own.
 
     Args:
-        run: how a piece is run.
-        inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
-        state: what each row's first copy receives.
-        context: what is the same at every step, or None.
-        extent: how far the sequence reaches.
+        whole: the run.
         blocks: whose losses are taken together, in order. Copies before the first block are run, not shown.
         bounds: where further pieces begin, counted as the copies are walked.
-        reverse: whether the last copy comes first.
-        weights: tensors that the cell reads, whether or not they are leaves of the graph.
 
     Attributes:
         states: the state that each piece hands on, without a graph.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        inputs: Tree,
-        state: Tree,
-        context: Tree,
-        extent: Extent,
-        blocks: Sequence[Block],
-        *,
-        bounds: Iterable[int] = (),
-        reverse: bool = False,
-        weights: Iterable[Tensor] = (),
-    ) -> None:
-        self.blocks, self.reverse, self.standing = blocks, reverse, Standing(tape=weakref.ref(self))
+    def __init__(self, whole: Whole, blocks: Sequence[Block], *, bounds: Iterable[int] = ()) -> None:
+        self.blocks, self.reverse, self.standing = blocks, whole.reverse, Standing(tape=weakref.ref(self))
         edges = {edge for block in blocks for edge in (block.begin, block.end, block.cut)}
-        walk = spans(extent, {0, *edges, *bounds}, reverse=reverse)
-        outputs, lasts = self._walked(run, inputs, state, context, walk)
-        self.weights = _once([w for w in weights if w.requires_grad])
-        self.weights += self._read_beside()
-        self._given = [*leaves(inputs), *leaves(state), *leaves(context), *self.weights]
+        walk = spans(whole.extent, {0, *edges, *bounds}, reverse=self.reverse)
+        aside = Aside(whole.module)
+        outputs, lasts = self._walked(partial(aside, whole.run), whole, walk)
+        beside = self._read_beside(aside.aliases)
+        self.weights = [*aside.aliases, *beside]
+        self._given = [*leaves(whole.inputs), *leaves(whole.state), *leaves(whole.context), *aside.weights, *beside]
         shown = [n for n, span in enumerate(walk) if span.begin >= blocks[0].begin]
         with torch.no_grad():
-            told = joined([outputs[n] for n in shown], [walk[n] for n in shown], reverse=reverse)
+            told = joined([outputs[n] for n in shown], [walk[n] for n in shown], reverse=self.reverse)
             self._results = told, map_leaves(Tensor.clone, final(lasts, walk))
         self.states = [map_leaves(Tensor.detach, last) for last in lasts]
 
-    def _walked(
-        self, run: Run, inputs: Tree, state: Tree, context: Tree, walk: Sequence[Span]
-    ) -> tuple[list[Tree], list[Tree]]:
+    def _walked(self, run: Run, whole: Whole, walk: Sequence[Span]) -> tuple[list[Tree], list[Tree]]:
         outputs, lasts, before, place = list[Tree](), list[Tree](), None, 0
         self.pieces: list[_Piece] = []
-        around = map_leaves(_own, context)
+        around = map_leaves(own, whole.context)
         self._around = leaves(around)
-        for span, part in zip(walk, split(inputs, walk, reverse=self.reverse), strict=True):
-            steps, entry = map_leaves(_own, part), map_leaves(_own, received(state, before, span))
+        for span, part in zip(walk, split(whole.inputs, walk, reverse=self.reverse), strict=True):
+            steps, entry = map_leaves(own, part), map_leaves(own, received(whole.state, before, span))
             output, before = run(steps, entry, rows_of(around, span.extent), span.extent, span.start)
             outputs.append(output)
             lasts.append(before)
@@ -117,21 +100,10 @@ class Tape:
             place += span.count if span.begin >= self.blocks[0].begin else 0
         return outputs, lasts
 
-    def _read_beside(self) -> list[Tensor]:
-        """Leaves of the graph that the cell reads from elsewhere: they get their gradients, too."""
+    def _read_beside(self, aliases: Sequence[Tensor]) -> list[Tensor]:
         own = [tensor for piece in self.pieces for tensor in (*piece.inputs, *piece.entry)]
-        known = {_node(tensor) for tensor in (*own, *self._around, *self.weights) if tensor.requires_grad}
-        found: list[Tensor] = []
-        ahead = [_node(x) for piece in self.pieces for x in (*piece.outputs, *piece.last) if x.requires_grad]
-        while ahead:
-            node = ahead.pop()
-            if node is None or node in known:
-                continue
-            known.add(node)
-            if node.name().endswith("AccumulateGrad"):
-                found.append(node.variable)
-            ahead += [following for following, _ in node.next_functions]
-        return found
+        results = [x for piece in self.pieces for x in (*piece.outputs, *piece.last)]
+        return leaves_beside(results, [*own, *self._around, *aliases])
 
     def results(self) -> tuple[Tree, Tree]:
         """The outputs and the last state, with the way back; asked for once.
@@ -180,7 +152,7 @@ class Tape:
         if taken:
             flowing = [_part(grad, piece.place, span.count, self.reverse) for grad in grads[:shown]]
         flowing += [
-            _last(span, tensor, above[n] if above else None, grads[shown + n] if taken else None)
+            handed_back(span, tensor, above[n] if above else None, grads[shown + n] if taken else None)
             for n, tensor in enumerate(piece.last)
         ]
         results = zip((*piece.outputs, *piece.last), flowing, strict=True)
@@ -222,37 +194,10 @@ def _together(column: Sequence[Tensor], sums: dict[int, Tensor]) -> Tensor | Non
     return torch.cat([sums.get(id(x), torch.zeros_like(x)) for x in column]) if len(column) > 1 else sums[id(column[0])]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A leaf of a graph to come, on the same memory."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())
-
-
-def _node(tensor: Tensor) -> Any:
-    return torch.autograd.graph.get_gradient_edge(tensor).node
-
-
 def _part(grad: Tensor | None, place: int, count: int, reverse: bool) -> Tensor | None:
     if grad is None:
         return None
     return grad.narrow(0, len(grad) - place - count if reverse else place, count)
-
-
-def _last(span: Span, tensor: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """The gradient of what a piece hands on: some rows go on to the next piece, others have ended."""
-    if not span.extent.ragged:
-        return above if span.handed else grad
-    parts = [above, grad], [slice(0, span.handed), slice(span.handed, span.extent.batch)]
-    flowing = [(part, rows) for part, rows in zip(*parts, strict=True) if part is not None and rows.start < rows.stop]
-    if not flowing:
-        return None
-    full = torch.zeros_like(tensor)
-    for part, rows in flowing:
-        full[rows] = part[rows]
-    return full
 
 
 @dataclass(frozen=True)
@@ -287,42 +232,17 @@ class _Truncated(torch.autograd.Function):
         return (None, *token.tape.backward(grads))
 
 
-def run_by_blocks(
-    truncation: Truncation,
-    run: Run,
-    inputs: Tree,
-    state: Tree,
-    context: Tree,
-    extent: Extent,
-    *,
-    reverse: bool,
-    weights: Iterable[Tensor],
-) -> tuple[Tree, Tree]:
-    """Truncated BPTT of a sequence longer than the horizon: with overlap as `run_truncated`, without as `run_cut`."""
-    given, blocks = (inputs, state, context, extent), truncation.blocks(extent.steps)
+def run_by_blocks(truncation: Truncation, whole: Whole) -> tuple[Tree, Tree]:
+    """Truncated BPTT of a sequence longer than the horizon: with overlap on a `Tape`, without as `run_cut`."""
+    blocks = truncation.blocks(whole.extent.steps)
     if truncation.stride == truncation.horizon:
-        return run_cut(run, *given, [0, *(block.end for block in blocks)], reverse=reverse)
-    return run_truncated(run, *given, blocks, reverse=reverse, weights=weights)
-
-
-def run_truncated(
-    run: Run,
-    inputs: Tree,
-    state: Tree,
-    context: Tree,
-    extent: Extent,
-    blocks: Sequence[Block],
-    *,
-    reverse: bool,
-    weights: Iterable[Tensor],
-) -> tuple[Tree, Tree]:
-    """Run a sequence such that the losses of each block flow back to its own cut; see `Tape`."""
-    return Tape(run, inputs, state, context, extent, blocks, reverse=reverse, weights=weights).results()
+        return run_cut(whole, [0, *(block.end for block in blocks)])
+    return Tape(whole, blocks).results()
 
 
 def left_behind(loss: Tensor) -> str | None:
     """Why a loss can no longer be walked back, if it depends on a tape that has been left."""
-    seen, ahead = set[Any](), [_node(loss)] if loss.requires_grad else []
+    seen, ahead = set[Any](), [get_gradient_edge(loss).node] if loss.requires_grad else []
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

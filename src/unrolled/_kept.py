@@ -1,0 +1,40 @@
+"""Things that were made for a kind of call, the latest of them kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+__all__ = ["Kept"]
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """A mapping with a most: what was asked for longest ago goes.
+
+    Args:
+        most: how many are kept.
+
+    Example:
+        >>> kept = Kept(2)
+        >>> [kept.get(n, lambda n=n: n * n) for n in (1, 2, 1, 3)], 1 in kept, 2 in kept
+        ([1, 4, 1, 9], True, False)
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def get(self, key: Hashable, make: Callable[[], T], *, holds: Callable[[T], bool] = lambda _: True) -> T:
+        """What is kept for a key; made if there is nothing, or if it no longer holds."""
+        if key not in self._entries or not holds(self._entries[key]):
+            self._entries[key] = make()
+            while len(self._entries) > self.most:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(key)
+        return self._entries[key]

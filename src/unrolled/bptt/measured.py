@@ -1,0 +1,124 @@
+"""What a network takes in memory, measured on the network itself over a few steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.bptt.allocations import Allocations
+from unrolled.bptt.checkpointed import run_checkpointed
+from unrolled.bptt.costs import Costs, Curve
+from unrolled.bptt.pieces import Whole
+from unrolled.bptt.schedules import segments
+from unrolled.lengths import Extent
+from unrolled.trees import Tree, leaves, map_leaves
+
+__all__ = ["Meter", "twin_sharing"]
+
+_FIRST = (16, 64)
+_LONGEST = 512
+_SEGMENTS = 3
+_MORE = 4
+
+
+class Meter:
+    """Costs of one kind of call; what has been measured is kept.
+
+    Memory is not quite linear in the steps: some of it is there however few they are. So it is measured at powers of
+    two, up to the length that is asked about, or to 512 steps: there it is linear.
+
+    Args:
+        whole: makes the run to measure; its inputs' first step stands for all.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[int, int] = {}
+        self._taped: dict[int, int] = {}
+        self._slot = 0.0
+
+    def costs(self, whole: Callable[[], Whole], length: int) -> Costs:
+        """What is known, measured up to so many steps of a segment.
+
+        Args:
+            whole: makes the run to measure, on a network that may be changed; its inputs' first step stands for all.
+            length: steps.
+        """
+        wanted = [*_FIRST, min(_LONGEST, max(_FIRST[-1], 1 << (max(length, 1).bit_length() - 1)))]
+        missing = [steps for steps in dict.fromkeys(wanted) if steps not in self._stored]
+        if missing:
+            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+                self._measure(_Sample(whole()), missing)
+        curves = [Curve(tuple(sorted(points.items()))) for points in (self._stored, self._taped)]
+        return Costs(curves[0], curves[1], _SEGMENTS - 1, self._slot)
+
+    def _measure(self, sample: _Sample, lengths: Sequence[int]) -> None:
+        if not self._stored:
+            sample.taped(1, 2)  # what is made once, plans above all, is none of the costs
+        for steps in lengths:
+            self._stored[steps] = sample.stored(steps)
+            self._taped[steps] = sample.taped(steps, _SEGMENTS)
+        if not self._slot:
+            steps = min(lengths)
+            more = sample.taped(steps, _SEGMENTS + _MORE)
+            self._slot = max(more - self._taped[steps], 0) / _MORE
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A run whose first step is repeated as often as one likes."""
+
+    whole: Whole
+
+    def stored(self, steps: int) -> int:
+        """The peak of full storage."""
+        whole = self._repeated(steps)
+        return _peak(whole, lambda: whole.run(whole.inputs, whole.state, whole.context, whole.extent, 0))
+
+    def taped(self, steps: int, count: int) -> int:
+        """The peak of a run in so many segments."""
+        whole = self._repeated(steps * count)
+        return _peak(whole, lambda: run_checkpointed(whole, segments(steps * count, steps)))
+
+    def _repeated(self, steps: int) -> Whole:
+        whole = self.whole
+        batch = whole.extent.batch
+
+        def repeated(leaf: Tensor) -> Tensor:
+            first = leaf.detach()[:batch].unsqueeze(0) if whole.extent.ragged else leaf.detach()[:1]
+            return first.expand(steps, *first.shape[1:]).clone().requires_grad_(leaf.requires_grad)
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        given = map_leaves(repeated, whole.inputs), map_leaves(leaf, whole.state), map_leaves(leaf, whole.context)
+        return replace(
+            whole, inputs=given[0], state=given[1], context=given[2], extent=Extent(steps, batch), reverse=whole.reverse
+        )
+
+
+def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> int:
+    """The most bytes that a training step of a run holds, but for outputs and for gradients of outputs and inputs."""
+    given = [x for x in (*leaves(whole.inputs), *leaves(whole.state), *leaves(whole.context)) if x.requires_grad]
+    weights = [x for x in whole.module.parameters() if x.requires_grad]
+    with Allocations() as noted:
+        outputs, last = run()
+    results = [x for x in (*leaves(outputs), *leaves(last)) if x.requires_grad]
+    grads = [torch.zeros_like(x) for x in results]
+    found: Sequence[Tensor | None] = ()
+    if results and (given or weights):
+        with noted:
+            found = torch.autograd.grad(results, [*given, *weights], grads, allow_unused=True)
+    apart = [x for x in found[: len(given)] if x is not None]
+    return noted.peak(without=[*leaves(outputs), *apart])
+
+
+def twin_sharing(network: nn.Module) -> nn.Module:
+    """A copy of a network on the same tensors: what its steps leave in attributes does not reach the network itself."""
+    shared = [*network.parameters(), *network.buffers()]
+    shared += [x for module in network.modules() for x in vars(module).values() if isinstance(x, Tensor)]
+    plans = [vars(module)["_plans"] for module in network.modules() if "_plans" in vars(module)]
+    return copy.deepcopy(network, {id(x): x for x in (*shared, *plans)})

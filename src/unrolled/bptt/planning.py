@@ -1,0 +1,128 @@
+"""The fastest schedule that a budget has room for, and what could be had instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from unrolled.bptt.costs import Costs
+from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
+from unrolled.errors import OptionError
+from unrolled.lengths import Extent
+
+__all__ = ["Option", "options", "planned"]
+
+MOST_REPEATS = 8
+"""How often a segment is advanced at most: more saves little memory, and without a bound work is quadratic in T."""
+
+_PER_RUN = 8
+"""What it takes to call an engine for one more segment, in steps: of two schedules with as many, fewer calls win."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A schedule and what it takes.
+
+    Attributes:
+        schedule: the schedule.
+        bytes: activation memory, in bytes.
+        ratio: time over that of full storage, as expected: two thirds of a training step are its backward pass.
+    """
+
+    schedule: Schedule
+    bytes: float
+    ratio: float
+
+    @property
+    def name(self) -> str:
+        """How it is made."""
+        schedule = self.schedule
+        if schedule.segments == 1:
+            return "store_all"
+        if schedule.slots is None or schedule.slots >= schedule.segments - 1:
+            return f"segments(length={schedule.length})"
+        length = f", length={schedule.length}" if schedule.length > 1 else ""
+        return f"revolve(slots={schedule.slots}{length})"
+
+
+def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule:
+    """The fastest schedule that fits.
+
+    Args:
+        costs: what the network takes.
+        extent: how far the sequence reaches.
+        budget: bytes.
+        given: the budget as the user gave it.
+
+    Raises:
+        OptionError: if none fits, with the least that is possible and the horizon that would fit.
+    """
+    best = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost, default=None)
+    if best is not None:
+        return best.schedule
+    least = min(options(costs, extent, 0.0), key=lambda option: option.bytes)
+    horizon = _horizon(costs, extent, budget)
+    remedy = f"horizon={horizon} would fit, truncated by rnn.windows" if horizon else "not even one step would fit"
+    raise OptionError(
+        f"memory={given!r} is {readable(budget)}, but {extent.steps} steps of {extent.batch} rows take at least "
+        f"{readable(least.bytes)}, by {least.name}; {remedy}"
+    )
+
+
+def options(costs: Costs, extent: Extent, budget: float) -> Iterator[Option]:
+    """For each length of a segment the schedule with as many slots as the budget has room for."""
+    T = extent.steps
+    yield _option(costs, extent, store_all(T))
+    for length in _lengths(T):
+        whole = segments(T, length)
+        room = whole.slots_needed - max(costs.promised(whole, extent) - budget, 0.0) / max(costs.slot, 1.0)
+        slots = max(int(room), fewest_slots(whole.segments))
+        yield _option(costs, extent, whole if slots >= whole.slots_needed else revolve(T, slots, length))
+
+
+def fewest_slots(n: int) -> int:
+    """With how many slots n segments are advanced no more than `MOST_REPEATS` times each."""
+    slots, reach = 1, MOST_REPEATS + 1
+    while reach < n:
+        slots += 1
+        reach = reach * (slots + MOST_REPEATS) // slots
+    return slots
+
+
+def _lengths(T: int) -> list[int]:
+    """Lengths of segments, one for each number of them up to the root of T, and each length up to there."""
+    root = int(T**0.5)
+    return sorted({*(-(-T // n) for n in range(2, root + 2)), *range(1, root + 1)} - {T})
+
+
+def _option(costs: Costs, extent: Extent, schedule: Schedule) -> Option:
+    return Option(schedule, costs.promised(schedule, extent), 1 + schedule.extra_advances / (3 * schedule.T))
+
+
+def _cost(option: Option) -> float:
+    schedule = option.schedule
+    return schedule.extra_advances + _PER_RUN * (schedule.extra_advances / schedule.length + schedule.segments)
+
+
+def _horizon(costs: Costs, extent: Extent, budget: float) -> int:
+    """The longest sequence that full storage has room for."""
+    fits, over = 0, extent.steps
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        fits, over = (middle, over) if costs.stored(middle) <= budget else (fits, middle)
+    return fits
+
+
+def readable(count: float) -> str:
+    """Bytes as a person says them.
+
+    Example:
+        >>> readable(1234567)
+        '1.2 MB'
+    """
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    size = min(int(math.log10(count) / 3), 4)
+    return f"{count / 1000**size:.1f} {('', 'kB', 'MB', 'GB', 'TB')[size]}"
