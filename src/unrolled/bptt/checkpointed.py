@@ -17,9 +17,11 @@ from torch import Tensor
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape
 from unrolled.bptt.aside import Aside, leaves_beside, own
 from unrolled.bptt.gathered import GradientSums, Results
+from unrolled.bptt.marks import Mark, Marker, same
 from unrolled.bptt.pieces import Span, Whole, handed_back, received, rows_of, spans, starts_at
 from unrolled.bptt.replay import RandomState, Surroundings
 from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.unchanged import unchanged
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
@@ -76,7 +78,8 @@ class _Machine:
         self.beside: list[Tensor] = []
         self.walk = spans(self.extent, [*range(0, schedule.T, schedule.length), schedule.T], reverse=whole.reverse)
         self.surroundings = Surroundings([*leaves(self.inputs), *leaves(self.state)])
-        self.marks: list[Tensor | None] = [None] * len(self.walk)
+        self.marks: list[Mark | None] = [None] * len(self.walk)
+        self.mark_of = Marker()
         self.differentiable: list[bool] = []
         self._begin()
 
@@ -94,6 +97,10 @@ class _Machine:
 
     def forward(self) -> tuple[Tree, Tree]:
         """Run all steps; return the outputs and the last state, without a graph."""
+        with unchanged(self.aside.weights):
+            return self._forward()
+
+    def _forward(self) -> tuple[Tree, Tree]:
         results = Results(self.walk, self.extent)
         if not torch.is_grad_enabled():
             for span in self.walk:
@@ -109,7 +116,7 @@ class _Machine:
 
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Carry out the rest of the schedule: the gradients of what was given and of the weights."""
-        with self.surroundings.restored():
+        with self.surroundings.restored(), unchanged(self.aside.weights):
             if self.walked:  # by an earlier backward pass, to its end or until it was interrupted
                 self._begin()
                 self.again = True
@@ -189,11 +196,10 @@ class _Machine:
     def _handed(self, span: Span, last: Tree) -> None:
         """The state at hand is what the next segment receives. One that was handed on before must be the same again."""
         number = self._segment(span.begin)
-        mark = _mark(last)
-        before = self.marks[number]
+        mark, before = self.mark_of(last), self.marks[number]
         if before is None:
             self.marks[number] = mark
-        elif not _same(mark, before):
+        elif not same(mark, before):
             raise GradientError(
                 f"steps {span.start} to {span.start + span.extent.steps - 1} handed on another state when they were "
                 "run again for the backward pass; a cell must compute from what it reads and from torch's default "
@@ -244,21 +250,6 @@ def _needing(tensor: Tensor) -> Tensor:
 def _alone(tensor: Tensor) -> Tensor:
     """A tensor that keeps no more memory than its own: an engine's last state may be a view of all its steps."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _mark(state: Tree) -> Tensor:
-    """By what a state is known again: for each leaf an alternating sum and the norm, `[leaves, 2]` in float64."""
-    flat = [(torch.view_as_real(leaf) if leaf.is_complex() else leaf).flatten() for leaf in leaves(state)]
-    parts = [leaf if leaf.is_floating_point() else leaf.double() for leaf in flat]
-    sums = [x[::2].sum(dtype=torch.float64) - x[1::2].sum(dtype=torch.float64) for x in parts]
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in parts]
-    return torch.stack([*sums, *norms]).view(2, -1).T if parts else torch.zeros(0, 2)
-
-
-def _same(mark: Tensor, before: Tensor) -> bool:
-    """Whether two marks are of one state, but for rounding: other random numbers would move the sum by a norm."""
-    bound = 1e-3 * before[:, 1:]
-    return bool((((mark - before).abs() <= bound) | (mark == before) | (mark.isnan() & before.isnan())).all())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from unrolled.bptt.unchanged import made_once
 from unrolled.bptt.walk import Request, Walk
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, one_file
@@ -99,7 +100,7 @@ class NativeLoop:
         for room, state in zip(states, request.states, strict=True):
             room.begin(state)
         fixed = given[len(request.sequences) :]
-        packed = [packed_matrix(fixed[position]) for position in self.source.matrices]
+        packed = [made_once(packed_matrix, fixed[position]) for position in self.source.matrices]
         scratch = torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8)
         threads, helpers = self._threads(extent), self._helpers(extent)
         totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
@@ -163,7 +164,7 @@ class NativeLoop:
             if tensor.is_contiguous():
                 leaves[i] = tensor
             elif i >= a:
-                leaves[i] = tensor.contiguous()
+                leaves[i] = tensor if i - a in self.source.only_packed else tensor.contiguous()
             else:
                 leaves[i] = dense = _dense(tensor, 1 + timed)
                 by_step[i] = dense.stride(0) if timed else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,6 +28,7 @@ class Source:
         step: the C of one step.
         real: the dtype of its numbers.
         matrices: the positions among the fixed values of those that it reads packed.
+        only_packed: those of them that it reads in no other way.
         scratch: bytes of scratch memory per row.
         flops: floating-point operations per row and step, roughly.
         weights: numbers in the matrices that a step reads.
@@ -36,6 +38,7 @@ class Source:
     step: str
     real: torch.dtype
     matrices: tuple[int, ...]
+    only_packed: frozenset[int]
     scratch: int
     flops: int
     weights: int
@@ -101,7 +104,13 @@ class _Emitter:
         body += [self.total(number, view) for number, view in enumerate(self.lowered.totals)]
         setup, step = self.memory()
         found = (_indented(setup, 1), _indented([*step, *body], 2))
-        return Source(*found, self.lowered.real, tuple(self.matrices), self.scratch, self.flops, self.weights)
+        matrices = tuple(self.matrices), self._only_packed("\n".join(body))
+        return Source(*found, self.lowered.real, *matrices, self.scratch, self.flops, self.weights)
+
+    def _only_packed(self, body: str) -> frozenset[int]:
+        leaves = [node for node in self.lowered.nodes if isinstance(node, Leaf) and node.kind == "fixed"]
+        read = {node.position for node in leaves if re.search(rf"\b{self.names[node]}\b", body)}
+        return frozenset(self.matrices) - read
 
     # -- memory
 

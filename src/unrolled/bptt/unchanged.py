@@ -1,0 +1,53 @@
+"""Tensors that are known not to change for a while: what is made of them is made once.
+
+A network that is run segment by segment reads the same weights each time. What an engine makes of a weight before it
+can use it (a matrix packed as its kernel reads it) then holds for all segments of a pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+
+from torch import Tensor
+
+__all__ = ["made_once", "unchanged"]
+
+
+class _Known(threading.local):
+    def __init__(self) -> None:
+        self.storages: frozenset[int] = frozenset()
+        self.made: dict[Hashable, Tensor] = {}
+
+
+_known = _Known()
+
+
+@contextlib.contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A context inside of which nobody writes into some tensors, which the caller keeps; in this thread."""
+    before = _known.storages, _known.made
+    _known.storages, _known.made = frozenset(x.untyped_storage().data_ptr() for x in tensors), {}
+    try:
+        yield
+    finally:
+        _known.storages, _known.made = before
+
+
+def made_once(make: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What is made of a tensor; if it is known not to change, made once for each view of it.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2, 3)
+        >>> with unchanged([weight]):
+        ...     made_once(torch.clone, weight.t()) is made_once(torch.clone, weight.t())
+        True
+    """
+    if tensor.untyped_storage().data_ptr() not in _known.storages:
+        return make(tensor)
+    key = make, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    if key not in _known.made:
+        _known.made[key] = make(tensor)
+    return _known.made[key]
