@@ -555,7 +555,7 @@ def test_stacks_that_have_no_horizon() -> None:
     cell = ur.GRUCell(I, H)
     with pytest.raises(OptionError, match="walks backwards"):
         ur.stack([cell], bidirectional=True, horizon=3)
-    with pytest.raises(OptionError, match="a horizon of its own"):
+    with pytest.raises(OptionError, match="a horizon or a memory budget of its own"):
         ur.stack([ur.unroll(cell, horizon=3)], horizon=3)
     with pytest.raises(OptionError, match="stride needs a horizon"):
         ur.stack([cell], stride=3)

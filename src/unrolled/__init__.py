@@ -6,6 +6,7 @@ from unrolled._draw import draw
 from unrolled._generate import Step, generate, stream
 from unrolled._layered_copies import LayeredCopies, copies
 from unrolled._layers import GRU, LSTM, RNN
+from unrolled._memory import plan_memory
 from unrolled._outputs import last_output, pooled, sequence_loss
 from unrolled._stack import Bidirectional, Stack, stack
 from unrolled._unroll import Unrolled, unroll
@@ -14,6 +15,7 @@ from unrolled._windows import Window
 from unrolled.batches.buckets import BucketSampler
 from unrolled.batches.collate import collate_packed, collate_padded
 from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
+from unrolled.bptt.trade_off import MemoryPlan
 from unrolled.cells import (
     Cell,
     GRUCell,
@@ -85,6 +87,8 @@ __all__ = [
     "segments",
     "revolve",
     "store_all",
+    "plan_memory",
+    "MemoryPlan",
     # a cell on its own outputs
     "generate",
     "stream",

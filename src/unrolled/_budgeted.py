@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from unrolled._given import Given
 from unrolled._kept import Kept
 from unrolled._mapped import transforms
 from unrolled.bptt.checkpointed import run_checkpointed
@@ -32,6 +33,7 @@ class Budgeted:
     """
 
     checkpointing: Checkpointing | None = None
+    batch_first: bool
 
     @property
     def memory(self) -> int | float | str | None:
@@ -42,6 +44,12 @@ class Budgeted:
     def checkpoint(self) -> Schedule | Callable[[int], Schedule] | None:
         """The schedule, as it was given."""
         return self.checkpointing.given if isinstance(self.checkpointing, Scheduled) else None
+
+    def runs(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
+        """A run that could be made, and the same on a copy of the network."""
+        raise NotImplementedError
 
     def run_whole(self, whole: Whole, again: Callable[[], Whole]) -> tuple[Tree, Tree]:
         """Run a sequence, by a schedule if memory is bounded.

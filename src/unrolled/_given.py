@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unrolled import sequence
@@ -74,12 +74,25 @@ class Given:
         """An engine's last state as the caller has it; rows without a step keep the first one."""
         return tree
 
+    def fresh(self, network: nn.Module) -> Tree:
+        """The state that rows of a network start afresh from, if that is decided already; else None."""
+        return None
+
 
 class Portion(Given):
-    """A portion of a batch, laid out as engines take it already; so are its resets."""
+    """A portion of a batch, laid out as engines take it already; so are its resets.
 
-    def __init__(self, extent: Extent) -> None:
+    Args:
+        extent: how far it reaches.
+        fresh: for each network the state that its rows start afresh from, which all portions share.
+    """
+
+    def __init__(self, extent: Extent, fresh: Mapping[nn.Module, Tree]) -> None:
         super().__init__(extent, extent.batch)
+        self._fresh = fresh
+
+    def fresh(self, network: nn.Module) -> Tree:
+        return self._fresh[network]
 
     def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
         return resets

@@ -144,6 +144,16 @@ class Layered(nn.Module):
             _first_state(part, steps, given, batch) for part, given in zip(self.parts, self._states(state), strict=True)
         )
 
+    @property
+    def networks(self) -> list[Unrolled]:
+        """The unrolled networks, those inside of parts included."""
+        return [network for part in self.parts for network in (part.networks if isinstance(part, Layered) else [part])]
+
+    def each_state(self, state: Tree) -> list[Tree]:
+        """The state of each of the networks, None where it is not given."""
+        pairs = zip(self.parts, self._states(state), strict=True)
+        return [one for part, s in pairs for one in (part.each_state(s) if isinstance(part, Layered) else [s])]
+
     def extra_repr(self) -> str:
         """The layout."""
         return "batch_first=True" if self.batch_first else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from unrolled._given import Given, Portion, Through
@@ -17,6 +19,7 @@ def in_portions(
     given: Given,
     steps: Tree,
     state: Tree,
+    fresh: Mapping[nn.Module, Tree],
     resets: Tensor | None,
     context: Tree,
     module: nn.Module,
@@ -28,15 +31,16 @@ def in_portions(
         given: how the caller gave the batch.
         steps: the inputs as engines take them.
         state: the first state, of the caller's rows.
+        fresh: for each part the state that rows start afresh from; empty without resets.
         resets: as the caller gave them, or None.
         context: what is the same at every step, or None.
         module: the network, whose parameters get gradients.
     """
 
     def run(steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
-        inputs, mask = steps
-        return through(Portion(extent), inputs, state, mask, context)
+        (inputs, mask), (context, states) = steps, context
+        return through(Portion(extent, dict(zip(fresh, states, strict=True))), inputs, state, mask, context)
 
     mask = None if resets is None else given.sequences(given.resets(resets, reverse=False))
-    parts = (steps, mask), given.rows(state), given.rows(context), given.extent
-    return Whole(run, *parts, reverse=False, module=module)
+    same = given.rows(context), [given.rows(state) for state in fresh.values()]
+    return Whole(run, (steps, mask), given.rows(state), same, given.extent, reverse=False, module=module)

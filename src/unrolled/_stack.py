@@ -24,7 +24,7 @@ from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
-from unrolled.cells.contract import name_of
+from unrolled.cells.contract import make_state, name_of
 from unrolled.cells.gates import GatedCell
 from unrolled.cells.min_gru import MinGRUCell
 from unrolled.errors import OptionError, UnrolledError
@@ -138,24 +138,42 @@ class Stack(Windowed, Budgeted, Layered):
         self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
-        cut = self.truncation
-        if self.checkpointing is None and (cut is None or cut.horizon >= given.extent.steps):
+        cut, T = self.truncation, given.extent.steps
+        if not T or (self.checkpointing is None and (cut is None or cut.horizon >= T)):
             return Layered.through(self, given, steps, state, resets, context)
         first = self.first_state(steps, state, given.batch)
-        if not given.extent.rows:
-            return Layered.through(self, given, steps, first, resets, context)
+        whole, again = self._wholes(given, steps, state, first, resets, context)
+        if cut is not None and torch.is_grad_enabled():
+            outputs, last = run_by_blocks(cut, whole)
+        else:
+            outputs, last = self.run_whole(whole, again)
+        return outputs, given.last(last, first)
+
+    def runs(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
+        """A run that could be made, and the same on a copy of the network; takes what `through` does."""
+        first = self.first_state(steps, state, given.batch)
+        return self._wholes(given, steps, state, first, resets, context)
+
+    def _wholes(
+        self, given: Given, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
         if self.checkpointing is not None:
             self.checkpointing.check(given.steps)
+        fresh = [] if resets is None else self._fresh(steps, state, first, given.batch)
 
         def whole(network: Stack) -> Whole:
             through = partial(Layered.through, network)
-            return in_portions(through, given, steps, first, resets, context, network)
+            restarts = dict(zip(network.networks, fresh, strict=False))
+            return in_portions(through, given, steps, first, restarts, resets, context, network)
 
-        if cut is not None and torch.is_grad_enabled():
-            outputs, last = run_by_blocks(cut, whole(self))
-        else:
-            outputs, last = self.run_whole(whole(self), lambda: whole(twin_sharing(self)))
-        return outputs, given.last(last, first)
+        return whole(self), lambda: whole(twin_sharing(self))
+
+    def _fresh(self, steps: Tree, state: Tree, first: Tree, batch: int) -> list[Tree]:
+        """For each network the state that its rows start afresh from: the first one, unless that was passed."""
+        states = zip(self.networks, self.each_state(state), self.each_state(first), strict=True)
+        return [begun if given is None else make_state(network.cell, steps, batch) for network, given, begun in states]
 
     def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
         """Run one layer after the other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from unrolled.trees import Tree, describe, flatten, leaves, map_leaves, paths
 from unrolled.wrappers.resetting import ResettingCell
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
+
+_Parts: TypeAlias = tuple[Tree, Tree, Tree, Extent]
+"""Inputs, state, context and extent, as engines see them."""
 
 ENGINES = ("auto", "reference", "eager", "native")
 """The engines there are; 'auto' takes the fastest that can run the cell."""
@@ -166,34 +169,44 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         first = self.checked(given, steps, state, context)
         if not given.extent.rows:
             return self.no_outputs(given, steps, first, context), first
-        if self.checkpointing is not None:
-            self.checkpointing.check(given.steps)
-        rnn, run = self._started(given, steps, state, first, resets, context)
-        outputs, last = self._run(rnn, run)
+        rnn, parts = self._started(given, steps, state, first, resets, context)
+        outputs, last = self._run(rnn, parts)
         self.ran = rnn.ran
         return outputs, given.last(last, first)
 
     def _started(
         self, given: Given, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Unrolled, tuple[Tree, Tree, Tree, Extent]]:
+    ) -> tuple[Unrolled, _Parts]:
         """The network that runs, which may be one that resets rows, and what it runs on."""
+        if self.checkpointing is not None:
+            self.checkpointing.check(given.steps)
         if resets is None:
             return self, (steps, given.rows(first), given.rows(context), given.extent)
-        fresh = first if state is None else make_state(self.cell, steps, given.batch)
+        fresh = given.fresh(self)
+        if fresh is None:
+            fresh = first if state is None else make_state(self.cell, steps, given.batch)
         mask = self.checked_resets(given, resets, fresh)
         started = given.rows(context), given.rows(fresh)
         return self._with_resets(), ((steps, mask), given.rows(first), started, given.extent)
 
-    def _run(self, rnn: Unrolled, given: tuple[Tree, Tree, Tree, Extent]) -> tuple[Tree, Tree]:
-        whole, cut = rnn.whole(*given), self.truncation
+    def _run(self, rnn: Unrolled, parts: _Parts) -> tuple[Tree, Tree]:
+        whole, cut = rnn.whole(*parts), self.truncation
         if cut is None or whole.extent.steps <= cut.horizon or not torch.is_grad_enabled():
-            return self.run_whole(whole, lambda: twin_sharing(rnn).whole(*given))
+            return self.run_whole(whole, lambda: twin_sharing(rnn).whole(*parts))
         if cut.stride < cut.horizon and transforms():
             raise OptionError(
                 f"stride < horizon is not offered inside of torch.func's {transforms()[-1]}; take stride = horizon, or "
                 "differentiate with backward()"
             )
         return run_by_blocks(cut, whole)
+
+    def runs(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
+        """A run that could be made, and the same on a copy of the network; takes what `through` does."""
+        first = self.checked(given, steps, state, context)
+        rnn, parts = self._started(given, steps, state, first, resets, context)
+        return rnn.whole(*parts), lambda: twin_sharing(rnn).whole(*parts)
 
     def whole(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Whole:
         """A run over what engines see of a batch, which may be taken piece by piece."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,12 +41,14 @@ class Costs:
         taped: a checkpointed run in segments of so many steps, with `slots` of its states stored.
         slots: how many that are.
         slot: one more stored state.
+        outputs: those of one step, which are not counted.
     """
 
     stored: Curve
     taped: Curve
     slots: int
     slot: float
+    outputs: float
 
     def full(self, extent: Extent) -> float:
         """What full storage takes."""
@@ -63,8 +64,3 @@ class Costs:
 def _fullest(extent: Extent, length: int) -> float:
     """How many steps of all rows a segment comes to at most: the first one in time has the most rows."""
     return sum(extent.alive[:length]) / extent.batch if extent.alive is not None else length
-
-
-def known_points(points: Sequence[tuple[int, float]]) -> Curve:
-    """A curve through points in any order."""
-    return Curve(tuple(sorted(points)))

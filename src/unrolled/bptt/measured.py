@@ -19,10 +19,10 @@ from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["Meter", "twin_sharing"]
 
-_FIRST = (16, 64)
+_FIRST = (16, 64)  # steps of a segment
+_WHOLE = (64, 256)  # steps of full storage
 _LONGEST = 512
-_SEGMENTS = 3
-_MORE = 4
+_SEGMENTS, _MORE = 3, 4
 
 
 class Meter:
@@ -30,15 +30,12 @@ class Meter:
 
     Memory is not quite linear in the steps: some of it is there however few they are. So it is measured at powers of
     two, up to the length that is asked about, or to 512 steps: there it is linear.
-
-    Args:
-        whole: makes the run to measure; its inputs' first step stands for all.
     """
 
     def __init__(self) -> None:
         self._stored: dict[int, int] = {}
         self._taped: dict[int, int] = {}
-        self._slot = 0.0
+        self._slot = self._outputs = 0.0
 
     def costs(self, whole: Callable[[], Whole], length: int) -> Costs:
         """What is known, measured up to so many steps of a segment.
@@ -48,23 +45,22 @@ class Meter:
             length: steps.
         """
         wanted = [*_FIRST, min(_LONGEST, max(_FIRST[-1], 1 << (max(length, 1).bit_length() - 1)))]
-        missing = [steps for steps in dict.fromkeys(wanted) if steps not in self._stored]
+        missing = [steps for steps in dict.fromkeys(wanted) if steps not in self._taped]
         if missing:
             with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
                 self._measure(_Sample(whole()), missing)
         curves = [Curve(tuple(sorted(points.items()))) for points in (self._stored, self._taped)]
-        return Costs(curves[0], curves[1], _SEGMENTS - 1, self._slot)
+        return Costs(curves[0], curves[1], _SEGMENTS - 1, self._slot, self._outputs)
 
     def _measure(self, sample: _Sample, lengths: Sequence[int]) -> None:
         if not self._stored:
             sample.taped(1, 2)  # what is made once, plans above all, is none of the costs
+            found = {steps: sample.stored(steps) for steps in _WHOLE}
+            self._stored = {steps: peak for steps, (peak, _) in found.items()}
+            self._outputs = found[_WHOLE[0]][1] / _WHOLE[0]
+            self._slot = (sample.taped(1, _SEGMENTS + _MORE) - sample.taped(1, _SEGMENTS)) / _MORE
         for steps in lengths:
-            self._stored[steps] = sample.stored(steps)
             self._taped[steps] = sample.taped(steps, _SEGMENTS)
-        if not self._slot:
-            steps = min(lengths)
-            more = sample.taped(steps, _SEGMENTS + _MORE)
-            self._slot = max(more - self._taped[steps], 0) / _MORE
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,15 @@ class _Sample:
 
     whole: Whole
 
-    def stored(self, steps: int) -> int:
-        """The peak of full storage."""
+    def stored(self, steps: int) -> tuple[int, int]:
+        """The peak of full storage, and the outputs' bytes."""
         whole = self._repeated(steps)
         return _peak(whole, lambda: whole.run(whole.inputs, whole.state, whole.context, whole.extent, 0))
 
     def taped(self, steps: int, count: int) -> int:
         """The peak of a run in so many segments."""
         whole = self._repeated(steps * count)
-        return _peak(whole, lambda: run_checkpointed(whole, segments(steps * count, steps)))
+        return _peak(whole, lambda: run_checkpointed(whole, segments(steps * count, steps)))[0]
 
     def _repeated(self, steps: int) -> Whole:
         whole = self.whole
@@ -100,8 +96,8 @@ class _Sample:
         )
 
 
-def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> int:
-    """The most bytes that a training step of a run holds, but for outputs and for gradients of outputs and inputs."""
+def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]:
+    """The most bytes that a training step holds, but for outputs and gradients of outputs and inputs; the outputs'."""
     given = [x for x in (*leaves(whole.inputs), *leaves(whole.state), *leaves(whole.context)) if x.requires_grad]
     weights = [x for x in whole.module.parameters() if x.requires_grad]
     with Allocations() as noted:
@@ -113,7 +109,8 @@ def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> int:
         with noted:
             found = torch.autograd.grad(results, [*given, *weights], grads, allow_unused=True)
     apart = [x for x in found[: len(given)] if x is not None]
-    return noted.peak(without=[*leaves(outputs), *apart])
+    shown = leaves(outputs)
+    return noted.peak(without=[*shown, *apart]), sum(x.nbytes for x in shown)
 
 
 def twin_sharing(network: nn.Module) -> nn.Module:

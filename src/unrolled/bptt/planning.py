@@ -12,7 +12,7 @@ from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
 
-__all__ = ["Option", "options", "planned"]
+__all__ = ["Option", "frontier", "option", "options", "planned", "readable"]
 
 MOST_REPEATS = 8
 """How often a segment is advanced at most: more saves little memory, and without a bound work is quadratic in T."""
@@ -71,15 +71,26 @@ def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule
     )
 
 
+def frontier(costs: Costs, extent: Extent) -> list[Option]:
+    """The fastest schedule for full storage, a half of it, a quarter, and so on down to the least."""
+    budget, found = costs.full(extent), list[Option]()
+    while True:
+        fitting = [o for o in options(costs, extent, budget) if o.bytes <= budget]
+        if not fitting:
+            return found
+        found.append(min(fitting, key=_cost))
+        budget = min(budget / 2, found[-1].bytes * 0.99)
+
+
 def options(costs: Costs, extent: Extent, budget: float) -> Iterator[Option]:
     """For each length of a segment the schedule with as many slots as the budget has room for."""
     T = extent.steps
-    yield _option(costs, extent, store_all(T))
+    yield option(costs, extent, store_all(T))
     for length in _lengths(T):
         whole = segments(T, length)
         room = whole.slots_needed - max(costs.promised(whole, extent) - budget, 0.0) / max(costs.slot, 1.0)
         slots = max(int(room), fewest_slots(whole.segments))
-        yield _option(costs, extent, whole if slots >= whole.slots_needed else revolve(T, slots, length))
+        yield option(costs, extent, whole if slots >= whole.slots_needed else revolve(T, slots, length))
 
 
 def fewest_slots(n: int) -> int:
@@ -97,7 +108,8 @@ def _lengths(T: int) -> list[int]:
     return sorted({*(-(-T // n) for n in range(2, root + 2)), *range(1, root + 1)} - {T})
 
 
-def _option(costs: Costs, extent: Extent, schedule: Schedule) -> Option:
+def option(costs: Costs, extent: Extent, schedule: Schedule) -> Option:
+    """A schedule with what it takes."""
     return Option(schedule, costs.promised(schedule, extent), 1 + schedule.extra_advances / (3 * schedule.T))
 
 
