@@ -142,6 +142,38 @@ def test_the_first_50_updates_on_the_default_engine_have_the_losses_of_the_refer
     assert losses["auto"][-1] < 0.9 * losses["auto"][0]
 
 
+def test_a_budget_changes_no_loss_and_a_horizon_does(tmp_path):
+    split, losses = split_text(BUILT_IN, batch=8, window=96), {}
+    ways = {"whole": {}, "budget": {"memory": "900kB"}, "horizon": {"horizon": 6, "stride": 3}}
+    for name, way in ways.items():
+        sizes = {"hidden_size": 32, "embedding_size": 16, "batch": 8, "window": 96}
+        config, watcher = TrainConfig(out=str(tmp_path / name), **sizes, **way), FirstUpdates(30)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, split, create_run(config), watcher)
+        losses[name] = watcher.losses
+    assert losses["budget"] == pytest.approx(losses["whole"], rel=1e-4)
+    assert losses["budget"] != losses["whole"]  # another order of sums: segments were run
+    assert losses["horizon"][0] == losses["whole"][0]
+    assert losses["horizon"][-1] != pytest.approx(losses["whole"][-1], rel=1e-4)
+
+
+def test_the_plan_command_prints_what_a_budget_costs(text_file, tmp_path, capsys):
+    code, shown, _ = command(capsys, "plan", "--steps", 300, "--hidden-size", 32, "--memory", "3MB")
+    assert code == 0
+    assert "Unrolled[LSTMCell], T = 300, B = 32: activation memory against time" in shown
+    assert shown.count("\n> ") == shown.count("●") == 1
+    untrained_run(tmp_path / "run")
+    code, shown, _ = command(capsys, "plan", tmp_path / "run")
+    assert (code, "T = 64, B = 32" in shown, "> store_all" in shown) == (0, True, True)
+    for wrong, told in (
+        (("--memory", "3kB"), "memory='3kB' is 3.0 kB, but 1000 steps of 32 rows take at least"),
+        (("--steps", 0), "steps must be at least 1, got 0"),
+        ((tmp_path,), "is not a finished run"),
+    ):
+        code, _, error = command(capsys, "plan", *wrong)
+        assert (code, told in error) == (2, True)
+
+
 def test_the_state_is_carried_from_window_to_window(monkeypatch, tmp_path):
     split = split_text(SMALL[:6000], batch=4, window=8)
     received, returned = [], []
@@ -461,6 +493,11 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
         ({"device": "abacus"}, "device must be one that torch has here"),
         ({"device": "meta"}, "device must be one that computes, got 'meta'"),
         ({"hidden": 3}, "unknown options: hidden"),
+        ({"horizon": 65}, "horizon must be at most the window, 64 steps, got 65"),
+        ({"horizon": 8, "stride": 9}, "stride must be from 1 to horizon = 8, got 9"),
+        ({"stride": 9}, "stride needs a horizon"),
+        ({"memory": "much"}, "memory must be bytes"),
+        ({"memory": "1GB", "horizon": 8}, "a horizon, here 8, or a memory budget, not both"),
     ],
 )
 def test_a_bad_option_is_refused(options, told):

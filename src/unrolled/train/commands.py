@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from unrolled.errors import UnrolledError
-from unrolled.train.config import TrainConfig
+from unrolled.errors import ConfigError, UnrolledError
+from unrolled.train.config import CELLS, TrainConfig
 from unrolled.train.config_file import read_config
 from unrolled.train.job import run_job
+from unrolled.train.planning import plan_run
 from unrolled.train.progress import terminal
 from unrolled.train.run import load_run
 from unrolled.train.sampling import sample as write_on
@@ -88,6 +90,34 @@ def verify_command(
         print(f"{name}\n{found}\n", flush=True)
         passed = passed and found.passed
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command("plan")
+def plan_command(
+    run: Annotated[
+        Path | None, typer.Argument(help="run directory; without it, the network of the options below")
+    ] = None,
+    cell: Annotated[str, typer.Option(help=f"recurrent cell: {', '.join(CELLS)}")] = "lstm",
+    hidden_size: Annotated[int, typer.Option(help="features of the hidden state")] = 256,
+    embedding_size: Annotated[int, typer.Option(help="features of an input")] = 64,
+    batch: Annotated[int, typer.Option(help="rows of a batch")] = 32,
+    steps: Annotated[
+        int | None, typer.Option(help="steps of the sequence [default: the run's window, or 1000]")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="budget to mark the choice of, as 512MB")] = None,
+) -> None:
+    """Print what a memory budget costs in time: every schedule for the sequence, the chosen one marked."""
+    _refuse_below_one("steps", steps)
+    sizes = {"cell": cell, "hidden_size": hidden_size, "embedding_size": embedding_size, "batch": batch}
+    window = {"window": steps or 1000, "memory": memory}
+    print(plan_run(TrainConfig(**sizes, **window), run, memory, steps))  # type: ignore[arg-type]
+    given = f" {shlex.quote(str(run))}" if run else ""
+    print(f"next: unrolled plan{given} --memory 64MB, or unrolled train --memory 64MB")
+
+
+def _refuse_below_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
 def run_command(arguments: list[str] | None) -> int:

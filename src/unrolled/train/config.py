@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from unrolled.bptt.checkpointing import checkpointing_of
+from unrolled.bptt.truncation import truncation_of
 from unrolled.cells import GRUCell, LSTMCell, RNNCell
-from unrolled.errors import ConfigError
+from unrolled.errors import ConfigError, OptionError
 
 __all__ = ["CELLS", "SEEDS", "TrainConfig"]
 
@@ -44,6 +46,17 @@ class TrainConfig:
     hidden_size: int = _option(256, "features of the hidden state", least=1)
     embedding_size: int = _option(64, "features of a character's embedding", least=1)
     window: int = _option(64, "characters per BPTT window; the state is carried from window to window", least=1)
+    horizon: int | None = _option(
+        None,
+        "copies that gradients flow back through within a window (truncated BPTT); without it all of them",
+        least=1,
+    )
+    stride: int | None = _option(
+        None, "steps whose losses are taken together, at most the horizon; its default", least=1
+    )
+    memory: str | None = _option(
+        None, "activation memory that the recurrent network may take, as 512MB: the rest is computed again"
+    )
     batch: int = _option(32, "parallel streams that the training text is cut into", least=1)
     epochs: int = _option(8, "passes over the training text", least=1)
     learning_rate: float = _option(4e-3, "peak learning rate of Adam (one cycle)", above=0.0)
@@ -59,6 +72,7 @@ class TrainConfig:
         for option in dataclasses.fields(self):
             _check(option, getattr(self, option.name))
         _check_device(self.device)
+        _check_horizon(self)
 
     def to_json(self) -> str:
         """The options as a JSON object, all but `out`: a saved config is where it says, and another run can use it."""
@@ -84,6 +98,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
 }
 
 
@@ -94,6 +109,8 @@ def _check(option: dataclasses.Field[Any], value: Any) -> None:
     rules = option.metadata
     if not isinstance(value, _TYPES[str(option.type)]) or isinstance(value, bool):
         refuse(f"of type {option.type}")
+    if value is None:
+        return
     if "choices" in rules and value not in rules["choices"]:
         refuse(f"one of {', '.join(rules['choices'])}")
     if "least" in rules and not value >= rules["least"]:
@@ -102,6 +119,21 @@ def _check(option: dataclasses.Field[Any], value: Any) -> None:
         refuse(f"above {rules['above']} and finite")
     if "below" in rules and not value < rules["below"]:
         refuse(f"below {rules['below']}")
+
+
+def _check_horizon(config: TrainConfig) -> None:
+    """Refuse here what the network would refuse once the text is read."""
+    if config.horizon is not None and config.horizon > config.window:
+        raise ConfigError(
+            f"horizon must be at most the window, {config.window} steps, got {config.horizon}; gradients never flow "
+            "back from one window to the one before: make the window longer"
+        )
+    try:
+        truncation_of(config.horizon, config.stride)
+        if config.memory is not None:
+            checkpointing_of(config.memory, None, config.horizon)
+    except OptionError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_device(device: str) -> None:

@@ -29,7 +29,8 @@ class CharacterModel(nn.Module):
     def __init__(self, config: TrainConfig, characters: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, config.embedding_size)
-        self.rnn = unroll(CELLS[config.cell](config.embedding_size, config.hidden_size))
+        cell = CELLS[config.cell](config.embedding_size, config.hidden_size)
+        self.rnn = unroll(cell, horizon=config.horizon, stride=config.stride, memory=config.memory)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, characters)
 
