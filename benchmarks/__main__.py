@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from benchmarks import horizon, lengths, networks, preparation
+from benchmarks import horizon, lengths, memory, networks, preparation
 from benchmarks.timing import refuse_busy_machine
 
 
@@ -17,7 +17,9 @@ def main() -> None:
     torch.set_num_threads(2)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians, in turn")
     missed = []
-    for target in chain(preparation.targets(), networks.targets(), lengths.targets(), horizon.targets()):
+    for target in chain(
+        preparation.targets(), networks.targets(), lengths.targets(), memory.targets(), horizon.targets()
+    ):
         print(target, flush=True)
         missed += [target] if target.most is not None and not target.ratio <= target.most else []
     print(f"\n{len(missed)} missed")

@@ -1,5 +1,6 @@
 """Unroll any recurrent cell into weight-sharing copies: see them, train them, know what each one contributed."""
 
+from unrolled._bias import TruncationBias
 from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy
 from unrolled._draw import draw
@@ -105,6 +106,7 @@ __all__ = [
     "Copies",
     "LayeredCopies",
     "Copy",
+    "TruncationBias",
     # every engine against the reference
     "verify",
     "Verification",

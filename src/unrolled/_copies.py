@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from unrolled import sequence
+from unrolled._bias import StepGrads, TruncationBias, asked_truncation, truncation_bias
 from unrolled._doors import Passage, derivative
 from unrolled._network import Network, Received, Shares, backward_through
 from unrolled.cells.contract import name_of
+from unrolled.errors import OptionError
 from unrolled.trees import Tree, describe, map_leaves
 
 __all__ = ["Copies", "Copy"]
@@ -93,13 +95,18 @@ class Copy:
         """This copy's own share of each parameter's gradient: name -> `[*shape]`."""
         return Shares(self._network, f"weight_grad of copy {self.t}", lambda name: self._shares([name])[name])
 
+    @property
+    def aliases(self) -> dict[str, Tensor]:
+        """The parameters as this copy alone reads them."""
+        return dict(zip(self._network.weights, self._weights_in.passed, strict=True))
+
     def _grads(self, passage: Passage) -> Tree:
         self._network.listener.require_backward()
         return passage.grad_tree
 
     def _shares(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Shares of several parameters at the cost of one backward step of this copy."""
-        aliases = dict(zip(self._network.weights, self._weights_in.passed, strict=True))
+        aliases = self.aliases
         flowed = self._output_out.flowed() + self.handed_on.flowed()
         found = derivative(flowed, [aliases[name] for name in names], f"the shares of copy {self.t}")
         return dict(zip(names, found, strict=True))
@@ -229,6 +236,61 @@ class Copies(Sequence[Copy]):
         """
         backward_through(self._network.listener, loss, gradient)
 
+    def truncated(self, horizon: int | None = None, stride: int | None = None) -> TruncationBias:
+        """What truncation does to the gradient: its angle and norm beside the full one, for losses already gone back.
+
+        Copies keep the whole graph and show the full gradient, whatever the network's horizon. Here each block's losses
+        (those taken from outputs and from the last state) go back through it as far as truncated BPTT would let them.
+
+        Args:
+            horizon: k2, as in `unroll`; the network's own by default.
+            stride: k1, as in `unroll`.
+
+        Raises:
+            OptionError: if there is no horizon, or for a slice of a run.
+            GradientError: before `backward`.
+
+        Example:
+            >>> copies = ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(50, 2, 3))
+            >>> copies.backward(copies.outputs.pow(2).sum())
+            >>> round(copies.truncated(horizon=50).whole.ratio, 4), copies.truncated(horizon=1).whole.cosine < 0.9999
+            (1.0, True)
+        """
+        truncation = asked_truncation(horizon, stride, self._network.truncation)
+        self._network.listener.require_backward()
+        if self._members != self._run:
+            raise OptionError(
+                f"truncation is a matter of the whole run, got a slice of {len(self)} copies; ask all copies"
+            )
+        return truncation_bias(truncation, self.step_grads(shown=True), self.initial_states, self._network.weights)
+
+    @property
+    def reverse(self) -> bool:
+        """Whether the last copy came first."""
+        return self._network.reverse
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trained parameters by name."""
+        return self._network.weights
+
+    @property
+    def initial_states(self) -> list[Tensor]:
+        """The tensors of initial and fresh states that the cell made, as the copies received them."""
+        return [tensor for passage in self._network.made for tensor in passage.passed]
+
+    def step_grads(self, *, shown: bool) -> list[StepGrads]:
+        """Each step in the order in which they were walked; `shown` says whether a loss sees the outputs."""
+        walked = self._run[::-1] if self._network.reverse else self._run
+        sizes = [*(self._network.given.extent.sizes[copy.t] for copy in walked), 0]
+        found = []
+        for copy, going_on in zip(walked, sizes[1:], strict=True):
+            flowed = [(x, _ended(grad, going_on)) for x, grad in copy.handed_on.flowed() if _rows_end(x, going_on)]
+            flowed = [*copy._output_out.flowed(), *flowed] if shown else flowed
+            handed = [x for x in copy.handed_on.passed if x.requires_grad]
+            found.append(StepGrads(flowed, copy.aliases, handed))
+        return found
+
     @property
     def weight_grad(self) -> Mapping[str, Tensor]:
         """Every copy's own share of each parameter's gradient: name -> `[T, *shape]`.
@@ -287,3 +349,14 @@ class Copies(Sequence[Copy]):
                 f"  grads   {'there' if self._network.listener.backwards else 'after copies.backward(loss)'}",
             ]
         )
+
+
+def _rows_end(state: Tensor, going_on: int) -> bool:
+    return not going_on or (state.dim() > 0 and state.shape[0] > going_on)
+
+
+def _ended(grad: Tensor, going_on: int) -> Tensor:
+    """The gradient of a handed-on state in rows that no copy receives: what the loss took from them."""
+    if not going_on:
+        return grad
+    return torch.cat([torch.zeros_like(grad[:going_on]), grad[going_on:]])

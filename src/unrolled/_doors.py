@@ -195,7 +195,7 @@ def derivative(flowed: Sequence[tuple[Tensor, Tensor]], by: Sequence[Tensor], wh
     Raises:
         GradientError: if the graph's tensors have been changed since.
     """
-    if not flowed:
+    if not flowed or not by:
         return [torch.zeros_like(tensor) for tensor in by]
     outputs, grads = zip(*flowed, strict=True)
     try:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast, overload
 
 from torch import Tensor, nn
 
+from unrolled._bias import StepGrads, TruncationBias, asked_truncation, truncation_bias
 from unrolled._copies import Copies
 from unrolled._doors import Listener
 from unrolled._given import Given, Lengths, given_as
@@ -15,6 +16,7 @@ from unrolled._network import backward_through
 from unrolled._recording import recorded
 from unrolled._stack import Bidirectional, Layered
 from unrolled._unroll import Unrolled
+from unrolled.bptt.truncation import Truncation
 from unrolled.errors import OptionError
 from unrolled.trees import Tree
 
@@ -42,8 +44,16 @@ class LayeredCopies(Sequence[Part]):
         ('weight_ih_l1_reverse', torch.Size([2, 4]))
     """
 
-    def __init__(self, name: str, listener: Listener, parts: Sequence[Part], outputs: Tree, state: Tree) -> None:
-        self._name, self._listener = name, listener
+    def __init__(
+        self,
+        name: str,
+        listener: Listener,
+        parts: Sequence[Part],
+        outputs: Tree,
+        state: Tree,
+        truncation: Truncation | None,
+    ) -> None:
+        self._name, self._listener, self._truncation = name, listener, truncation
         self._parts = tuple(parts)
         self.outputs, self.state = outputs, state
 
@@ -71,6 +81,35 @@ class LayeredCopies(Sequence[Part]):
             GradientError: if the loss has no gradient, or is no scalar and comes without one.
         """
         backward_through(self._listener, loss, gradient)
+
+    def truncated(self, horizon: int | None = None, stride: int | None = None) -> TruncationBias:
+        """What truncation does to the gradient: its angle and norm beside the full one; see `Copies.truncated`.
+
+        All layers are cut at one place.
+
+        Args:
+            horizon: k2, as in `stack`; the network's own by default.
+            stride: k1, as in `stack`.
+
+        Raises:
+            OptionError: if there is no horizon, or a layer walks backwards.
+            GradientError: before `backward`.
+        """
+        truncation = asked_truncation(horizon, stride, self._truncation)
+        self._listener.require_backward()
+        networks = self.networks
+        if any(copies.reverse for copies in networks):
+            raise OptionError(f"a truncated network walks forwards, but {self._name} has a layer that walks backwards")
+        columns = [copies.step_grads(shown=copies is networks[-1]) for copies in networks]
+        steps = [_together(step) for step in zip(*columns, strict=True)]
+        initial = [tensor for copies in networks for tensor in copies.initial_states]
+        named = {f"{n}.{name}": x for n, copies in enumerate(networks) for name, x in copies.weights.items()}
+        return truncation_bias(truncation, steps, initial, named)
+
+    @property
+    def networks(self) -> list[Copies]:
+        """The copies of each network, the first layer's first."""
+        return [one for part in self for one in (part.networks if isinstance(part, LayeredCopies) else [part])]
 
     def __repr__(self) -> str:
         told = (f"[{number}] {part!r}".replace("\n", "\n  ") for number, part in enumerate(self))
@@ -101,6 +140,9 @@ def copies(
     context: Tree = None,
 ) -> Any:  # Copies or LayeredCopies: for torch.nn's layers their options decide
     """Run an unrolled network and keep its copies as objects.
+
+    A horizon or a memory budget of the network is not heeded: copies keep the whole graph, and show the full gradient;
+    `truncated` of what is returned says what a horizon would do to it.
 
     Args:
         rnn: what `unroll`, `stack` or `Bidirectional` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
@@ -164,4 +206,11 @@ def _recorded(
     rnn = cast("Layered", part)
     outputs, last = rnn.composed_by(run, steps, state, context)
     kind = DirectedCopies if isinstance(rnn, Bidirectional) else LayeredCopies
-    return kind(rnn._get_name(), listener, parts, given.outputs(outputs), last), outputs, last
+    return kind(rnn._get_name(), listener, parts, given.outputs(outputs), last, rnn.truncation), outputs, last
+
+
+def _together(step: Sequence[StepGrads]) -> StepGrads:
+    """One step of all layers."""
+    flowed = [pair for one in step for pair in one.flowed]
+    weights = {f"{n}.{name}": x for n, one in enumerate(step) for name, x in one.weights.items()}
+    return StepGrads(flowed, weights, [x for one in step for x in one.handed])

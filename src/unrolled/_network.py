@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unrolled._doors import Listener, Passage, leads_to, pass_through
 from unrolled._given import Given
+from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import parameter_names
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, unflatten
@@ -34,6 +35,7 @@ class Network:
         first: its rows as engines see them.
         order: which row of the caller's each of these is.
         no_outputs: what a run without any step gives out.
+        truncation: how far gradients flow back in a call of the network; copies show the whole.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Network:
         own_state: bool,
     ) -> None:
         self.cell, self.given, self.listener, self.reverse = cell, given, listener, reverse
+        self.truncation: Truncation | None = None
         self.trained = {name: p for name, p in cell.named_parameters() if p.requires_grad}
         self.paths = {name: path for name, path in parameter_names(cell).items() if path in self.trained}
         self.weights = {name: self.trained[path] for name, path in self.paths.items()}

@@ -40,6 +40,7 @@ def recorded(
         fresh = first if state is None else make_state(rnn.cell, steps, given.batch)
         inputs = steps, rnn.checked_resets(given, resets, fresh)
     network = Network(rnn.cell, given, listener, first, fresh, context, reverse=rnn.reverse, own_state=state is None)
+    network.truncation = rnn.truncation
     if not given.extent.rows:
         network.no_outputs = rnn.no_outputs(given, steps, first, context)
         return Copies(network, (), ())

@@ -26,6 +26,7 @@ from unrolled.cells.contract import CheckedStep, check_context, check_state, mak
 from unrolled.engine import reference
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Extent
+from unrolled.plan.plan import StepPlan
 from unrolled.plan.report import Plan, report
 from unrolled.plan.twin import twin_of
 from unrolled.trees import Tree, describe, flatten, leaves, map_leaves, paths
@@ -210,15 +211,15 @@ class Unrolled(Windowed, Budgeted, nn.Module):
 
     def whole(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Whole:
         """A run over what engines see of a batch, which may be taken piece by piece."""
-        run = self._way(inputs, state, context, extent)
-        return Whole(run, inputs, state, context, extent, self.reverse, self.cell)
-
-    def _way(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Run:
-        """How a sequence like this one, or a piece of it, is run."""
-        plan, whole = None, extent
+        plan = None
         if self.engine != "reference":
             decision = self._plans.look_up(self.cell, inputs, state, context, extent)
             plan, self.ran = decision.plan, decision.engine
+        run = self._way(plan, context, extent)
+        return Whole(run, inputs, state, context, extent, self.reverse, self.cell, steady=plan is not None)
+
+    def _way(self, plan: StepPlan | None, context: Tree, whole: Extent) -> Run:
+        """How a sequence, or a piece of it, is run: by a plan, or by the reference."""
 
         def run(inputs: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
             if plan is not None:

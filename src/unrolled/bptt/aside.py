@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -28,12 +27,14 @@ class Aside:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._whole = _Whole(module)
-        named = dict(self._whole.named_parameters())
-        self._named = {name: _alias(parameter) for name, parameter in named.items()}
-        self._buffers = dict(self._whole.named_buffers())
-        self.weights = [parameter for parameter in named.values() if parameter.requires_grad]
-        self.aliases = [alias for alias in self._named.values() if alias.requires_grad]
+        named = dict.fromkeys(module.parameters())
+        made = {id(parameter): _alias(parameter) for parameter in named}
+        holders = [(part._parameters, name, x) for part in module.modules() for name, x in part._parameters.items()]
+        self._aliases = [(holder, name, made[id(x)]) for holder, name, x in holders if x is not None]
+        holders = [(part._buffers, name, x) for part in module.modules() for name, x in part._buffers.items()]
+        self._buffers = [(holder, name, x) for holder, name, x in holders if x is not None]
+        self.weights = [parameter for parameter in named if parameter.requires_grad]
+        self.aliases = [made[id(parameter)] for parameter in self.weights]
 
     def __call__(self, run: Callable[..., Any], *given: Any, again: bool = False) -> Any:
         """Run on the aliases.
@@ -43,19 +44,20 @@ class Aside:
             given: what it is called with.
             again: whether it has run before: what it writes into its buffers is then thrown away.
         """
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()} if again else {}
-        return torch.func.functional_call(self._whole, {**self._named, **buffers}, (run, *given))
+        scratch = [(holder, name, buffer.clone()) for holder, name, buffer in self._buffers] if again else []
+        swapped = [*self._aliases, *scratch]
+        before = [(holder, name, holder[name]) for holder, name, _ in swapped]
+        _put(swapped)
+        try:
+            return run(*given)
+        finally:
+            _put(before)
 
 
-class _Whole(nn.Module):
-    """Makes `functional_call` call something else than the module's forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, run: Callable[..., Any], *given: Any) -> Any:
-        return run(*given)
+def _put(tensors: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+    """What `torch.func.functional_call` does, without looking every name up anew: it is done for every segment."""
+    for holder, name, tensor in tensors:
+        holder[name] = tensor
 
 
 def _alias(parameter: Tensor) -> Tensor:

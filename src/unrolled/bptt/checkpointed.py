@@ -79,7 +79,7 @@ class _Machine:
         self.walk = spans(self.extent, [*range(0, schedule.T, schedule.length), schedule.T], reverse=whole.reverse)
         self.surroundings = Surroundings([*leaves(self.inputs), *leaves(self.state)])
         self.marks: list[Mark | None] = [None] * len(self.walk)
-        self.mark_of = Marker()
+        self.mark_of, self.steady = Marker(), whole.steady
         self.differentiable: list[bool] = []
         self._begin()
 
@@ -176,13 +176,18 @@ class _Machine:
             self._handed(span, last)
         if results is not None:
             results.write(span, outputs, last)
-        elif strangers := leaves_beside([*tape.outputs, *tape.last], [*self._known(tape), *self.beside]):
-            raise GradientError(
-                f"steps {span.start} to {span.start + span.extent.steps - 1} read a tensor of shape "
-                f"{list(strangers[0].shape)} that requires a gradient and that the last steps do not read; make it a "
-                "parameter of the cell, or leave memory= and checkpoint= out"
-            )
+        elif not self.steady:
+            self._refuse_strangers(tape)
         self.tape = tape
+
+    def _refuse_strangers(self, tape: _Tape) -> None:
+        """What gets a gradient was decided when the last segment was taped."""
+        found = leaves_beside([*tape.outputs, *tape.last], [*self._known(tape), *self.beside])
+        if found:
+            raise GradientError(
+                f"{_steps(tape.span)} read a tensor of shape {list(found[0].shape)} that requires a gradient and that "
+                "the last steps do not read; make it a parameter of the cell, or leave memory= and checkpoint= out"
+            )
 
     def _known(self, tape: _Tape) -> list[Tensor]:
         return [*tape.inputs, *tape.entry, *tape.context, *self.aside.aliases]
@@ -194,19 +199,24 @@ class _Machine:
         )
 
     def _handed(self, span: Span, last: Tree) -> None:
-        """The state at hand is what the next segment receives. One that was handed on before must be the same again."""
+        """The state at hand is what the next segment receives."""
         number = self._segment(span.begin)
+        if not self.steady:
+            self._refuse_another(span, number, last)
+        if number + 1 < len(self.walk):
+            self.hand = received(self.state, map_leaves(Tensor.detach, last), self.walk[number + 1])
+
+    def _refuse_another(self, span: Span, number: int, last: Tree) -> None:
+        """A state that was handed on before must be the same again."""
         mark, before = self.mark_of(last), self.marks[number]
         if before is None:
             self.marks[number] = mark
         elif not same(mark, before):
             raise GradientError(
-                f"steps {span.start} to {span.start + span.extent.steps - 1} handed on another state when they were "
+                f"{_steps(span)} handed on another state when they were "
                 "run again for the backward pass; a cell must compute from what it reads and from torch's default "
                 "generator alone, and stay in the same mode: leave memory= and checkpoint= out, or mend the cell"
             )
-        if number + 1 < len(self.walk):
-            self.hand = received(self.state, map_leaves(Tensor.detach, last), self.walk[number + 1])
 
     def _reverse(
         self, grads: Sequence[Tensor | None], above: Sequence[Tensor | None], sums: GradientSums
@@ -240,6 +250,10 @@ class _Machine:
             [by.get(id(x)) for x in (*tape.context, *self.aside.aliases, *self.beside)],
         )
         return entry
+
+
+def _steps(span: Span) -> str:
+    return f"steps {span.start} to {span.start + span.extent.steps - 1}"
 
 
 def _needing(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unrolled.bptt.memory import fresh
 from unrolled.bptt.pieces import Span, refuse_other_kind, starts_at
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
@@ -48,7 +49,7 @@ class Results:
         tensors, structure = flatten(outputs)
         many = self.extent.rows if self.extent.ragged else self.extent.steps
         if self._kind is None:
-            self._kind = structure, [x.new_empty((many, *x.shape[1:])) for x in tensors]
+            self._kind = structure, [fresh((many, *x.shape[1:]), x.dtype, x.device) for x in tensors]
         refuse_other_kind(span, (tensors, structure), (self._kind[1], self._kind[0]))
         for memory, tensor in zip(self._kind[1], tensors, strict=True):
             memory.narrow(0, starts_at(self.extent, span), span.count).copy_(tensor)
@@ -82,6 +83,7 @@ class GradientSums:
     ) -> None:
         self.extent, self.inputs, self.state = extent, inputs, state
         self._inputs: list[Tensor | None] = [None] * len(inputs)
+        self._without: list[list[tuple[int, int]]] = [[] for _ in inputs]
         self._state: list[Tensor | None] = [None] * len(state)
         self._others: list[Tensor | None] = [None] * (len(context) + len(weights))
 
@@ -96,10 +98,14 @@ class GradientSums:
         """Add those of a piece: of its inputs, of the state that it received, of context and weights."""
         begins = slice(span.carried if span.begin else 0, span.extent.batch)
         place = starts_at(self.extent, span)
-        for n, grad in enumerate(inputs):
-            if grad is not None:
-                into = self._inputs[n] = _zeros(self._inputs[n], self.inputs[n])
-                into.narrow(0, place, span.count).copy_(grad)
+        for n, (grad, leaf) in enumerate(zip(inputs, self.inputs, strict=True)):
+            into = self._inputs[n]
+            if grad is None:
+                self._without[n].append((place, span.count))
+                continue
+            if into is None:
+                into = self._inputs[n] = fresh(leaf.shape, leaf.dtype, leaf.device)
+            into.narrow(0, place, span.count).copy_(grad)
         for n, grad in enumerate(entry):
             if grad is not None and not span.begin and not self.extent.ragged:
                 self._state[n] = grad
@@ -113,6 +119,10 @@ class GradientSums:
 
     def found(self) -> list[Tensor | None]:
         """The gradients of inputs, state, context and weights; None where nothing came in."""
+        for memory, without in zip(self._inputs, self._without, strict=True):
+            if memory is not None:
+                for place, count in without:
+                    memory[place : place + count] = 0
         return [*self._inputs, *self._state, *self._others]
 
 

@@ -46,6 +46,7 @@ class Whole:
         extent: how far the sequence reaches.
         reverse: whether the last copy comes first.
         module: what is run, whose parameters get gradients.
+        steady: whether each step is known to compute from what it reads alone, and to read the same tensors.
     """
 
     run: Run
@@ -55,6 +56,7 @@ class Whole:
     extent: Extent
     reverse: bool
     module: nn.Module
+    steady: bool = False
 
 
 @dataclass(frozen=True)

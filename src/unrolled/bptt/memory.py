@@ -1,4 +1,4 @@
-"""Memory of what a loop reads and writes: torch's, with large pages asked for where it is large.
+"""Memory of long sequences: torch's, with large pages asked for where it is large.
 
 A tensor of a hundred megabytes is new memory at every call, and the system hands it out page by page at the first
 write: with small pages that takes longer than the arithmetic.
@@ -31,15 +31,16 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
 _MADVISE = _madvise()
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Uninitialised memory of torch's.
 
     Args:
         shape: of the tensor.
         dtype: of its numbers.
+        device: where; by default torch's own default.
     """
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= _LARGE and _MADVISE is not None:
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if tensor.nbytes >= _LARGE and _MADVISE is not None and tensor.device.type == "cpu":
         begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
         end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
         # Advice only: where it is not taken, nothing else changes.

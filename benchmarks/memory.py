@@ -1,0 +1,89 @@
+"""What checkpoints save and cost, with the full-storage run of the same engine beside them."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import unrolled as ur
+from benchmarks.timing import Target, in_turn
+
+__all__ = ["targets"]
+
+# Steps, rows, input and hidden size; the budget as a share of full storage; how much longer a training step may take.
+BUDGETS = (
+    (1000, 32, 128, 128, 0.05, 1.35),
+    (1000, 32, 256, 256, 0.05, 1.35),
+    (10_000, 32, 128, 128, 0.02, 1.40),
+)
+ENGINES = ("native", "eager", "reference")
+_LONG = Path(__file__).with_name("million_steps.py")
+
+
+def allocated(step: Callable[[], object], inputs: Tensor, cell: nn.Module) -> int:
+    """The most bytes that a step holds beyond what was there, by the allocator on the CPU as the profiler sees it."""
+    inputs.grad = None
+    cell.zero_grad()
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    now = highest = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def training(network: nn.Module, inputs: Tensor) -> Callable[[], object]:
+    """A training step; what it returns is let go."""
+
+    def step() -> None:
+        network.zero_grad()
+        inputs.grad = None
+        network(inputs)[0].sum().backward()
+
+    return step
+
+
+def targets() -> Iterator[Target]:
+    """Memory and time by engine and size; the promise; a million steps."""
+    for T, B, I, H, share, most in BUDGETS:
+        for engine in ENGINES if T == 1000 and H == 128 else ENGINES[:1]:
+            yield from _budget(engine, T, B, I, H, share, most)
+    yield from _million()
+
+
+def _budget(engine: str, T: int, B: int, I: int, H: int, share: float, most: float) -> Iterator[Target]:
+    cell, inputs = ur.LSTMCell(I, H), torch.randn(T, B, I, requires_grad=True)
+    full, some = ur.unroll(cell, engine=engine), ur.unroll(cell, engine=engine, memory=share)
+    chosen = ur.plan_memory(some, inputs).chosen
+    runs = training(full, inputs), training(some, inputs)
+    for run in runs:
+        run()
+    apart = T * B * (I + H) * 4  # outputs and the inputs' gradient
+    taken = [allocated(run, inputs, cell) - apart for run in runs]
+    name = f"LSTM {(T, B, I, H)}, {engine}, memory={share}"
+    yield Target(f"{name}: activation memory / full storage", taken[1] / taken[0], share)
+    yield Target(f"{name}: measured peak / promise (at least 0.8)", taken[1] / chosen.bytes, 1.05)
+    a, b = in_turn(*runs, rounds=3 if T > 1000 else 7)
+    yield Target(f"{name}: time / full storage's", b / a, most)
+
+
+def _million() -> Iterator[Target]:
+    """In processes of their own, whose memory is theirs alone."""
+    for loss in ("sum", "last"):
+        told = subprocess.run(
+            [sys.executable, str(_LONG), loss], check=True, capture_output=True, text=True, timeout=1800
+        ).stdout.split()
+        resident, ratio = map(float, told)
+        name = f"1,000,000 steps, LSTM (B = 1, I = 1, H = 64), loss of {loss}"
+        yield Target(f"{name}: resident memory, GB", resident, 1.2)
+        yield Target(f"{name}: time per step / at T = 1,000 without checkpoints", ratio, 1.5)
