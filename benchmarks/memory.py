@@ -48,7 +48,8 @@ def training(network: nn.Module, inputs: Tensor) -> Callable[[], object]:
     def step() -> None:
         network.zero_grad()
         inputs.grad = None
-        network(inputs)[0].sum().backward()
+        outputs = network(inputs)[0]
+        outputs.sum().backward()
 
     return step
 

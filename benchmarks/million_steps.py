@@ -41,7 +41,7 @@ def main(loss: str) -> None:
     torch.set_num_threads(2)
     cell = ur.LSTMCell(1, 64)
     short = per_step(ur.unroll(cell), SHORT, loss, 21)
-    long = per_step(ur.unroll(cell, memory="64MB"), T, loss, 1)
+    long = per_step(ur.unroll(cell, memory="16MB"), T, loss, 1)
     print(most_resident() / 1e9, long / short)
 
 

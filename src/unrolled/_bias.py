@@ -45,6 +45,13 @@ class TruncationBias:
         stride: k1, steps whose losses are taken together.
         whole: of all parameters together.
         parameters: of each parameter.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> copies = ur.copies(ur.unroll(ur.RNNCell(3, 4)), torch.ones(9, 2, 3))
+        >>> copies.backward(copies.outputs.sum())
+        >>> sorted(copies.truncated(horizon=4).parameters)
+        ['bias_hh', 'bias_ih', 'weight_hh', 'weight_ih']
     """
 
     horizon: int

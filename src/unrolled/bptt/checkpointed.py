@@ -19,8 +19,9 @@ from unrolled.bptt.aside import Aside, leaves_beside, own
 from unrolled.bptt.gathered import GradientSums, Results
 from unrolled.bptt.marks import Mark, Marker, same
 from unrolled.bptt.pieces import Span, Whole, handed_back, received, rows_of, spans, starts_at
-from unrolled.bptt.replay import RandomState, Surroundings
+from unrolled.bptt.replay import Surroundings
 from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.slots import Slots
 from unrolled.bptt.unchanged import unchanged
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
@@ -91,7 +92,7 @@ class _Machine:
         """Back to the first action, with nothing stored."""
         self.actions: Iterator[Action] = iter(self.schedule)
         self.hand = rows_of(self.state, self.walk[0].extent)
-        self.slots: dict[int, tuple[int, Tree, RandomState]] = {}
+        self.slots = Slots(max(self.schedule.slots_needed, 1))
         self.tape: _Tape | None = None
         self.again, self.walked = False, False
 
@@ -145,10 +146,10 @@ class _Machine:
             case Advance(start, stop):
                 for span in self.walk[self._segment(start) : self._segment(stop)]:
                     self._advance(span, results)
-            case StoreState(step, slot):
-                self.slots[slot] = step, map_leaves(_alone, self.hand), self.surroundings.random()
+            case StoreState(_, slot):
+                self.slots.store(slot, self.hand, self.surroundings.random())
             case Restore(_, slot):
-                _, self.hand, random = self.slots[slot]
+                self.hand, random = self.slots.restore(slot)
                 self.surroundings.seed(random)
             case StoreTape(start, _):
                 self._store_tape(self.walk[self._segment(start)], results)
@@ -167,7 +168,7 @@ class _Machine:
 
     def _store_tape(self, span: Span, results: Results | None) -> None:
         steps, context = self._steps(span), map_leaves(own, self.context)
-        entry = map_leaves(_needing if span.begin else own, self.hand)
+        entry = map_leaves(_needing, self.hand) if span.begin else map_leaves(own, rows_of(self.state, span.extent))
         given = steps, entry, rows_of(context, span.extent), span.extent, span.start
         with torch.enable_grad():
             outputs, last = self.aside(self.run, *given, again=self.again)
@@ -225,7 +226,6 @@ class _Machine:
         tape, self.tape = self.tape, None
         assert tape is not None  # as in `forward`
         span, shown = tape.span, len(tape.outputs)
-        self.slots = {slot: stored for slot, stored in self.slots.items() if stored[0] < span.begin}
         place = starts_at(self.extent, span)
         flowing = [None if grad is None else grad.narrow(0, place, span.count) for grad in grads[:shown]]
         flowing += [
@@ -259,11 +259,6 @@ def _steps(span: Span) -> str:
 def _needing(tensor: Tensor) -> Tensor:
     """A leaf that asks for a gradient if its kind can have one: what came before is not known to need none."""
     return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """A tensor that keeps no more memory than its own: an engine's last state may be a view of all its steps."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @dataclass(frozen=True)

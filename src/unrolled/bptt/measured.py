@@ -80,20 +80,20 @@ class _Sample:
         return _peak(whole, lambda: run_checkpointed(whole, segments(steps * count, steps)))[0]
 
     def _repeated(self, steps: int) -> Whole:
-        whole = self.whole
-        batch = whole.extent.batch
+        """All rows go on to the end; where rows may end, engines are told so step by step, which takes more memory."""
+        whole, batch, ragged = self.whole, self.whole.extent.batch, self.whole.extent.ragged
 
         def repeated(leaf: Tensor) -> Tensor:
-            first = leaf.detach()[:batch].unsqueeze(0) if whole.extent.ragged else leaf.detach()[:1]
-            return first.expand(steps, *first.shape[1:]).clone().requires_grad_(leaf.requires_grad)
+            first = leaf.detach()[:batch].unsqueeze(0) if ragged else leaf.detach()[:1]
+            many = first.expand(steps, *first.shape[1:]).clone()
+            return (many.flatten(0, 1) if ragged else many).requires_grad_(leaf.requires_grad)
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
 
         given = map_leaves(repeated, whole.inputs), map_leaves(leaf, whole.state), map_leaves(leaf, whole.context)
-        return replace(
-            whole, inputs=given[0], state=given[1], context=given[2], extent=Extent(steps, batch), reverse=whole.reverse
-        )
+        extent = Extent(steps, batch, (batch,) * steps if ragged else None)
+        return replace(whole, inputs=given[0], state=given[1], context=given[2], extent=extent)
 
 
 def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]:

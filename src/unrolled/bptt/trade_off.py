@@ -25,6 +25,12 @@ class MemoryPlan:
         chosen: what the network goes by.
         inputs: bytes of the inputs; their gradient, if one is asked for, takes as much again, under any schedule.
         outputs: bytes of the outputs; likewise.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> plan = ur.plan_memory(ur.unroll(ur.GRUCell(3, 4), memory=0.3), torch.randn(300, 2, 3))
+        >>> plan.to_dict()["options"][0]["schedule"], "●" in str(plan)
+        ('store_all', True)
     """
 
     network: str
