@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -353,6 +354,26 @@ def peak(rnn: nn.Module, inputs: Tensor, loss: Callable[[Tensor], Tensor] = torc
         outputs = rnn(inputs, **options)[0]
         loss(outputs).backward()
     return noted.peak(without=[outputs, *([] if inputs.grad is None else [inputs.grad])])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_allocations_are_those_that_the_allocator_reports(engine: str) -> None:
+    """In the profiler's trace every allocation of torch's on the CPU is an event, also those inside of an operation."""
+    rnn, inputs = ur.unroll(ur.LSTMCell(24, 32), engine=engine), torch.randn(100, 8, 24)
+
+    def step() -> Tensor:
+        outputs = rnn(inputs)[0]
+        torch.autograd.grad(outputs.sum(), rnn.cell.weight_hh)
+        return outputs
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    with Allocations() as noted:
+        step()
+    assert noted.peak() == pytest.approx(max(now), rel=0.01)
 
 
 @pytest.mark.parametrize("needed", [False, True])

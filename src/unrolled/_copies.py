@@ -251,6 +251,7 @@ class Copies(Sequence[Copy]):
             GradientError: before `backward`.
 
         Example:
+            >>> import torch, unrolled as ur
             >>> copies = ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(50, 2, 3))
             >>> copies.backward(copies.outputs.pow(2).sum())
             >>> round(copies.truncated(horizon=50).whole.ratio, 4), copies.truncated(horizon=1).whole.cosine < 0.9999

@@ -30,6 +30,12 @@ class Window:
         state: what the last copy handed on; no gradient flows back from it.
         start: the first new step, counted from the beginning of the source.
         stop: one past the last new step.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> rnn = ur.unroll(ur.GRUCell(3, 4), horizon=4)
+        >>> [window.outputs.shape[0] for window in rnn.windows([torch.randn(10, 2, 3)])]
+        [4, 4, 2]
     """
 
     def __init__(self, inputs: Tree, outputs: Tree, state: Tree, start: int, stop: int, tape: Tape) -> None:

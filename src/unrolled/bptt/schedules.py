@@ -32,6 +32,11 @@ class Schedule:
 
     Raises:
         OptionError: if T, length or slots is below 1, or length above T.
+
+    Example:
+        >>> schedule = Schedule(T=1000, length=10, slots=20)
+        >>> schedule.segments, schedule.extra_advances, schedule.slots_needed
+        (100, 1780, 20)
     """
 
     T: int
