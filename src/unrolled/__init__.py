@@ -1,7 +1,9 @@
 """Unroll any recurrent cell into weight-sharing copies: see them, train them, know what each one contributed."""
 
+from unrolled import remedy
 from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy
+from unrolled._diagnose import diagnose
 from unrolled._draw import draw
 from unrolled._generate import Step, generate, stream
 from unrolled._layered_copies import LayeredCopies, copies
@@ -23,6 +25,7 @@ from unrolled.cells import (
     SLSTMCell,
     as_cell,
 )
+from unrolled.diagnosis.results import Diagnosis
 from unrolled.errors import (
     CellError,
     ConfigError,
@@ -97,6 +100,10 @@ __all__ = [
     "verify",
     "Verification",
     "Check",
+    # how a network trains
+    "diagnose",
+    "Diagnosis",
+    "remedy",
     # pictures
     "draw",
     # errors

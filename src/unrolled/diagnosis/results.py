@@ -35,7 +35,7 @@ __all__ = [
     "WeightShares",
 ]
 
-KINDS = ("exploding", "chaotic", "vanishing", "saturated", "cut by truncation", "healthy")
+KINDS = ("chaotic", "exploding", "vanishing", "saturated", "cut by truncation", "healthy")
 """What a verdict may be, the gravest first."""
 
 
@@ -386,7 +386,7 @@ class LayerDiagnosis(Result):
     """The figures of one cell: of a network, or of one layer and direction.
 
     Attributes:
-        name: 'layer 0', 'layer 1 backwards'; empty for a network of one cell.
+        name: 'layer 0', 'layer 1, backwards'; empty for a network of one cell.
         cell: the cell's name.
         flow: gradients by step.
         lag: gradients by distance; None where the loss reaches no output or state of this cell.
