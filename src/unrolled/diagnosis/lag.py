@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +41,22 @@ def lag_profile(walk: Walk, probes: int) -> LagProfile | None:
     return _profile(walk, chosen, norms, counted)
 
 
-def _taken(walk: Walk, k: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The loss's gradients by the output of copy k, and those it takes directly of the state that it handed on."""
+class _Taken(NamedTuple):
+    """What the loss takes of one copy.
+
+    Attributes:
+        outputs: its gradients by the output.
+        states: those that it takes directly of the state that the copy handed on.
+        norms: the norm of both for each row, `[n]`.
+    """
+
+    outputs: list[Tensor]
+    states: list[Tensor]
+    norms: Tensor
+
+
+def _taken(walk: Walk, k: int) -> _Taken:
+    """What the loss takes of copy k."""
     copy = walk.copies[k]
     outputs = [grad for grad in copy._output_out.filled if grad is not None]
     states = [grad for grad in copy.handed_on.filled if grad is not None]
@@ -50,16 +65,16 @@ def _taken(walk: Walk, k: int) -> tuple[list[Tensor], list[Tensor]]:
         returned = walk.handed_back(k + 1, passed)
         # Exactly zero where the loss takes nothing: the sum that is left has one term.
         states = [grad - back.squeeze(0) for grad, back in zip(states, returned, strict=True)]
-    return outputs, states
+    norms = row_norms([grad.unsqueeze(0) for grad in (*outputs, *states)], walk.sizes[k])[0]
+    return _Taken(outputs, states, norms)
 
 
-def _chosen(walk: Walk, taken: Sequence[tuple[list[Tensor], list[Tensor]]], probes: int) -> Tensor:
+def _chosen(walk: Walk, taken: Sequence[_Taken], probes: int) -> Tensor:
     """For each copy and row the number of the probe that starts there, -1 for none: `[K, B]`."""
     steps, rows = len(walk.copies), max(walk.sizes)
     there = torch.zeros(steps, rows, dtype=torch.bool)
-    for k, (outputs, states) in enumerate(taken):
-        norms = row_norms([x.unsqueeze(0) for x in (*outputs, *states)], walk.sizes[k])[0]
-        there[k, : walk.sizes[k]] = norms != 0
+    for k, one in enumerate(taken):
+        there[k, : walk.sizes[k]] = one.norms != 0
     chosen = torch.full((steps, rows), -1)
     for row in range(rows):
         found = there[:, row].nonzero().squeeze(1)
@@ -69,7 +84,7 @@ def _chosen(walk: Walk, taken: Sequence[tuple[list[Tensor], list[Tensor]]], prob
     return chosen
 
 
-def _sent_back(walk: Walk, taken: Sequence[tuple[list[Tensor], list[Tensor]]], chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _sent_back(walk: Walk, taken: Sequence[_Taken], chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The norms by lag, probe and row, `[K, P, B]`, and which of them there are."""
     steps, rows = chosen.shape
     many = int(chosen.max()) + 1
@@ -77,19 +92,21 @@ def _sent_back(walk: Walk, taken: Sequence[tuple[list[Tensor], list[Tensor]]], c
     counted = torch.zeros(steps, many, rows, dtype=torch.bool)
     age = torch.zeros(many, rows, dtype=torch.int64)
     under_way = torch.zeros(many, rows, dtype=torch.bool)
+    size_of = torch.zeros(many, rows, dtype=torch.float64)
     cotangents: list[Tensor] | None = None
     for k in range(steps - 1, -1, -1):
-        size, (outputs, states) = walk.sizes[k], taken[k]
+        size, here = walk.sizes[k], taken[k]
         starting = (chosen[k] >= 0).nonzero().squeeze(1)
         which = chosen[k][starting]
         under_way[which, starting] = True
-        started = [_started(grad, which, starting, many, size) for grad in outputs]
-        added = [_started(grad, which, starting, many, size) for grad in states]
+        size_of[which, starting] = here.norms[starting]
+        started = [_started(grad, which, starting, many, here.norms) for grad in here.outputs]
+        added = [_started(grad, which, starting, many, here.norms) for grad in here.states]
         cotangents = added if cotangents is None else [a + b for a, b in zip(cotangents, added, strict=True)]
         cotangents = _pulled(walk.copies[k], started, cotangents)
         age += under_way
         probe, row = under_way.nonzero(as_tuple=True)
-        norms[age[probe, row] - 1, probe, row] = row_norms(cotangents, size)[probe, row]
+        norms[age[probe, row] - 1, probe, row] = row_norms(cotangents, size)[probe, row] * size_of[probe, row]
         counted[age[probe, row] - 1, probe, row] = True
         fresh = walk.fresh[k]
         under_way[:, walk.shared(k) :] = False
@@ -100,12 +117,13 @@ def _sent_back(walk: Walk, taken: Sequence[tuple[list[Tensor], list[Tensor]]], c
     return norms, counted
 
 
-def _started(grad: Tensor, which: Tensor, rows: Tensor, many: int, size: int) -> Tensor:
-    """Cotangents `[P, n, ...]`, zero but where a probe starts."""
+def _started(grad: Tensor, which: Tensor, rows: Tensor, many: int, norms: Tensor) -> Tensor:
+    """Cotangents `[P, n, ...]`, zero but where a probe starts: there of norm 1, so that small ones keep their digits."""
     made = grad.new_zeros((many, *grad.shape))
-    if grad.dim() and grad.shape[0] == size:
+    if grad.dim() and grad.shape[0] == len(norms):
+        sizes = norms[rows].to(grad.device).view(-1, *(1,) * (grad.dim() - 1))
         which, rows = which.to(grad.device), rows.to(grad.device)
-        made[which, rows] = grad[rows]
+        made[which, rows] = (grad[rows].double() / sizes).to(grad.dtype)
     return made
 
 

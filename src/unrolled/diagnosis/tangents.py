@@ -1,10 +1,10 @@
 """Tangents along a trajectory: Lyapunov exponents and Jacobian products, without a Jacobian in memory.
 
 The trajectory is that of rows, each from its own first copy on, or over its longest stretch without a reset: a product
-over a reset is zero. At each step some tangents `[R, D, m]` are pushed through the step by forward-mode derivatives and made
-orthonormal again by a QR decomposition; the triangular factors hold how they grew. With as many tangents as a row's
-state has entries their product is the whole Jacobian's; with fewer it is that of a random subspace, and the leading
-singular value is found by one pass back from where that subspace arrived.
+over a reset is zero. At each step some tangents `[R, D, m]` are pushed through the step by forward-mode derivatives and
+made orthonormal again by a QR decomposition; the triangular factors hold how they grew. With as many tangents as a
+row's state has entries their product is the whole Jacobian's; with fewer it is that of a random subspace, and the
+leading singular value is found by one pass back from where that subspace arrived.
 
 Sources: G. Benettin et al., "Lyapunov characteristic exponents for smooth dynamical systems", Meccanica 15 (1980);
 N. Halko, P. Martinsson and J. Tropp, "Finding structure with randomness", SIAM Review 53 (2011), for the pass back.
