@@ -6,6 +6,7 @@ from unrolled._copies import Copies, Copy
 from unrolled._diagnose import diagnose
 from unrolled._draw import draw
 from unrolled._generate import Step, generate, stream
+from unrolled._guard import guard
 from unrolled._layered_copies import LayeredCopies, copies
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._outputs import last_output, pooled, sequence_loss
@@ -33,6 +34,7 @@ from unrolled.errors import (
     DivergedError,
     GradientError,
     InputError,
+    NonFiniteError,
     OptionError,
     RunError,
     StateError,
@@ -103,6 +105,7 @@ __all__ = [
     # how a network trains
     "diagnose",
     "Diagnosis",
+    "guard",
     "remedy",
     # pictures
     "draw",
@@ -116,5 +119,6 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "NonFiniteError",
     "RunError",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from unrolled._copies import Copies
 from unrolled._given import Lengths
-from unrolled._layered_copies import DirectedCopies, LayeredCopies, copies
+from unrolled._layered_copies import copies
 from unrolled._network import observe
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.flow import gradient_flow, weight_shares
 from unrolled.diagnosis.lag import lag_profile, reach
+from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import Diagnosis, JacobianProfile, LayerDiagnosis, Lyapunov, Missing
 from unrolled.diagnosis.tangents import UnmeasurableError, measure_tangents, trajectory_of
 from unrolled.diagnosis.units import unit_figures
@@ -83,7 +84,7 @@ def diagnose(
     _check(probes, horizon)
     with torch.random.fork_rng():
         run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
-        named = list(_networks(run, ""))
+        named = list(networks_in(run))
         steps = max(len(one) for _, one in named)
         if steps < 2:
             raise InputError(f"a diagnosis needs rows of at least 2 steps, got {steps}; gradients have no way to go")
@@ -111,16 +112,6 @@ def _check(probes: int, horizon: int | None) -> None:
     for name, value in (("probes", probes), ("horizon", horizon)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _networks(run: Copies | LayeredCopies, place: str) -> Iterator[tuple[str, Copies]]:
-    """The copies of each network by its name, in the order in which they ran."""
-    if isinstance(run, Copies):
-        yield place, run
-        return
-    for number, part in enumerate(run):
-        name = ("forwards", "backwards")[number] if isinstance(run, DirectedCopies) else f"layer {number}"
-        yield from _networks(part, ", ".join(filter(None, [place, name])))
 
 
 def _diagnosed(name: str, run: Copies, resets: Tensor | None, probes: int, lyapunov: int | None) -> LayerDiagnosis:

@@ -118,7 +118,7 @@ def _sent_back(walk: Walk, taken: Sequence[_Taken], chosen: Tensor) -> tuple[Ten
 
 
 def _started(grad: Tensor, which: Tensor, rows: Tensor, many: int, norms: Tensor) -> Tensor:
-    """Cotangents `[P, n, ...]`, zero but where a probe starts: there of norm 1, so that small ones keep their digits."""
+    """Cotangents `[P, n, ...]`, zero but where a probe starts: there of norm 1, so that no digits are lost."""
     made = grad.new_zeros((many, *grad.shape))
     if grad.dim() and grad.shape[0] == len(norms):
         sizes = norms[rows].to(grad.device).view(-1, *(1,) * (grad.dim() - 1))
