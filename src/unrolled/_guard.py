@@ -94,8 +94,8 @@ class Guard:
         finally:
             self._busy = False
         return found or NonFiniteError(
-            f"there is a NaN or an infinity in {what} of {self._rnn._get_name()}, but none when the reference engine runs "
-            "it again; see whether the loss takes the weights by another way too, and compare: ur.verify(rnn, inputs)"
+            f"there is a NaN or an infinity in {what} of {self._rnn._get_name()}, but none when the reference engine "
+            "runs it again; see whether the loss takes the weights by another way too, and compare: ur.verify(rnn, inputs)"
         )
 
     def _run_again(self, call: _Call) -> NonFiniteError | None:

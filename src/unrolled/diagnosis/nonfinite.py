@@ -6,6 +6,9 @@ finite is run once more, with an eye on every operation.
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,12 +27,13 @@ from unrolled.trees import Tree, leaves, map_leaves
 __all__ = ["first_bad_gradient", "first_bad_value", "is_finite"]
 
 _ATEN = torch.ops.aten
+_SUMMED_AS = {torch.float16: torch.float32}
+"""The sum of many float16 is beyond its range where they are not."""
+
 _FILLS = frozenset([_ATEN.full, _ATEN.fill, _ATEN.fill_, _ATEN.masked_fill, _ATEN.masked_fill_, _ATEN.full_like])
 """What writes infinities on purpose: a mask before a softmax."""
 
-_PRODUCTS = frozenset(
-    [_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.dot, _ATEN.linear, _ATEN.matmul]
-)
+_PRODUCTS = frozenset([_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.dot, _ATEN.linear])
 """What makes every entry of whole rows and columns."""
 
 
@@ -38,13 +42,8 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
     floating = [x.detach() for x in tensors if x.is_floating_point() or x.is_complex()]
     if not floating:
         return True
-    total = sum(x.sum(dtype=_summed_as(x)).to(floating[0].device) for x in floating)
-    return bool(torch.isfinite(total)) or all(bool(x.isfinite().all()) for x in floating)
-
-
-def _summed_as(tensor: Tensor) -> torch.dtype:
-    """The sum of many float16 is beyond its range where they are not."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    total = functools.reduce(operator.add, [x.sum(dtype=_SUMMED_AS.get(x.dtype)) for x in floating]).item()
+    return math.isfinite(abs(total)) or all(bool(x.isfinite().all()) for x in floating)
 
 
 class _Bad(NamedTuple):
@@ -141,8 +140,9 @@ def _broken_weight(place: str, copies: Copies) -> NonFiniteError | None:
     for name, path in parameter_names(copies._network.cell).items():
         weight = weights[path].detach()
         if not is_finite([weight]):
+            value = weight[~weight.isfinite()][0].item()
             return NonFiniteError(
-                f"parameter {name} of {_named(place, copies)} holds {weight[~weight.isfinite()][0].item()} already before "
+                f"parameter {name} of {_named(place, copies)} holds {value} already before "
                 "the first copy: an update of the weights made it; clip the gradients, or lower the learning rate",
                 operation="parameter",
                 layer=place,
