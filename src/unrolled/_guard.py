@@ -95,7 +95,7 @@ class Guard:
             self._busy = False
         return found or NonFiniteError(
             f"there is a NaN or an infinity in {what} of {self._rnn._get_name()}, but none when the reference engine "
-            "runs it again; see whether the loss takes the weights by another way too, and compare: ur.verify(rnn, inputs)"
+            "runs it again; see whether the loss takes the weights another way too, and compare: ur.verify(rnn, inputs)"
         )
 
     def _run_again(self, call: _Call) -> NonFiniteError | None:

@@ -79,7 +79,7 @@ def _chosen(walk: Walk, taken: Sequence[_Taken], probes: int) -> Tensor:
     for row in range(rows):
         found = there[:, row].nonzero().squeeze(1)
         if len(found) > probes:
-            found = found[torch.linspace(0, len(found) - 1, probes).round().long()]
+            found = found[torch.linspace(len(found) - 1, 0, probes).round().long().flip(0)]  # of one: the last
         chosen[found, row] = torch.arange(len(found))
     return chosen
 

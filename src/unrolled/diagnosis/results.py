@@ -113,7 +113,7 @@ class JacobianProfile(Result):
     """The Jacobian products d state_t / d state_s from each row's first copy on, over the lag.
 
     Attributes:
-        lags: how many copies; spread evenly on a logarithmic scale.
+        lags: how many copies: all of a short sequence, else some evenly on a logarithmic scale.
         norm: for each lag the median over rows of the Frobenius norm.
         lower: the lower quartile over rows of the leading singular value.
         median: the median of the leading singular value.

@@ -182,9 +182,10 @@ def measure_tangents(trajectory: Trajectory, exponents: int | None, *, profile: 
 
 
 def _spread(steps: int) -> tuple[int, ...]:
-    """Lags from 1 to T, evenly on a logarithmic scale."""
-    many = min(_LAGS, steps)
-    return tuple(sorted({round(math.exp(math.log(steps) * n / max(many - 1, 1))) for n in range(many)}))
+    """Lags from 1 to T: all of them, or some evenly on a logarithmic scale."""
+    if steps <= _LAGS:
+        return tuple(range(1, steps + 1))
+    return tuple(sorted({round(steps ** (n / (_LAGS - 1))) for n in range(_LAGS)}))
 
 
 class _Run:
