@@ -72,7 +72,7 @@ def orthogonal(rnn: nn.Module, gain: float = 1.0) -> None:
         gain: what the matrix is multiplied by, and so its spectral radius.
 
     Raises:
-        OptionError: if no cell has a square recurrent weight.
+        OptionError: if no cell that this package knows has a square recurrent weight.
 
     Source: A. Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
     ICLR 2014.
@@ -88,7 +88,7 @@ def identity(rnn: nn.Module, scale: float = 1.0) -> None:
         scale: what the identity is multiplied by.
 
     Raises:
-        OptionError: if no cell has a square recurrent weight.
+        OptionError: if no cell that this package knows has a square recurrent weight.
 
     Source: Q. Le et al., "A simple way to initialize recurrent networks of rectified linear units", arXiv:1504.00941.
     """
@@ -102,17 +102,14 @@ def can_set_keeping_bias(cell: nn.Module) -> bool:
 
 
 def can_set_recurrent(cell: nn.Module) -> bool:
-    """Whether `orthogonal` and `identity` have something to set in a known cell."""
-    return family_of(cell) is not None and bool(_settable(cell))
+    """Whether `orthogonal` and `identity` have something to set in a cell."""
+    return bool(_settable(cell))
 
 
 def _settable(cell: nn.Module) -> list[Tensor]:
-    weights = [weight for _, weight in recurrent_weights(cell, _all_widths(cell))]
+    """The recurrent weights of a known cell; of one that is not known nobody can tell which they are."""
+    weights = [] if family_of(cell) is None else [weight for _, weight in recurrent_weights(cell, ())]
     return [weight for weight in weights if weight.is_leaf or isinstance(weight._base, nn.Parameter)]
-
-
-def _all_widths(cell: nn.Module) -> list[int]:
-    return [len(weight) for weight in cell.parameters() if weight.dim()]
 
 
 @torch.no_grad()
@@ -120,7 +117,8 @@ def _set_recurrent(rnn: nn.Module, asked: str, made: Callable[[Tensor], Tensor])
     weights = [weight for cell in cells_of(rnn) for weight in _settable(cell)]
     if not weights:
         raise OptionError(
-            f"{asked} sets square recurrent weights, and {_named(rnn)} has none that is a parameter; set yours by hand"
+            f"{asked} sets square recurrent weights of cells that it knows, and {_named(rnn)} has none; "
+            "set yours with torch.nn.init"
         )
     for weight in weights:
         weight.copy_(made(weight))

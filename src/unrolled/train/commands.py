@@ -13,6 +13,7 @@ import typer
 from unrolled.errors import UnrolledError
 from unrolled.train.config import TrainConfig
 from unrolled.train.config_file import read_config
+from unrolled.train.diagnosing import diagnose_run
 from unrolled.train.job import run_job
 from unrolled.train.progress import terminal
 from unrolled.train.run import load_run
@@ -88,6 +89,17 @@ def verify_command(
         print(f"{name}\n{found}\n", flush=True)
         passed = passed and found.passed
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command("diagnose")
+def diagnose_command(
+    run: Annotated[Path, typer.Argument(help="run directory of `unrolled train`")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default the run's own")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print all figures as JSON")] = False,
+) -> None:
+    """Tell how a trained network's gradients flow: a verdict, the figures behind it, and what may help."""
+    found = diagnose_run(run, text)
+    print(found.to_json(indent=2) if json else found)
 
 
 def run_command(arguments: list[str] | None) -> int:
