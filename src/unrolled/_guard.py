@@ -172,10 +172,11 @@ def guard(rnn: nn.Module) -> Guard:
         tensor([[1.0000e+20]])
         tensor([[1.0000e+20]])
         >>> with ur.guard(rnn):
-        ...     rnn(torch.ones(5, 2, 1))
-        Traceback (most recent call last):
-        ...
-        unrolled.errors.NonFiniteError: copy 1 of RNNCell gave inf in row 0; the first operation to make it was ...
+        ...     try:
+        ...         outputs, state = rnn(torch.ones(5, 2, 1))
+        ...     except ur.NonFiniteError as error:
+        ...         print(error.t, error.row, error.operation)
+        1 0 aten.mm
     """
     if not isinstance(rnn, Unrolled | Layered | TorchLayer):
         raise OptionError(

@@ -1,4 +1,4 @@
-"""What `unrolled diagnose` and `unrolled train --watch` measure: a character model on text that it was not trained on."""
+"""What `unrolled diagnose` and `unrolled train --watch` measure: a character model on text that it has not seen."""
 
 from __future__ import annotations
 
