@@ -260,6 +260,45 @@ def test_lyapunov_exponents_of_a_diagonal_cell_are_the_logs_of_its_entries(lengt
     assert exponents.errors == pytest.approx([0.0] * 3, abs=1e-12)
 
 
+def test_an_exploding_gradient_is_clipped_at_what_most_copies_give() -> None:
+    # Every copy's share is w^(T-1) h_0 = 10: the norm of 40 such shares that do not agree is sqrt(40) times as much.
+    T, w = 40, 1.2
+    start = torch.full((1, 1), 10 / w ** (T - 1))
+    found = ur.diagnose(ur.unroll(LinearCell(torch.tensor(w))), torch.zeros(T, 1, 1), lambda o, s: s.sum(), state=start)
+    (finding,) = found.verdict.findings
+    assert finding.kind == "exploding"
+    assert (
+        finding.remedies[0].text == f"clip: torch.nn.utils.clip_grad_norm_(rnn.parameters(), {10 * math.sqrt(T):.2g})"
+    )
+
+
+class Dropping(nn.Module):
+    """A cell that draws random numbers in its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.zeros(batch_size, 3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(nn.functional.dropout(state, 0.5) @ self.weight + input)
+        return hidden, hidden
+
+
+def test_probes_see_the_masks_that_the_run_drew() -> None:
+    rnn, inputs = ur.unroll(Dropping()), torch.randn(6, 2, 3)
+    torch.manual_seed(5)
+    layer = ur.diagnose(rnn, inputs, total).layers[0]
+    torch.manual_seed(5)
+    wanted = every_probe(ur.copies(rnn, inputs), None, False)
+    assert layer.lag is not None
+    assert layer.lag.median == pytest.approx([quartiles(torch.tensor(wanted[lag]))[1] for lag in layer.lag.lags])
+    why = {one.figure: one.why for one in layer.missing}
+    assert "it draws random numbers" in why["jacobian"]
+
+
 class Lorenz(nn.Module):
     """The Lorenz system (sigma = 10, rho = 28, beta = 8/3) by RK4 with dt = 0.01: a cell without inputs or weights."""
 
@@ -501,6 +540,8 @@ def test_everything_turns_into_json_and_text() -> None:
         (ur.GradientError, "the loss must be a scalar", {"loss": lambda o, s: o.sum(0)}),
         (ur.InputError, "at least 2 steps, got 1", {"inputs": torch.zeros(1, 2, 3, dtype=torch.float64)}),
         (ur.InputError, "at least 2 steps, got 1", {"lengths": [1, 1]}),
+        (ur.NonFiniteError, "the input of copy 0 of GRUCell holds nan", {"inputs": torch.full((5, 2, 3), math.nan)}),
+        (ur.NonFiniteError, "the loss is inf, while all outputs", {"loss": lambda o, s: (o / 0).abs().sum()}),
         (ur.OptionError, "probes must be a positive integer, got 0", {"probes": 0}),
         (ur.OptionError, "horizon must be a positive integer", {"horizon": -1}),
         (ur.OptionError, "lyapunov must be from 1 to the 4 numbers", {"lyapunov": 5}),

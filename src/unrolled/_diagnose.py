@@ -16,13 +16,14 @@ from unrolled._network import observe
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.flow import gradient_flow, weight_shares
 from unrolled.diagnosis.lag import lag_profile, reach
+from unrolled.diagnosis.nonfinite import first_bad_value, is_finite
 from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import Diagnosis, JacobianProfile, LayerDiagnosis, Lyapunov, Missing
 from unrolled.diagnosis.tangents import UnmeasurableError, measure_tangents, trajectory_of
 from unrolled.diagnosis.units import unit_figures
 from unrolled.diagnosis.verdict import verdict_of
 from unrolled.diagnosis.walk import Walk
-from unrolled.errors import GradientError, InputError, OptionError
+from unrolled.errors import GradientError, InputError, NonFiniteError, OptionError
 from unrolled.trees import Tree
 
 __all__ = ["diagnose"]
@@ -67,6 +68,7 @@ def diagnose(
     Raises:
         GradientError: for a loss that does not depend on the network or is no scalar, or where gradients are off.
         InputError: as the call itself does, and for fewer than two steps.
+        NonFiniteError: for a loss that is NaN or infinite, naming what made it so.
         OptionError: for something else than an unrolled network, or figures that cannot be asked for.
         StateError: as the call itself does.
         CellError: as the call itself does.
@@ -89,6 +91,7 @@ def diagnose(
         if steps < 2:
             raise InputError(f"a diagnosis needs rows of at least 2 steps, got {steps}; gradients have no way to go")
         value = loss(run.outputs, run.state)
+        _refuse_bad(value, run)
         grads = observe(named[0][1]._network.listener, value)
         layers = [_diagnosed(name, one, resets, probes, lyapunov) for name, one in named]
     trained = {id(parameter) for parameter in rnn.parameters()}
@@ -104,6 +107,15 @@ def diagnose(
         layers=tuple(layers),
         verdict=verdict_of(layers, [one._network.cell for _, one in named], cut),
     )
+
+
+def _refuse_bad(value: Any, run: Any) -> None:
+    """No figure can be read off a NaN; the operation that made it is the diagnosis."""
+    if isinstance(value, Tensor) and not is_finite([value]):
+        told = value.detach().flatten()[0].item()
+        raise first_bad_value(run) or NonFiniteError(
+            f"the loss is {told}, while all outputs and states are finite; look at how it is computed"
+        )
 
 
 def _check(probes: int, horizon: int | None) -> None:

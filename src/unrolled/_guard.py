@@ -153,7 +153,8 @@ def guard(rnn: nn.Module) -> Guard:
 
     Between a call and the next one the guard keeps references to its inputs, state and context, to the loss's gradients
     by its outputs, and the state of the random numbers (5 KB): what was passed must not be written to before the
-    backward pass. A network with a horizon is traced back through all copies.
+    backward pass. A network with a horizon is traced back through all copies. Calls are watched; `rnn.windows`, which
+    is none, is not.
 
     Args:
         rnn: what `unroll`, `stack` or `Bidirectional` made, or a `RNN`, `LSTM` or `GRU` layer of this package.

@@ -19,6 +19,7 @@ from unrolled._copies import Copy
 from unrolled.diagnosis.quantiles import median, quartiles
 from unrolled.diagnosis.results import LagProfile, Reach
 from unrolled.diagnosis.walk import Walk, row_norms
+from unrolled.trees import leaves
 
 __all__ = ["lag_profile", "reach"]
 
@@ -129,7 +130,7 @@ def _started(grad: Tensor, which: Tensor, rows: Tensor, many: int, norms: Tensor
 
 def _pulled(copy: Copy, outputs: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
     """Cotangents of what a copy gave out, pulled back to the state that it received; all probes in one pass."""
-    by = [x for x in copy._state_in.passed if x.is_floating_point() or x.is_complex()]
+    by = [x for x in leaves(copy.seen) if x.is_floating_point() or x.is_complex()]
     raw = [x for x in (*copy._output_out.raw, *copy.handed_on.raw) if x.is_floating_point() or x.is_complex()]
     pairs = [(x, given) for x, given in zip(raw, (*outputs, *states), strict=True) if x.requires_grad]
     many = len(states[0]) if states else 1

@@ -178,6 +178,8 @@ def measure_tangents(trajectory: Trajectory, exponents: int | None, *, profile: 
         raise
     except (RuntimeError, NotImplementedError) as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "random operation" in told:
+            told = "it draws random numbers; dropout over time is a wrapper: DropoutCell, ZoneoutCell"
         raise UnmeasurableError(f"a step cannot be differentiated forwards: {told}") from error
 
 

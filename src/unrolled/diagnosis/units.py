@@ -189,4 +189,4 @@ class _Tally:
 
 
 def _memory(mean: float) -> float:
-    return 1 / (1 - mean) if mean < 1 else math.inf
+    return math.inf if mean >= 1 else 1 / (1 - mean)

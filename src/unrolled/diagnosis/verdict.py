@@ -110,8 +110,9 @@ def _vanishing(layer: LayerDiagnosis, cell: nn.Module, horizon: int | None) -> F
     gone = layer.reach.thousandth
     if gone is None or gone > flows * QUARTER:
         return None
+    pace = f"halve every {layer.reach.halving:.3g} steps" if layer.reach.rate < 0 else "fall"
     sentence = (
-        f"gradients halve every {layer.reach.halving:.3g} steps: a tenth is left after {layer.reach.tenth} copies, "
+        f"gradients {pace}: a tenth is left after {layer.reach.tenth} copies, "
         f"{LEFT:g} after {gone}, of {flows} that they flow back through"
     )
     remedies = [*_memory(cell, flows), _orthogonal(cell), _identity(cell), _gated(cell), _shorter(layer, gone)]
