@@ -1,10 +1,13 @@
 """Unroll any recurrent cell into weight-sharing copies: see them, train them, know what each one contributed."""
 
+from unrolled import remedy
 from unrolled._bias import TruncationBias
 from unrolled._convert import from_torch, to_torch
 from unrolled._copies import Copies, Copy
+from unrolled._diagnose import diagnose
 from unrolled._draw import draw
 from unrolled._generate import Step, generate, stream
+from unrolled._guard import guard
 from unrolled._layered_copies import LayeredCopies, copies
 from unrolled._layers import GRU, LSTM, RNN
 from unrolled._memory import plan_memory
@@ -28,6 +31,7 @@ from unrolled.cells import (
     SLSTMCell,
     as_cell,
 )
+from unrolled.diagnosis.results import Diagnosis
 from unrolled.errors import (
     CellError,
     ConfigError,
@@ -35,6 +39,7 @@ from unrolled.errors import (
     DivergedError,
     GradientError,
     InputError,
+    NonFiniteError,
     OptionError,
     RunError,
     StateError,
@@ -111,6 +116,11 @@ __all__ = [
     "verify",
     "Verification",
     "Check",
+    # how a network trains
+    "diagnose",
+    "Diagnosis",
+    "guard",
+    "remedy",
     # pictures
     "draw",
     # errors
@@ -123,5 +133,6 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "NonFiniteError",
     "RunError",
 ]

@@ -22,6 +22,8 @@ __all__ = ["Copies", "Copy"]
 class Copy:
     """One copy of the cell: the cell at time step `t`. Obtained from `Copies`.
 
+    `seen` is the state as the cell got it, behind its door: what one differentiates by that wants no shares.
+
     Example:
         >>> import unrolled as ur
         >>> ur.copies(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3))[-1]
@@ -37,11 +39,13 @@ class Copy:
         left: Sequence[Passage],
         input: Tree,
         state: Tree,
+        seen: Tree,
     ) -> None:
         self._network, self._received = network, received
         self._input_in, self._state_in, self._weights_in = entered
         self._output_out, self.handed_on = left
         self.t, self.input, self._state = t, input, state
+        self.seen = seen
 
     @property
     def rows(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
-__all__ = ["Listener", "Passage", "derivative", "leads_to", "pass_through", "ways_past"]
+__all__ = ["Listener", "Passage", "derivative", "leads_to", "leaves_behind", "pass_through", "ways_past"]
 
 
 class Listener:
@@ -153,6 +153,11 @@ class _Door(torch.autograd.Function):
         return (None, None, *grads)
 
 
+def leaves_behind(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a tensor depends on."""
+    return [node.variable for node in _nodes([tensor], through_doors=True) if hasattr(node, "variable")]
+
+
 def leads_to(tensors: Sequence[Tensor], listener: Listener) -> bool:
     """Whether the graph of some tensors leads to a door of this listener."""
     return any(getattr(node, "listener", None) is listener for node in _nodes(tensors))
@@ -175,8 +180,8 @@ def ways_past(doors: Sequence[Passage], tensors: Sequence[Tensor]) -> tuple[set[
     return leaves, others
 
 
-def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
-    """The nodes of a graph, as far as the first doors."""
+def _nodes(tensors: Sequence[Tensor], *, through_doors: bool = False) -> Iterator[Any]:
+    """The nodes of a graph, as far as the first doors or beyond them."""
     waiting = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()
     while waiting:
@@ -185,7 +190,7 @@ def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        if not hasattr(node, "listener"):
+        if through_doors or not hasattr(node, "listener"):
             waiting += [following for following, _ in node.next_functions]
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from unrolled._doors import Listener, Passage, leads_to, pass_through
+from unrolled._doors import Listener, Passage, leads_to, leaves_behind, pass_through
 from unrolled._given import Given
 from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import parameter_names
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, unflatten
 
-__all__ = ["Network", "Received", "Shares", "backward_through"]
+__all__ = ["Network", "Received", "Shares", "backward_through", "observe"]
 
 
 class Network:
@@ -110,6 +110,33 @@ def backward_through(listener: Listener, loss: Tensor, gradient: Tensor | None) 
     Raises:
         GradientError: if the loss has no gradient, is no scalar and comes without one, or is not of these copies.
     """
+    _check_loss(listener, loss, gradient)
+    listener.remember(lambda: loss.backward(gradient, retain_graph=True))
+
+
+def observe(listener: Listener, loss: Tensor) -> dict[Tensor, Tensor]:
+    """Remember what a backward pass sends through the doors of some copies, and leave every `.grad` as it is.
+
+    Returns:
+        The leaves that the loss depends on, each with its gradient.
+
+    Raises:
+        GradientError: as `backward_through`.
+    """
+    _check_loss(listener, loss, None)
+    by = leaves_behind(loss)
+    found: dict[Tensor, Tensor] = {}
+
+    def backward() -> None:
+        # By all leaves, so that no door is left out: autograd runs only what leads to something asked for.
+        grads = torch.autograd.grad(loss, by, retain_graph=True, allow_unused=True)
+        found.update((leaf, grad) for leaf, grad in zip(by, grads, strict=True) if grad is not None)
+
+    listener.remember(backward)
+    return found
+
+
+def _check_loss(listener: Listener, loss: Tensor, gradient: Tensor | None) -> None:
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise GradientError(
             "the loss has no gradient; compute it from copies.outputs, or from a copy's output or state, "
@@ -125,7 +152,6 @@ def backward_through(listener: Listener, loss: Tensor, gradient: Tensor | None) 
         raise GradientError(
             "the loss does not depend on these copies; compute it from their outputs or states, not of another run"
         )
-    listener.remember(lambda: loss.backward(gradient, retain_graph=True))
 
 
 class Shares(Mapping[str, Tensor]):

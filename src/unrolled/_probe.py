@@ -14,7 +14,7 @@ from unrolled import sequence
 from unrolled._stack import Bidirectional, Layered
 from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import parameter_names
-from unrolled.cells.contract import CheckedStep, name_of
+from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing import Leaf, Parameter, Sketch
 from unrolled.errors import InputError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
@@ -101,7 +101,7 @@ class _Probe(nn.Module):
             T=T,
             B=B,
             input=_leaves("x", input),
-            state=_leaves("s", first, _state_names(cell)),
+            state=_leaves("s", first, state_names(cell)),
             output=_leaves("o", output),
             parameters=tuple(self._listed(weights, apart)),
             origin="passed" if state is not None else "learned" if initial else "own",
@@ -171,10 +171,3 @@ def _context_leaves(context: Tree) -> tuple[Leaf, ...]:
         return _leaves("context", context)
     except TypeError as error:
         raise InputError(f"a context must be a pytree of tensors: {error}; convert it with torch.as_tensor") from error
-
-
-def _state_names(cell: nn.Module) -> Sequence[str]:
-    """What the cell, or what it stands for, calls the tensors of its state."""
-    candidates = (cell, getattr(cell, "layer", None), getattr(cell, "module", None))
-    names = next((found for c in candidates if (found := getattr(c, "state_names", None))), ())
-    return names if isinstance(names, tuple | list) and all(isinstance(name, str) for name in names) else ()

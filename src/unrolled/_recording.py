@@ -75,10 +75,12 @@ class _Recording:
             input, resets = input
             state = afresh(resets, map_leaves(lambda leaf: leaf[: len(resets)], network.fresh.tree), state)
         entered = network.through_door(input, state, list(network.weights.values()))
-        returned = _AliasedStep(network, entered[2].passed)(t, entered[0].tree, entered[1].tree)
+        # By nodes of its own, not the door's: what asks for the state's gradient alone shall not pay for the weights'.
+        seen = map_leaves(lambda leaf: leaf.view_as(leaf), entered[1].tree)
+        returned = _AliasedStep(network, entered[2].passed)(t, entered[0].tree, seen)
         left = network.through_door(*returned)
         _refuse_other_ways(network, t, entered, left)
-        self.made.append(Copy(network, t, self._received(t), entered, left, input, state))
+        self.made.append(Copy(network, t, self._received(t), entered, left, input, state, seen))
         return left[0].tree, left[1].tree
 
     def _received(self, t: int) -> Received:

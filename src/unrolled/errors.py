@@ -9,6 +9,7 @@ __all__ = [
     "DivergedError",
     "GradientError",
     "InputError",
+    "NonFiniteError",
     "OptionError",
     "RunError",
     "StateError",
@@ -50,6 +51,31 @@ class DataError(UnrolledError, ValueError):
 
 class DivergedError(UnrolledError, ArithmeticError):
     """A training whose loss or gradient is no longer a finite number."""
+
+
+class NonFiniteError(UnrolledError, ArithmeticError):
+    """A NaN or an infinity in a network under guard.
+
+    Attributes:
+        t: the time step of the copy that made it; None where none did.
+        row: the row of the batch; None where it belongs to none.
+        operation: the operation that made it; what held it already where none did.
+        values: what the operation was given.
+        layer: the layer and direction; empty for a network of one cell.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        t: int | None = None,
+        row: int | None = None,
+        operation: str = "",
+        values: tuple[str, ...] = (),
+        layer: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.t, self.row, self.operation, self.values, self.layer = t, row, operation, values, layer
 
 
 class RunError(UnrolledError, OSError):

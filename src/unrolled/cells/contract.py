@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -13,13 +14,20 @@ from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
 
-__all__ = ["CheckedStep", "check_context", "check_state", "floating_dtype", "make_state", "name_of"]
+__all__ = ["CheckedStep", "check_context", "check_state", "floating_dtype", "make_state", "name_of", "state_names"]
 
 
 def name_of(cell: nn.Module) -> str:
     """What a person would call a cell: its class, or that of what it was made of."""
     name: str = getattr(cell, "display_name", type(cell).__name__)
     return name
+
+
+def state_names(cell: nn.Module) -> Sequence[str]:
+    """What the cell, or what it stands for, calls the tensors of its state; nothing where it does not say."""
+    candidates = (cell, getattr(cell, "layer", None), getattr(cell, "module", None))
+    names = next((found for c in candidates if (found := getattr(c, "state_names", None))), ())
+    return names if isinstance(names, tuple | list) and all(isinstance(name, str) for name in names) else ()
 
 
 def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:

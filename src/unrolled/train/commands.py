@@ -14,6 +14,7 @@ import typer
 from unrolled.errors import ConfigError, UnrolledError
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.train.config_file import read_config
+from unrolled.train.diagnosing import diagnose_run
 from unrolled.train.job import run_job
 from unrolled.train.planning import plan_run
 from unrolled.train.progress import terminal
@@ -118,6 +119,17 @@ def plan_command(
 def _refuse_below_one(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+@app.command("diagnose")
+def diagnose_command(
+    run: Annotated[Path, typer.Argument(help="run directory of `unrolled train`")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default the run's own")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print all figures as JSON")] = False,
+) -> None:
+    """Tell how a trained network's gradients flow: a verdict, the figures behind it, and what may help."""
+    found = diagnose_run(run, text)
+    print(found.to_json(indent=2) if json else found)
 
 
 def run_command(arguments: list[str] | None) -> int:

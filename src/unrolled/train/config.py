@@ -64,6 +64,7 @@ class TrainConfig:
     dropout: float = _option(
         0.1, "share of the cell's outputs dropped before the head, in training", least=0.0, below=1.0
     )
+    watch: int = _option(0, "updates from one diagnosis in metrics.jsonl to the next; 0 for none", least=0)
     seed: int = _option(0, "seed of initialisation, dropout and sampling", least=0, below=SEEDS)
     device: str = _option("cpu", "where to train: cpu, cuda, cuda:1, ...")
     out: str | None = _option(None, "run directory to make; by default a new one in runs/")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unrolled.errors import DivergedError
 from unrolled.train.config import TrainConfig
+from unrolled.train.diagnosing import diagnosis_of
 from unrolled.train.model import CharacterModel
 from unrolled.train.run import Run
 from unrolled.train.text import Split, Vocabulary
@@ -97,6 +98,8 @@ def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tupl
                 number += 1
                 speed = characters.numel() / (time.perf_counter() - started)
                 run.log(kind="update", number=number, loss=loss, grad_norm=norm)
+                if config.watch and number % config.watch == 0:
+                    run.log(kind="diagnosis", number=number, **diagnosis_of(model, validation, config).to_dict())
                 watcher.updated(Update(number, total, loss, norm, speed))
                 losses, lengths = losses + loss * len(characters), lengths + len(characters)
             bits = bits_per_character(model, validation, config)

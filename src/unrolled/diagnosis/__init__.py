@@ -1,0 +1,1 @@
+"""Measurements of an unrolled network: they return data and draw nothing."""

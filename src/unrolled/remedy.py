@@ -1,0 +1,152 @@
+"""Remedies that need no new weights: they set some that are there, in place, so that one can measure again.
+
+Each takes a cell, or anything that has unrolled networks in it: `unroll(cell)`, a stack, a layer, a model around them.
+Where only some of several cells have what a remedy sets, these are set.
+
+Example:
+    >>> import torch, unrolled as ur
+    >>> rnn = ur.unroll(ur.LSTMCell(3, 4))
+    >>> ur.remedy.forget_bias(rnn, 1.0)
+    >>> (rnn.cell.bias_ih + rnn.cell.bias_hh)[4:8]
+    tensor([1., 1., 1., 1.], grad_fn=<SliceBackward0>)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from unrolled._families import GateSlot, cells_of, family_of, gate_slots, recurrent_weights
+from unrolled.cells.contract import name_of
+from unrolled.errors import OptionError
+
+__all__ = ["can_set_keeping_bias", "can_set_recurrent", "chrono", "forget_bias", "identity", "orthogonal"]
+
+
+def forget_bias(rnn: nn.Module, value: float = 1.0) -> None:
+    """Set the bias of the gate that keeps the state: an LSTM's forget gate, a GRU's update gate.
+
+    Where a cell has two biases, their sum is `value`: the second is zero. A gate that keeps the state at its low end
+    (MinGRU's) gets `-value`.
+
+    Args:
+        rnn: a cell, or a module with unrolled networks.
+        value: the bias; 1 keeps 0.73 of the state at each step, 4 keeps 0.98.
+
+    Raises:
+        OptionError: if no cell has such a gate with a bias.
+
+    Source: F. Gers et al., "Learning to forget", Neural Computation 12 (2000); R. Jozefowicz et al., "An empirical
+    exploration of recurrent network architectures", ICML 2015.
+    """
+    _set_biases(rnn, "forget_bias", lambda slot: torch.full_like(slot.bias[slot.block], value))
+
+
+def chrono(rnn: nn.Module, steps: int) -> None:
+    """Set the biases of a gated cell such that it remembers over up to so many steps.
+
+    The keeping gate's bias is drawn as `log U(1, steps - 1)` for each unit, so that units remember over anything from
+    two steps to `steps`; an LSTM's input gate gets its negative.
+
+    Args:
+        rnn: a cell, or a module with unrolled networks.
+        steps: the reach that is wanted, at least 3.
+
+    Raises:
+        OptionError: for fewer steps, or if no cell has such a gate with a bias.
+
+    Source: C. Tallec and Y. Ollivier, "Can recurrent neural networks warp time?", ICLR 2018.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 3:
+        raise OptionError(f"steps must be an integer of at least 3, got {steps!r}; give the longest reach wanted")
+    _set_biases(rnn, "chrono", lambda slot: torch.empty_like(slot.bias[slot.block]).uniform_(1, steps - 1).log())
+
+
+def orthogonal(rnn: nn.Module, gain: float = 1.0) -> None:
+    """Set every recurrent weight to a random orthogonal matrix: each gate's block is one.
+
+    Args:
+        rnn: a cell, or a module with unrolled networks.
+        gain: what the matrix is multiplied by, and so its spectral radius.
+
+    Raises:
+        OptionError: if no cell that this package knows has a square recurrent weight.
+
+    Source: A. Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
+    ICLR 2014.
+    """
+    _set_recurrent(rnn, "orthogonal", lambda weight: nn.init.orthogonal_(torch.empty_like(weight), gain))
+
+
+def identity(rnn: nn.Module, scale: float = 1.0) -> None:
+    """Set every recurrent weight to the identity: each gate's block is one. Meant for relu cells.
+
+    Args:
+        rnn: a cell, or a module with unrolled networks.
+        scale: what the identity is multiplied by.
+
+    Raises:
+        OptionError: if no cell that this package knows has a square recurrent weight.
+
+    Source: Q. Le et al., "A simple way to initialize recurrent networks of rectified linear units", arXiv:1504.00941.
+    """
+    _set_recurrent(rnn, "identity", lambda weight: scale * torch.eye(len(weight)).to(weight))
+
+
+def can_set_keeping_bias(cell: nn.Module) -> bool:
+    """Whether `forget_bias` and `chrono` have something to set in a cell."""
+    known = family_of(cell)
+    return known is not None and known[1].keeps is not None and bool(gate_slots(cell, known[1].keeps[0]))
+
+
+def can_set_recurrent(cell: nn.Module) -> bool:
+    """Whether `orthogonal` and `identity` have something to set in a cell."""
+    return bool(_settable(cell))
+
+
+def _settable(cell: nn.Module) -> list[Tensor]:
+    """The recurrent weights of a known cell; of one that is not known nobody can tell which they are."""
+    weights = [] if family_of(cell) is None else [weight for _, weight in recurrent_weights(cell, ())]
+    return [weight for weight in weights if weight.is_leaf or isinstance(weight._base, nn.Parameter)]
+
+
+@torch.no_grad()
+def _set_recurrent(rnn: nn.Module, asked: str, made: Callable[[Tensor], Tensor]) -> None:
+    weights = [weight for cell in cells_of(rnn) for weight in _settable(cell)]
+    if not weights:
+        raise OptionError(
+            f"{asked} sets square recurrent weights of cells that it knows, and {_named(rnn)} has none; "
+            "set yours with torch.nn.init"
+        )
+    for weight in weights:
+        weight.copy_(made(weight))
+
+
+@torch.no_grad()
+def _set_biases(rnn: nn.Module, asked: str, drawn: Callable[[GateSlot], Tensor]) -> None:
+    cells = [cell for cell in cells_of(rnn) if can_set_keeping_bias(cell)]
+    if not cells:
+        raise OptionError(
+            f"{asked} sets the bias of the gate that keeps the state, and {_named(rnn)} has none; "
+            "take a gated cell with biases: LSTMCell, GRUCell"
+        )
+    for cell in cells:
+        _, family = family_of(cell)  # type: ignore[misc]
+        gate, high = family.keeps  # type: ignore[misc]
+        slots = gate_slots(cell, gate)
+        value = drawn(slots[0]) * (1 if high else -1)
+        _write(slots, value)
+        if asked == "chrono" and family.takes is not None:
+            _write(gate_slots(cell, family.takes), -value)
+
+
+def _write(slots: list[GateSlot], value: Tensor) -> None:
+    """Give a gate a bias: the first of two has it all."""
+    for number, slot in enumerate(slots):
+        slot.bias[slot.block] = value if number == 0 else 0.0
+
+
+def _named(rnn: nn.Module) -> str:
+    return ", ".join(dict.fromkeys(map(name_of, cells_of(rnn))))
