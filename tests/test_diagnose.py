@@ -540,7 +540,11 @@ def test_everything_turns_into_json_and_text() -> None:
         (ur.GradientError, "the loss must be a scalar", {"loss": lambda o, s: o.sum(0)}),
         (ur.InputError, "at least 2 steps, got 1", {"inputs": torch.zeros(1, 2, 3, dtype=torch.float64)}),
         (ur.InputError, "at least 2 steps, got 1", {"lengths": [1, 1]}),
-        (ur.NonFiniteError, "the input of copy 0 of GRUCell holds nan", {"inputs": torch.full((5, 2, 3), math.nan)}),
+        (
+            ur.NonFiniteError,
+            "the input of copy 0 of GRUCell holds nan",
+            {"inputs": torch.full((5, 2, 3), math.nan, dtype=torch.float64)},
+        ),
         (ur.NonFiniteError, "the loss is inf, while all outputs", {"loss": lambda o, s: (o / 0).abs().sum()}),
         (ur.OptionError, "probes must be a positive integer, got 0", {"probes": 0}),
         (ur.OptionError, "horizon must be a positive integer", {"horizon": -1}),

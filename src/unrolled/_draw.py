@@ -7,24 +7,29 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unrolled._layers import TorchLayer
+from unrolled._portrait import portrait
 from unrolled._probe import probed
 from unrolled._stack import Layered
 from unrolled._unroll import Unrolled
 from unrolled.drawing import Sketch
+from unrolled.drawing.paper import converted, picture
+from unrolled.drawing.portrait import Chart, Portrait
 from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
+from unrolled.drawing.webpage import webpage
 from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree
 
 __all__ = ["draw"]
 
-RENDERERS: dict[str, Callable[..., str]] = {".svg": svg, ".txt": text}
-"""What draws a file, by its suffix."""
+ENDINGS = (".html", ".svg", ".png", ".pdf", ".txt")
+"""What can be drawn, by the file's suffix."""
 
 
 def draw(
@@ -32,18 +37,27 @@ def draw(
     inputs: Tree,
     path: str | os.PathLike[str] | None = None,
     *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    chart: str | None = None,
+    row: int = 0,
     state: Tree = None,
     context: Tree = None,
 ) -> Path | None:
     """Draw an unrolled network: the rolled cell, its copies, what they hand on and what they share.
 
-    Layers and directions are drawn one below the other, in the order in which they run. One step of each is run to
-    learn the shapes, without gradients; random state, buffers and `.grad` stay as they were.
+    A page (.html) is one file that opens from disk: the network to unfold and walk through, what goes in and out of its
+    copies, the plan of its cell, and with a loss its gradients, figures and a verdict. The other endings give one
+    picture: of the network in the textbook's style, or of one chart. Layers and directions are drawn in the order in
+    which they run. Random state, buffers and `.grad` stay as they were.
 
     Args:
         rnn: what `unroll`, `stack` or `Bidirectional` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
         inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
-        path: a file ending in .svg or .txt; by default the picture is printed as text.
+        path: a file ending in .html, .svg, .png, .pdf or .txt; by default the picture is printed as text.
+        loss: `loss(outputs, state)`, a scalar, whose gradients a page or a chart shows.
+        chart: for a picture, what is drawn in place of the network: 'flow', 'lag', 'shares', 'saturation', 'states' or
+            'memory'; in a network of several layers 'flow 0', 'flow 1', ...
+        row: which row of the batch a page's strips show.
         state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
         context: what a cell with a third argument receives at every step.
 
@@ -66,14 +80,37 @@ def draw(
     if path is None:
         _print(_sketches(rnn, inputs, state, context))
         return None
-    target, render = _destination(path)
-    _write(target, render(*_sketches(rnn, inputs, state, context)))
+    target = _destination(path)
+    kind = target.suffix.lower()
+    _refuse_packed(inputs)
+    if kind == ".html":
+        _write(target, webpage(portrait(rnn, inputs, loss, state=state, context=context, row=row)).encode())
+    elif chart is not None:
+        _write(target, picture(_chart(portrait(rnn, inputs, loss, state=state, context=context), chart), kind))
+    elif kind == ".txt":
+        _write(target, text(*_sketches(rnn, inputs, state, context)).encode())
+    else:
+        _write(target, converted(svg(*_sketches(rnn, inputs, state, context)), kind))
     return target
 
 
-def _sketches(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:
+def _chart(found: Portrait, key: str) -> Chart:
+    many = len(found.layers) > 1
+    charts = {f"{c.key} {n}" if many else c.key: c for n, layer in enumerate(found.layers) for c in layer.charts}
+    charts |= {c.key: c for c in found.charts}
+    if key not in charts:
+        known = ", ".join(map(repr, charts)) or "none"
+        raise OptionError(f"chart must be one of {known}, got {key!r}; those of gradients need loss=")
+    return charts[key]
+
+
+def _refuse_packed(inputs: Tree) -> None:
     if isinstance(inputs, PackedSequence):
         raise InputError("draw takes no PackedSequence; pad it: torch.nn.utils.rnn.pad_packed_sequence")
+
+
+def _sketches(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:
+    _refuse_packed(inputs)
     if isinstance(rnn, TorchLayer):
         rnn, inputs, state = rnn.prepared(inputs, state)
     if not isinstance(rnn, Unrolled | Layered):
@@ -93,14 +130,14 @@ def _print(sketches: Sequence[Sketch]) -> None:
     print(picture, end="")
 
 
-def _destination(path: str | os.PathLike[str]) -> tuple[Path, Callable[[Sketch], str]]:
-    """The file and what draws it, once it is clear that it can be written."""
-    offered = " or ".join(RENDERERS)
+def _destination(path: str | os.PathLike[str]) -> Path:
+    """The file, once it is clear that it can be written."""
+    offered = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
     try:
         target = Path(path)
     except TypeError as error:
         raise OptionError(f"path must be a str or a Path ending in {offered}, got {path!r:.80}") from error
-    if target.suffix.lower() not in RENDERERS:
+    if target.suffix.lower() not in ENDINGS:
         raise OptionError(f"path must end in {offered}, got {str(target)!r}; leave path out to print the picture")
     if not target.parent.is_dir():
         raise OptionError(f"path must be in a directory that exists, got {str(target)!r}; create {target.parent} first")
@@ -108,15 +145,15 @@ def _destination(path: str | os.PathLike[str]) -> tuple[Path, Callable[[Sketch],
         raise OptionError(f"path must be a file, got the directory {str(target)!r}; name a file in it")
     if not os.access(target if target.exists() else target.parent, os.W_OK):
         raise OptionError(f"path must be writable, got {str(target)!r}; change its permissions or choose another")
-    return target, RENDERERS[target.suffix.lower()]
+    return target
 
 
-def _write(target: Path, picture: str) -> None:
+def _write(target: Path, content: bytes) -> None:
     """Write the whole file or, if that fails, none of it."""
     final = target.resolve()
     part = final.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        part.write_text(picture, encoding="utf-8", newline="\n")
+        part.write_bytes(content)
         part.replace(final)
     except OSError as error:
         part.unlink(missing_ok=True)

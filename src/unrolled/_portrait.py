@@ -1,0 +1,180 @@
+"""What a page shows, measured: one run with all its copies, the plan, and with a loss the diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unrolled._copies import Copies, Copy
+from unrolled._diagnose import diagnose
+from unrolled._layered import Layered
+from unrolled._layered_copies import copies
+from unrolled._layers import TorchLayer
+from unrolled._memory import plan_memory
+from unrolled._network import observe
+from unrolled._stack import Stack
+from unrolled._unroll import Unrolled
+from unrolled.cells.contract import name_of, state_names
+from unrolled.diagnosis.places import networks_in
+from unrolled.diagnosis.results import LayerDiagnosis
+from unrolled.drawing.figures import layer_charts, memory_chart
+from unrolled.drawing.portrait import MISSING, Layer, Operation, Portrait, Strip
+from unrolled.errors import InputError, OptionError
+from unrolled.trees import Tree, flatten, map_leaves, paths
+
+__all__ = ["portrait"]
+
+_ENTRIES = 64
+_MOST_COPIES = 4000
+
+
+def portrait(
+    rnn: nn.Module,
+    inputs: Tree,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    state: Tree = None,
+    context: Tree = None,
+    row: int = 0,
+) -> Portrait:
+    """Measure what a page shows.
+
+    Args:
+        rnn: what `unroll`, `stack` or `Bidirectional` made, or a layer of this package.
+        inputs: as the call takes them.
+        loss: `loss(outputs, state)`, a scalar; without one there are no gradients to show.
+        state: as the call takes it.
+        context: as the call takes it.
+        row: which row of the batch strips show.
+
+    Raises:
+        OptionError: for more copies than a page can hold.
+        InputError: for a row that the batch does not have.
+    """
+    with torch.random.fork_rng(), torch.enable_grad():
+        run = copies(rnn, inputs, state, context=context)
+        named = list(networks_in(run))
+        T, B = len(named[0][1]), named[0][1]._network.given.batch
+        _check(T, B, row)
+        if loss is not None:
+            observe(named[0][1]._network.listener, loss(run.outputs, run.state))
+    found = None
+    if loss is not None:
+        with torch.random.fork_rng():
+            found = diagnose(rnn, inputs, loss, state=state, context=context)
+    parts = _networks(rnn)
+    diagnoses: Sequence[LayerDiagnosis | None] = found.layers if found else [None] * len(named)
+    layers = tuple(
+        _layer(name, one, part, given, row, with_grads=loss is not None)
+        for (name, one), part, given in zip(named, parts, diagnoses, strict=True)
+    )
+    notes = () if loss else (
+        "Gradients, the verdict and most figures need a loss: "
+        "ur.draw(rnn, inputs, 'page.html', loss=lambda outputs, state: ...)",
+    )  # fmt: skip
+    charts = _memory_charts(rnn, inputs, state, context)
+    verdict = found.verdict.to_dict() if found else None
+    return Portrait(rnn._get_name(), T, B, row, layers, charts, verdict, notes)
+
+
+def _check(T: int, B: int, row: int) -> None:
+    if not 0 <= row < B:
+        raise InputError(f"row must be one of the batch's {B}, from 0 to {B - 1}, got {row}")
+    if T > _MOST_COPIES:
+        raise OptionError(f"a page holds up to {_MOST_COPIES} copies, got {T}; pass a part of the sequence")
+
+
+def _networks(rnn: nn.Module) -> list[Unrolled]:
+    if isinstance(rnn, TorchLayer):
+        return _networks(rnn._network)
+    return [rnn] if isinstance(rnn, Unrolled) else cast("Layered", rnn).networks
+
+
+def _memory_charts(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Any, ...]:
+    if not isinstance(rnn, Unrolled | Stack) or any(network.reverse for network in _networks(rnn)[1:]):
+        return ()
+    return (memory_chart(plan_memory(rnn, inputs, state, context=context).to_dict()),)
+
+
+def _layer(
+    name: str, run: Copies, network: Unrolled, found: LayerDiagnosis | None, row: int, *, with_grads: bool
+) -> Layer:
+    """One network: its plan, its strips and its figures."""
+    first = run[0]
+    twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
+    plan = network.plan(twice, context=run._network.given.rows(_context_of(run)))
+    operations = tuple(Operation(o.name, o.result, o.place, o.reason) for o in plan.operations)
+    cell = name_of(network.cell)
+    return Layer(
+        name=name or cell,
+        cell=cell,
+        engine=f"engine {plan.engine}: {plan.why}",
+        reverse=network.reverse,
+        operations=operations,
+        strips=tuple(_strips(run, row, with_grads=with_grads)),
+        charts=layer_charts(found) if found else (),
+        missing=tuple(f"{missing.figure}: {missing.why}" for missing in found.missing) if found else (),
+    )
+
+
+def _context_of(run: Copies) -> Tree:
+    context = run._network.context
+    return None if context is None else map_leaves(Tensor.detach, context.tree)
+
+
+def _strips(run: Copies, row: int, *, with_grads: bool) -> Iterator[Strip]:
+    """Input, state and output, and their gradients."""
+    roles: list[tuple[str, Callable[[Copy], Tree], list[str]]] = [
+        ("input", lambda copy: copy.input, _names("x", run[0].input)),
+        ("state", lambda copy: copy.state, _state_names(run)),
+        ("output", lambda copy: copy.output, _names("y", run[0].output)),
+    ]
+    grads: list[tuple[str, Callable[[Copy], Tree], list[str]]] = [
+        ("input gradient", lambda copy: copy.input_grad, roles[0][2]),
+        ("state gradient", lambda copy: copy.total_state_grad, roles[1][2]),
+        ("output gradient", lambda copy: copy.output_grad, roles[2][2]),
+    ]
+    for role, of, names in roles + (grads if with_grads else []):
+        columns = zip(*(_leaves(of(copy)) for copy in run), strict=True)
+        for name, column in zip(names, columns, strict=True):
+            if all(leaf is not None for leaf in column):
+                yield _strip(f"dL/d{name}" if "gradient" in role else name, role, run, column, row)
+
+
+def _leaves(tree: Tree) -> list[Tensor | None]:
+    """The leaves of a tree in which an integer leaf's gradient may be None."""
+    if tree is None or isinstance(tree, Tensor):
+        return [tree]
+    members = tree.values() if isinstance(tree, dict) else tree
+    return [leaf for member in members for leaf in _leaves(member)]
+
+
+def _names(letter: str, tree: Tree) -> list[str]:
+    return [f"{letter}{path}" for path in paths(flatten(tree)[1])]
+
+
+def _state_names(run: Copies) -> list[str]:
+    names, found = list(state_names(run._network.cell)), _names("s", run[0].state)
+    return names if len(names) == len(found) else found
+
+
+def _strip(name: str, role: str, run: Copies, column: Sequence[Tensor], row: int) -> Strip:
+    """One row of one leaf in all copies; blank where the row has ended."""
+    size = max(column[0][0].numel(), 1) if column[0].dim() else 1
+    shown = min(size, _ENTRIES)
+    values = np.full((len(run), shown), np.nan)
+    for t, (copy, leaf) in enumerate(zip(run, column, strict=True)):
+        at = (copy.rows == row).nonzero().flatten()
+        if len(at) and leaf.dim():
+            values[t] = leaf[int(at[0])].detach().flatten()[:shown].double().cpu().numpy()
+        elif not leaf.dim():
+            values[t] = float(leaf)
+    finite = np.isfinite(values)
+    scale = float(np.abs(values[finite]).max()) if finite.any() else 0.0
+    levels = np.full(values.shape, MISSING, dtype=np.uint8)
+    levels[finite] = np.rint((values[finite] / (scale or 1.0) + 1) * 127).astype(np.uint8)
+    return Strip(name, role, shown, size, scale, levels.tobytes())

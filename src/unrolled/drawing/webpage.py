@@ -1,0 +1,83 @@
+"""A portrait as one self-contained HTML file: it opens from disk, and asks the network for nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+from unrolled.drawing.portrait import Chart, Portrait
+from unrolled.drawing.vega import specification
+from unrolled.errors import OptionError
+
+__all__ = ["webpage"]
+
+
+def webpage(portrait: Portrait) -> str:
+    """The page.
+
+    Args:
+        portrait: what it shows.
+
+    Raises:
+        OptionError: if the packages that it is made with are not installed.
+    """
+    environment = _environment()
+    folder = resources.files("unrolled.drawing") / "page"
+    parts = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
+    told = portrait.to_dict()
+    told["charts"] = [_told(chart) for chart in portrait.charts]
+    for plain, layer in zip(told["layers"], portrait.layers, strict=True):
+        plain["charts"] = [_told(chart) for chart in layer.charts]
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        portrait=portrait,
+        style=environment.filters["safe"](parts["page.css"]),
+        script=environment.filters["safe"](parts["page.js"]),
+        charts=environment.filters["safe"](_bundle().replace("</script", "<\\/script")),
+        data=environment.filters["safe"](_data(told)),
+    )
+
+
+def _told(chart: Chart) -> dict[str, Any]:
+    named = {"key": chart.key, "title": chart.title, "sentence": chart.sentence, "by_copy": chart.by_copy}
+    numbers = {"x": chart.x, "log_y": chart.log_y, "labels": chart.labels, "chosen": chart.chosen}
+    series = [dataclasses.asdict(series) for series in chart.series]
+    return _rounded({**named, **numbers, "series": series, "specification": specification(chart)})
+
+
+def _rounded(tree: Any) -> Any:
+    """Numbers with five digits: more cannot be seen, and a page has many."""
+    if isinstance(tree, dict):
+        return {name: _rounded(member) for name, member in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_rounded(member) for member in tree]
+    if isinstance(tree, float):
+        return int(tree) if tree.is_integer() and abs(tree) < 1e9 else float(f"{tree:.5g}")
+    return tree
+
+
+def _data(told: Any) -> str:
+    """JSON in which no `<` can begin a tag."""
+    return json.dumps(told, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _environment() -> Any:
+    try:
+        import jinja2
+        import vl_convert  # noqa: F401  # asked for here, so that it is missed before work starts
+    except ImportError as error:
+        raise OptionError(
+            f"a page needs {error.name}, which is not installed; get it with: pip install 'unrolled[draw]'"
+        ) from error
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, which a page carries."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
