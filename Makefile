@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types layers pytest slow bench fuzz sanitize clean
+.PHONY: train test lint types layers pytest test-browser slow bench fuzz sanitize clean
 
 train: .venv/.installed
 	$(BIN)/unrolled train
@@ -20,7 +20,11 @@ layers: .venv/.installed-test
 	$(BIN)/lint-imports --no-cache
 
 pytest: .venv/.installed-test
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not browser"
+
+# The page in Debian's chromium; screenshots are left in build/screenshots.
+test-browser: .venv/.installed-test
+	$(BIN)/pytest -m browser tests/browser
 
 slow: .venv/.installed-test
 	$(BIN)/pytest -m slow

@@ -20,8 +20,8 @@ def layer_charts(found: LayerDiagnosis) -> tuple[Chart, ...]:
     return tuple(chart for chart in charts if chart is not None)
 
 
-def _numbers(values: Sequence[float]) -> tuple[float | None, ...]:
-    return tuple(float(value) if math.isfinite(value) else None for value in values)
+def _numbers(values: Sequence[float], *, above: float = -math.inf) -> tuple[float | None, ...]:
+    return tuple(float(value) if math.isfinite(value) and value > above else None for value in values)
 
 
 def _far_apart(values: Sequence[float]) -> bool:
@@ -54,7 +54,7 @@ def _lag(found: LayerDiagnosis) -> Chart | None:
     told = f"it is a tenth after {reach.tenth} copies" if reach.tenth else "more than a tenth of it is left at the end"
     rate = "doubles every " + f"{reach.doubling:.3g}" if reach.rate > 0 else "halves every " + f"{reach.halving:.3g}"
     sentence = f"On its way back the gradient {rate} copies; {told} (quartiles over rows and {lag.probes} probes)."
-    series = Series("median", _numbers(lag.median), _numbers(lag.lower), _numbers(lag.upper))
+    series = Series("median", *(_numbers(values, above=0.0) for values in (lag.median, lag.lower, lag.upper)))
     return Chart(
         "lag", "Gradient over distance", "lag t − s, in copies", "|d loss_t / d state_s|",
         tuple(map(float, lag.lags)), (series,), sentence, log_y=True,

@@ -230,12 +230,13 @@ function plot(host) {
   const figure = { ...chart.specification, width: width - 4, datasets: { figures: rows(chart) } };
   vega()(host, figure, { actions: false, renderer: "svg", config: theme() }).then(({ view }) => {
     views.push(view);
-    view.by_copy = chart.by_copy;
+    Object.assign(view, { by_copy: chart.by_copy, key: chart.key });
     if (!chart.by_copy) return;
     view.signal("copy", now.copy).runAsync();
     view.addEventListener("click", (event) => {
       const box = host.querySelector("svg").getBoundingClientRect();
-      choose({ copy: view.scale("x").invert(event.clientX - box.left - view.origin()[0]), unfolded: true });
+      const start = box.left + view.origin()[0] + view.padding().left;
+      choose({ copy: view.scale("x").invert(event.clientX - start), unfolded: true });
     });
   });
 }
