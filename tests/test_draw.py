@@ -271,8 +271,8 @@ def test_a_picture_is_written_whole_and_its_path_returned(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("a.png", "must end in .svg or .txt"),
-        ("a", "must end in .svg or .txt"),
+        ("a.gif", "must end in .html, .svg, .png, .pdf or .txt"),
+        ("a", "must end in .html, .svg, .png, .pdf or .txt"),
         ("missing/a.svg", "directory that exists"),
         ("directory.svg", "must be a file"),
     ],

@@ -14,8 +14,8 @@ import typer
 from unrolled.errors import ConfigError, UnrolledError
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.train.config_file import read_config
-from unrolled.train.diagnosing import diagnose_run
-from unrolled.train.job import run_job
+from unrolled.train.diagnosing import diagnose_run, draw_run
+from unrolled.train.job import PAGE, run_job
 from unrolled.train.planning import plan_run
 from unrolled.train.progress import terminal
 from unrolled.train.run import load_run
@@ -130,6 +130,18 @@ def diagnose_command(
     """Tell how a trained network's gradients flow: a verdict, the figures behind it, and what may help."""
     found = diagnose_run(run, text)
     print(found.to_json(indent=2) if json else found)
+
+
+@app.command("draw")
+def draw_command(
+    run: Annotated[Path, typer.Argument(help="run directory of `unrolled train`")],
+    out: Annotated[
+        Path | None, typer.Option(help="file: .html, .svg, .png, .pdf or .txt [default: RUN/page.html]")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default the run's own")] = None,
+) -> None:
+    """Draw a trained network: a page to unfold it in, with its gradients and a verdict, or one picture."""
+    print(f"written: {draw_run(run, out or run / PAGE, text)}")
 
 
 def run_command(arguments: list[str] | None) -> int:

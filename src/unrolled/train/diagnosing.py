@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from unrolled._diagnose import diagnose
+from unrolled._draw import draw
 from unrolled.diagnosis.results import Diagnosis
 from unrolled.errors import DataError, RunError
 from unrolled.train.config import TrainConfig
@@ -19,7 +22,9 @@ from unrolled.train.text import BUILT_IN, read_text, split_text
 from unrolled.train.windows import each_window
 from unrolled.trees import Tree
 
-__all__ = ["diagnose_run", "diagnosis_of"]
+__all__ = ["diagnose_run", "diagnosis_of", "draw_run", "drawn"]
+
+Loss: TypeAlias = Callable[[Tensor, Tree], Tensor]
 
 _WINDOWS, _STREAMS = 4, 8
 
@@ -35,6 +40,21 @@ def diagnosis_of(model: CharacterModel, numbers: Tensor, config: TrainConfig) ->
     Raises:
         DataError: for a text that is too short for two steps.
     """
+    training = model.training
+    model.eval()
+    try:
+        inputs, loss = sample_of(model, numbers, config)
+        return diagnose(model.rnn, inputs, loss, horizon=model.rnn.horizon or config.window)
+    finally:
+        model.train(training)
+
+
+def sample_of(model: CharacterModel, numbers: Tensor, config: TrainConfig) -> tuple[Tensor, Loss]:
+    """What the recurrent network of a model reads of a text, `[T, B, I]`, and the loss that it is trained on.
+
+    Raises:
+        DataError: for a text that is too short for two steps.
+    """
     streams = min(_STREAMS, config.batch, (len(numbers) - 1) // 2)
     if streams < 1:
         raise DataError(f"a diagnosis needs at least 3 characters, got {len(numbers)}; give a longer text")
@@ -43,13 +63,7 @@ def diagnosis_of(model: CharacterModel, numbers: Tensor, config: TrainConfig) ->
     def loss(outputs: Tensor, state: Tree) -> Tensor:
         return F.cross_entropy(model.head(outputs).flatten(0, 1), following.flatten())
 
-    training = model.training
-    model.eval()
-    try:
-        inputs = model.embedding(characters).detach()
-        return diagnose(model.rnn, inputs, loss, horizon=model.rnn.horizon or config.window)
-    finally:
-        model.train(training)
+    return model.embedding(characters).detach(), loss
 
 
 def diagnose_run(path: Path, text: Path | None = None) -> Diagnosis:
@@ -59,9 +73,34 @@ def diagnose_run(path: Path, text: Path | None = None) -> Diagnosis:
         RunError: if the directory is no run.
         DataError: if the text cannot be read, or is no longer the one that the run was trained on.
     """
+    config, model, numbers = loaded(path, text)
+    return diagnosis_of(model, numbers, config)
+
+
+def draw_run(path: Path, target: Path, text: Path | None = None) -> Path:
+    """Draw the network of a run as a page or a picture, on its own validation text or on another one.
+
+    Raises:
+        RunError: if the directory is no run.
+        DataError: if the text cannot be read, or is no longer the one that the run was trained on.
+        OptionError: for a file that cannot be drawn.
+    """
+    config, model, numbers = loaded(path, text)
+    return drawn(model, numbers, config, target)
+
+
+def drawn(model: CharacterModel, numbers: Tensor, config: TrainConfig, target: Path) -> Path:
+    """Draw a model's network on a text; see `draw`."""
+    inputs, loss = sample_of(model.eval(), numbers, config)
+    draw(model.rnn, inputs, target, loss=loss)
+    return target
+
+
+def loaded(path: Path, text: Path | None) -> tuple[TrainConfig, CharacterModel, Tensor]:
+    """A run's config and model, and a text as its numbers."""
     config, model, vocabulary = load_run(path)
     told = read_text(text) if text else split_text(_own_text(path), batch=config.batch, window=config.window).validation
-    return diagnosis_of(model, vocabulary.encode(told), config)
+    return config, model, vocabulary.encode(told)
 
 
 def _own_text(path: Path) -> str:

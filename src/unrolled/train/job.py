@@ -10,8 +10,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from unrolled.errors import UnrolledError
 from unrolled.train.baselines import baselines
 from unrolled.train.config import TrainConfig
+from unrolled.train.diagnosing import drawn
 from unrolled.train.loop import bits_per_character, check_finite, train
 from unrolled.train.model import CharacterModel
 from unrolled.train.progress import ProgressBar, score_table
@@ -19,7 +21,10 @@ from unrolled.train.run import Run, create_run
 from unrolled.train.sampling import sample
 from unrolled.train.text import BUILT_IN, Split, Vocabulary, read_text, split_text
 
-__all__ = ["run_job"]
+__all__ = ["PAGE", "run_job"]
+
+PAGE = "page.html"
+"""The page's name in a run directory."""
 
 _PROMPT = "The "
 _SAMPLE = 300
@@ -51,6 +56,7 @@ def run_job(config: TrainConfig, file: Path | None, console: Console) -> Run:
             model, vocabulary = train(config, split, run, bar)
         _score(model, vocabulary, split, config, run, console)
         _show(model, vocabulary, config, run, console)
+        _draw(model, vocabulary, split, config, run, console)
     except KeyboardInterrupt:
         _tell_interrupted(run, console)
         raise
@@ -88,6 +94,18 @@ def _show(model: CharacterModel, vocabulary: Vocabulary, config: TrainConfig, ru
     console.print(f"\nwritten: {run.path} (config.json, metrics.jsonl, model.safetensors)", soft_wrap=True)
     options = f" --prompt {shlex.quote(prompt)}" if prompt else ""
     console.print(f"{_next_command(run)}{options} --temperature 0.5", soft_wrap=True)
+
+
+def _draw(
+    model: CharacterModel, vocabulary: Vocabulary, split: Split, config: TrainConfig, run: Run, console: Console
+) -> None:
+    """Write the page into the run directory, or say how to come by it."""
+    try:
+        with console.status("drawing the page"):
+            page = drawn(model, vocabulary.encode(split.validation).to(config.device), config, run.path / PAGE)
+        console.print(f"a page to look at: {page}", soft_wrap=True)
+    except UnrolledError as error:
+        console.print(f"no page was written: {error}", soft_wrap=True)
 
 
 def _tell_interrupted(run: Run, console: Console) -> None:

@@ -40,7 +40,7 @@ class Run:
 
     def discard(self) -> None:
         """Remove what the run wrote, and the directory if it was made for it and holds nothing else."""
-        for name in (_CONFIG, _METRICS, _MODEL, _MODEL + _UNFINISHED):
+        for name in (_CONFIG, _METRICS, _MODEL, _MODEL + _UNFINISHED, "page.html"):
             (self.path / name).unlink(missing_ok=True)
         if self._made and not any(self.path.iterdir()):
             self.path.rmdir()

@@ -1,0 +1,183 @@
+"""The page and its pictures as files: what they hold is what was measured, and a failed one leaves the old one."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import unrolled as ur
+from unrolled._portrait import portrait
+from unrolled.drawing.portrait import MISSING
+from unrolled.errors import GradientError, InputError, OptionError
+
+T, B, I, H = 9, 3, 5, 70
+
+
+def loss(outputs: Tensor, state: Any) -> Tensor:
+    return outputs.square().mean()
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def values(strip: Any) -> np.ndarray:
+    levels = np.frombuffer(base64.b64decode(strip["levels"]), np.uint8).reshape(-1, strip["entries"])
+    return (levels.astype(float) / 127 - 1) * strip["scale"]
+
+
+@pytest.fixture
+def network() -> tuple[ur.Unrolled, Tensor]:
+    torch.manual_seed(0)
+    return ur.unroll(ur.LSTMCell(I, H)), torch.randn(T, B, I)
+
+
+def test_strips_are_the_copies_tensors_in_eight_bits(network: Any, tmp_path: Path) -> None:
+    rnn, inputs = network
+    ur.draw(rnn, inputs, tmp_path / "page.html", loss=loss, row=1)
+    copies = ur.copies(rnn, inputs)
+    copies.backward(loss(copies.outputs, copies.state))
+    wanted = {
+        "x": [copy.input for copy in copies],
+        "h": [copy.state[0] for copy in copies],
+        "c": [copy.state[1] for copy in copies],
+        "y": [copy.output for copy in copies],
+        "dL/dx": [copy.input_grad for copy in copies],
+        "dL/dh": [copy.total_state_grad[0] for copy in copies],
+        "dL/dc": [copy.total_state_grad[1] for copy in copies],
+        "dL/dy": [copy.output_grad for copy in copies],
+    }
+    strips = data_of((tmp_path / "page.html").read_text())["layers"][0]["strips"]
+    assert [strip["name"] for strip in strips] == list(wanted)
+    for strip in strips:
+        true = torch.stack(wanted[strip["name"]])[:, 1].detach().numpy()
+        assert (strip["of"], strip["entries"]) == (true.shape[1], min(true.shape[1], 64))
+        shown = true[:, : strip["entries"]]
+        assert strip["scale"] == pytest.approx(float(abs(shown).max()))
+        assert abs(values(strip) - shown).max() <= strip["scale"] / 127 * 0.51
+
+
+def test_what_is_not_finite_or_not_there_is_blank() -> None:
+    class Odd(torch.nn.Module):
+        def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.where(input > 0, input, torch.inf), state
+
+        def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+            return torch.zeros(batch_size, 1)
+
+    inputs = torch.tensor([[[1.0, -1.0]], [[-1.0, 2.0]]])
+    (strip,) = (s for s in portrait(ur.unroll(Odd()), inputs).layers[0].strips if s.role == "output")
+    assert list(strip.levels) == [190, MISSING, MISSING, 254]
+    assert strip.scale == 2.0
+
+
+def test_charts_hold_the_figures_of_the_diagnosis(network: Any) -> None:
+    rnn, inputs = network
+    found, shown = ur.diagnose(rnn, inputs, loss).layers[0], portrait(rnn, inputs, loss).layers[0]
+    charts = {chart.key: chart for chart in shown.charts}
+    assert set(charts) == {"flow", "lag", "shares", "saturation", "states"}
+    assert charts["flow"].series[0].y == pytest.approx(found.flow.norms)
+    assert charts["lag"].x == found.lag.lags
+    assert charts["lag"].series[0].y == pytest.approx(found.lag.median)
+    by_name = {one.name: one.norms for one in found.weights}
+    assert {s.name: s.y for s in charts["shares"].series} == {n: pytest.approx(y) for n, y in by_name.items()}
+    plan = rnn.plan(inputs)
+    assert [(o.name, o.place, o.reason) for o in shown.operations] == [
+        (o.name, o.place, o.reason) for o in plan.operations
+    ]
+
+
+def test_the_memory_chart_marks_what_the_network_goes_by() -> None:
+    rnn = ur.unroll(ur.LSTMCell(8, 16), memory=0.2)
+    inputs = torch.randn(500, 2, 8)
+    plan, (chart,) = ur.plan_memory(rnn, inputs), portrait(rnn, inputs).charts
+    assert chart.x == tuple(option["bytes"] for option in plan.to_dict()["options"])
+    assert chart.labels[chart.chosen] == plan.chosen.name
+
+
+def test_the_page_stands_alone_and_escapes_names(network: Any, tmp_path: Path) -> None:
+    rnn, inputs = network
+    hostile = "</script><script>alert(1)</script>\"'&"
+    rnn.cell.__class__ = type(hostile, (ur.LSTMCell,), {})
+    ur.draw(rnn, inputs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page.split('<script id="vega"')[0])
+    seen: list[str] = []
+
+    class Scripts(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            seen.extend([tag] if tag == "script" else [])
+
+    Scripts().feed(page)
+    assert seen == ["script"] * 3
+    assert data_of(page)["layers"][0]["cell"] == hostile
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize(("ending", "magic"), [(".svg", b"<svg"), (".png", b"\x89PNG"), (".pdf", b"%PDF")])
+@pytest.mark.parametrize("chart", [None, "flow", "lag", "shares", "saturation", "states", "memory"])
+def test_pictures_of_the_network_and_of_each_chart(
+    network: Any, chart: str | None, ending: str, magic: bytes, tmp_path: Path
+) -> None:
+    rnn, inputs = network
+    target = tmp_path / f"picture{ending}"
+    ur.draw(rnn, inputs, target, loss=loss, chart=chart)
+    assert target.read_bytes().startswith(magic)
+    assert len(target.read_bytes()) > 2000
+
+
+def test_layers_have_charts_of_their_own(tmp_path: Path) -> None:
+    rnn = ur.stack([ur.GRUCell(I, H), ur.RNNCell(H, 4)])
+    ur.draw(rnn, torch.randn(T, B, I), tmp_path / "flow.svg", loss=loss, chart="flow 1")
+    ur.draw(ur.LSTM(I, 4, num_layers=2, bidirectional=True), torch.randn(T, B, I), tmp_path / "page.html", loss=loss)
+    layers = data_of((tmp_path / "page.html").read_text())["layers"]
+    assert [layer["name"] for layer in layers] == [
+        f"layer {n}, {way}" for n in (0, 1) for way in ("forwards", "backwards")
+    ]
+    assert [layer["reverse"] for layer in layers] == [False, True] * 2
+
+
+def test_what_is_refused_leaves_the_file_as_it_was(network: Any, tmp_path: Path) -> None:
+    rnn, inputs = network
+    target = tmp_path / "page.html"
+    target.write_text("the good one")
+    refusals: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
+        (OptionError, r"must end in \.html, \.svg", tmp_path / "page.htm", {}),
+        (OptionError, "directory that exists", tmp_path / "none" / "page.html", {}),
+        (InputError, "row must be one of the batch's 3", target, {"row": 3}),
+        (
+            OptionError,
+            "chart must be one of 'memory', got 'flow'; those of gradients need loss=",
+            tmp_path / "a.svg",
+            {"chart": "flow"},
+        ),
+        (OptionError, r"a chart is drawn as \.svg", tmp_path / "a.txt", {"chart": "memory"}),
+        (GradientError, "does not depend", target, {"loss": lambda outputs, state: torch.ones((), requires_grad=True)}),
+    ]
+    for error, told, path, options in refusals:
+        with pytest.raises(error, match=told):
+            ur.draw(rnn, inputs, path, **options)
+    with pytest.raises(OptionError, match="up to 4000 copies, got 4001"):
+        ur.draw(ur.unroll(ur.RNNCell(1, 1)), torch.zeros(4001, 1, 1), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert target.read_text() == "the good one"
+
+
+def test_without_the_packages_it_says_how_to_get_them(network: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    rnn, inputs = network
+    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
+    for name in ("page.html", "net.png"):
+        with pytest.raises(OptionError, match=r"pip install 'unrolled\[draw\]'"):
+            ur.draw(rnn, inputs, tmp_path / name)
+    ur.draw(rnn, inputs, tmp_path / "net.svg")
