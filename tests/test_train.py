@@ -93,7 +93,12 @@ def test_the_command_learns_a_small_real_text_and_keeps_a_usable_run(text_file, 
     assert sum(line["kind"] == "update" for line in lines) == updates
     assert str(out) in printed
     assert f"{test['bits']:.3f}" in printed
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors", "page.html"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "page.html",
+    ]
     code, printed, _ = command(capsys, "sample", out, "--prompt", "The ", "--length", 40)
     assert code == 0
     assert printed.startswith("The ")

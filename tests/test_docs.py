@@ -1,0 +1,36 @@
+"""The code of the documentation runs, block after block."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+
+
+def blocks_of(page: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page, with the lines that they begin on."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+def test_a_page_runs_from_top_to_bottom(page: Path) -> None:
+    before, names = torch.get_default_dtype(), dict[str, Any](__name__="docs")
+    torch.manual_seed(0)
+    for line, block in blocks_of(page):
+        exec(compile("\n" * line + block, str(page), "exec"), names)
+    assert torch.get_default_dtype() == before
+
+
+def test_the_teaching_page_has_code_and_its_pictures_exist() -> None:
+    page = Path(__file__).parent.parent / "docs" / "unrolling.md"
+    assert len(blocks_of(page)) >= 8
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert len(pictures) >= 5
+    assert all((page.parent / name).read_text(encoding="utf-8").lstrip().startswith("<svg") for name in pictures)
