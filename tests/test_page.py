@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -181,3 +182,13 @@ def test_without_the_packages_it_says_how_to_get_them(network: Any, tmp_path: Pa
         with pytest.raises(OptionError, match=r"pip install 'unrolled\[draw\]'"):
             ur.draw(rnn, inputs, tmp_path / name)
     ur.draw(rnn, inputs, tmp_path / "net.svg")
+
+
+def test_results_are_told_in_notebooks_and_as_json() -> None:
+    rnn, inputs = ur.unroll(ur.GRUCell(I, 4)), torch.randn(T, B, I)
+    copies = ur.copies(rnn, inputs)
+    copies.backward(copies.outputs.sum())
+    results = [rnn.plan(inputs), ur.verify(rnn, inputs), ur.plan_memory(rnn, inputs), copies.truncated(3)]
+    for result in [*results, ur.diagnose(rnn, inputs, loss)]:
+        assert json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert html.escape(str(result)).splitlines()[0] in result._repr_html_()

@@ -14,6 +14,7 @@ from torch import Tensor
 from unrolled._doors import derivative
 from unrolled.bptt.truncation import Block, Truncation, truncation_of
 from unrolled.errors import OptionError
+from unrolled.told import Told
 
 __all__ = ["Bias", "StepGrads", "TruncationBias", "asked_truncation", "truncation_bias"]
 
@@ -37,7 +38,7 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class TruncationBias:
+class TruncationBias(Told):
     """What truncation does to the gradient of a run; `print` it.
 
     Attributes:

@@ -21,15 +21,15 @@ from unrolled.bptt.run import run_plan
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
+from unrolled.cells import contract
 from unrolled.cells.adapted import as_cell
-from unrolled.cells.contract import CheckedStep, check_context, check_state, make_state, name_of
 from unrolled.engine import reference
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.report import Plan, report
 from unrolled.plan.twin import twin_of
-from unrolled.trees import Tree, describe, flatten, leaves, map_leaves, paths
+from unrolled.trees import Tree, map_leaves
 from unrolled.wrappers.resetting import ResettingCell
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
@@ -185,7 +185,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
             return self, (steps, given.rows(first), given.rows(context), given.extent)
         fresh = given.fresh(self)
         if fresh is None:
-            fresh = first if state is None else make_state(self.cell, steps, given.batch)
+            fresh = first if state is None else contract.make_state(self.cell, steps, given.batch)
         mask = self.checked_resets(given, resets, fresh)
         started = given.rows(context), given.rows(fresh)
         return self._with_resets(), ((steps, mask), given.rows(first), started, given.extent)
@@ -231,7 +231,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
                 if mapped is not None:
                     return self._forwards(mapped[0]), mapped[1]
             self.ran = "reference"
-            step = CheckedStep(self.cell, context, whole)  # which counts the copies of all pieces
+            step = contract.CheckedStep(self.cell, context, whole)  # which counts the copies of all pieces
             return reference.run(lambda t, *given: step(start + t, *given), inputs, state, extent, reverse=self.reverse)
 
         return run
@@ -256,7 +256,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         with torch.random.fork_rng(devices=[]):
             steps = given.sequences(inputs)
             state = self.checked(given, steps, state, context)
-        T, B, name = given.extent.steps, given.extent.batch, name_of(self.cell)
+        T, B, name = given.extent.steps, given.extent.batch, contract.name_of(self.cell)
         if self.truncation is not None:
             name = f"{name}, horizon {self.horizon}, stride {self.stride}"
         if self.engine == "reference" or not given.extent.rows:
@@ -274,11 +274,11 @@ class Unrolled(Windowed, Budgeted, nn.Module):
 
     def checked(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
         """Check what a caller passed; return the state that each row's first copy receives, or the cell's own."""
-        check_context(self.cell, context, given.batch)
+        contract.check_context(self.cell, context, given.batch)
         if state is None:
-            state = make_state(self.cell, steps, given.batch)
+            state = contract.make_state(self.cell, steps, given.batch)
         else:
-            check_state(self.cell, state, steps, given.batch)
+            contract.check_state(self.cell, state, steps, given.batch)
         if given.by_length:
             self._refuse_lengths(given, steps, state, context)
         return state
@@ -289,21 +289,13 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         Raises:
             InputError: if it is no bool of T and B, or the state has leaves without rows.
         """
-        self._refuse_without_rows(given, fresh, "resets")
+        contract.refuse_without_rows(self.cell, fresh, given.batch, "resets")
         return cast("Tensor", given.sequences(given.resets(resets, reverse=self.reverse)))
-
-    def _refuse_without_rows(self, given: Given, state: Tree, what: str) -> None:
-        for path, leaf in zip(paths(flatten(state)[1]), leaves(state), strict=True):
-            if leaf.dim() == 0 or leaf.shape[0] != given.batch:
-                raise InputError(
-                    f"{what} need a state whose leaves have a row for each sequence, [B, ...] with B = {given.batch}; "
-                    f"state{path} of {name_of(self.cell)} is {describe(leaf)}; leave {what}= out, or give it rows"
-                )
 
     def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
         """Refuse lengths for a cell whose rows are not rows of their own."""
-        name = name_of(self.cell)
-        self._refuse_without_rows(given, state, "lengths")
+        name = contract.name_of(self.cell)
+        contract.refuse_without_rows(self.cell, state, given.batch, "lengths")
         rows = given.rows(state), given.rows(context)
         if given.extent.rows and self._plans.couples(self.cell, steps, *rows, given.extent):
             raise InputError(
@@ -316,7 +308,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
         first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
         with torch.no_grad(), torch.random.fork_rng():
-            output, _ = CheckedStep(twin_of(self.cell), context)(0, first, state)
+            output, _ = contract.CheckedStep(twin_of(self.cell), context)(0, first, state)
         return map_leaves(lambda x: x[:0], output)
 
     def _with_resets(self) -> Unrolled:
@@ -346,7 +338,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         return ", ".join(f"{name}={value!r}" for name, (value, default) in options.items() if value != default)
 
     def _get_name(self) -> str:
-        return f"Unrolled[{name_of(self.cell)}]"
+        return f"Unrolled[{contract.name_of(self.cell)}]"
 
 
 def unroll(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,6 +17,7 @@ from unrolled._layers import TorchLayer
 from unrolled._stack import Layered
 from unrolled._unroll import ENGINES, Unrolled
 from unrolled.errors import InputError, OptionError
+from unrolled.told import Told
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
 __all__ = ["Check", "Verification", "verify"]
@@ -57,7 +60,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Told):
     """All checks of a network; true if all passed. `print` it for a table.
 
     Example:
@@ -71,6 +74,16 @@ class Verification:
     def passed(self) -> bool:
         """Whether every engine gave the reference's numbers."""
         return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, as JSON takes them; an error that is no number as text."""
+        checks = [
+            dataclasses.asdict(check) | {"dtype": str(check.dtype), "passed": check.passed} for check in self.checks
+        ]
+        for check in checks:
+            if not math.isfinite(check["error"]):
+                check["error"] = str(check["error"])
+        return {"passed": self.passed, "checks": checks}
 
     def __bool__(self) -> bool:
         return self.passed

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unrolled.bptt.planning import Option, readable
+from unrolled.told import Told
 
 __all__ = ["MemoryPlan"]
 
@@ -14,7 +15,7 @@ _WIDTH, _HEIGHT = 56, 10
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(Told):
     """Memory against time for the schedules of one call; `print` it.
 
     Attributes:

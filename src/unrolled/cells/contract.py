@@ -30,6 +30,26 @@ def state_names(cell: nn.Module) -> Sequence[str]:
     return names if isinstance(names, tuple | list) and all(isinstance(name, str) for name in names) else ()
 
 
+def refuse_without_rows(cell: nn.Module, state: Tree, batch: int, what: str) -> None:
+    """Refuse a state with leaves that do not have a row for each sequence, where rows go ways of their own.
+
+    Args:
+        cell: the cell.
+        state: its state.
+        batch: B.
+        what: the argument that needs rows: 'lengths' or 'resets'.
+
+    Raises:
+        InputError: naming the leaf.
+    """
+    for path, leaf in zip(paths(flatten(state)[1]), leaves(state), strict=True):
+        if leaf.dim() == 0 or leaf.shape[0] != batch:
+            raise InputError(
+                f"{what} need a state whose leaves have a row for each sequence, [B, ...] with B = {batch}; "
+                f"state{path} of {name_of(cell)} is {describe(leaf)}; leave {what}= out, or give it rows"
+            )
+
+
 def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
     """The cell's own initial state for these inputs: on their device, in the dtype of its parameters.
 

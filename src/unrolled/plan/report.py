@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from unrolled.plan.colour import Counter, Loop, Stage
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.program import Op, Program, Ref
+from unrolled.told import Told
 from unrolled.trees import paths
 
 __all__ = ["Plan", "PlannedOperation", "report"]
@@ -28,7 +31,7 @@ class PlannedOperation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Told):
     """How an unrolled network will be run; `print` it.
 
     Attributes:
@@ -52,6 +55,10 @@ class Plan:
     loops: int = 0
     kept_bytes: int = 0
     flops: tuple[tuple[str, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, as JSON takes them."""
+        return {**dataclasses.asdict(self), "flops": dict(self.flops)}
 
     def __str__(self) -> str:
         head = f"{self.cell}, {self.T} copies, batch {self.B}: engine {self.engine} ({self.why})"

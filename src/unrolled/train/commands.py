@@ -128,7 +128,8 @@ def diagnose_command(
     json: Annotated[bool, typer.Option("--json", help="print all figures as JSON")] = False,
 ) -> None:
     """Tell how a trained network's gradients flow: a verdict, the figures behind it, and what may help."""
-    found = diagnose_run(run, text)
+    with terminal(stderr=True).status("measuring"):
+        found = diagnose_run(run, text)
     print(found.to_json(indent=2) if json else found)
 
 
@@ -141,7 +142,9 @@ def draw_command(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default the run's own")] = None,
 ) -> None:
     """Draw a trained network: a page to unfold it in, with its gradients and a verdict, or one picture."""
-    print(f"written: {draw_run(run, out or run / PAGE, text)}")
+    with terminal(stderr=True).status("measuring and drawing"):
+        target = draw_run(run, out or run / PAGE, text)
+    print(f"written: {target}")
 
 
 def run_command(arguments: list[str] | None) -> int:
