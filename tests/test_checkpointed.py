@@ -434,6 +434,17 @@ def test_a_plan_says_what_there_is_to_choose_from() -> None:
     assert ur.plan_memory(ur.unroll(ur.LSTMCell(8, 16)), inputs).chosen.name == "store_all"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_plan_of_a_call_says_what_it_goes_by(engine: str) -> None:
+    rnn, inputs = ur.unroll(ur.LSTMCell(8, 16), engine=engine, memory=0.2), torch.randn(400, 4, 8)
+    chosen = ur.plan_memory(rnn, inputs).chosen
+    told = rnn.plan(inputs).schedule
+    assert told.startswith(f"checkpoints by {chosen.name}: ")
+    assert f" {chosen.schedule.extra_advances:,} steps run once more, {chosen.ratio:.2f} times" in told
+    assert told in str(rnn.plan(inputs))
+    assert not ur.unroll(ur.LSTMCell(8, 16), engine=engine).plan(inputs).schedule
+
+
 def test_planning_leaves_the_network_as_it_was() -> None:
     cell = _Forgetful()
     inputs = torch.randn(40, B, I, dtype=torch.float64)

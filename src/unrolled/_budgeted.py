@@ -16,6 +16,7 @@ from unrolled.bptt.checkpointing import Budget, Checkpointing, Scheduled
 from unrolled.bptt.costs import Costs
 from unrolled.bptt.measured import Meter
 from unrolled.bptt.pieces import Whole
+from unrolled.bptt.planning import option, readable
 from unrolled.bptt.schedules import Schedule
 from unrolled.errors import OptionError
 from unrolled.trees import Tree, flatten
@@ -70,6 +71,17 @@ class Budgeted:
         if schedule is None or schedule.segments == 1:
             return whole.run(whole.inputs, whole.state, whole.context, whole.extent, 0)
         return run_checkpointed(whole, schedule)
+
+    def schedule_told(self, whole: Whole, again: Callable[[], Whole]) -> str:
+        """What a run goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget."""
+        if self.checkpointing is None:
+            return ""
+        found = self.schedule(self.checkpointing, whole, again)
+        told = option(self.costs(whole, again, found.length), whole.extent, found)
+        return (
+            f"checkpoints by {told.name}: {readable(told.bytes)} promised, {found.extra_advances:,} steps run once "
+            f"more, {told.ratio:.2f} times the time of full storage expected"
+        )
 
     def costs(self, whole: Whole, again: Callable[[], Whole], length: int) -> Costs:
         """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -34,8 +35,7 @@ from unrolled.wrappers.resetting import ResettingCell
 
 __all__ = ["ENGINES", "Unrolled", "unroll"]
 
-_Parts: TypeAlias = tuple[Tree, Tree, Tree, Extent]
-"""Inputs, state, context and extent, as engines see them."""
+_Parts: TypeAlias = tuple[Tree, Tree, Tree, Extent]  # inputs, state, context, as engines see them
 
 ENGINES = ("auto", "reference", "eager", "native")
 """The engines there are; 'auto' takes the fastest that can run the cell."""
@@ -259,12 +259,15 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         T, B, name = given.extent.steps, given.extent.batch, contract.name_of(self.cell)
         if self.truncation is not None:
             name = f"{name}, horizon {self.horizon}, stride {self.stride}"
-        if self.engine == "reference" or not given.extent.rows:
-            return Plan(name, T, B, "reference", "it was asked for" if T else "no row has a step")
+        if not given.extent.rows:
+            return Plan(name, T, B, "reference", "no row has a step")
+        told = self.schedule_told(*self.runs(given, steps, state, None, context))
+        if self.engine == "reference":
+            return Plan(name, T, B, "reference", "it was asked for", schedule=told)
         decision = self._plans.look_up(self.cell, steps, given.rows(state), given.rows(context), given.extent)
         if decision.plan is None:
-            return Plan(name, T, B, decision.engine, decision.why)
-        return report(decision.plan, name, T, B, decision.engine, decision.why)
+            return Plan(name, T, B, decision.engine, decision.why, schedule=told)
+        return replace(report(decision.plan, name, T, B, decision.engine, decision.why), schedule=told)
 
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""

@@ -44,6 +44,7 @@ class Plan(Told):
         loops: how many loops walk through time.
         kept_bytes: what a backward pass keeps of one step, in bytes.
         flops: floating-point operations of one step by place.
+        schedule: under a memory budget what the call goes by: bytes promised, extra steps, the time expected.
     """
 
     cell: str
@@ -55,6 +56,7 @@ class Plan(Told):
     loops: int = 0
     kept_bytes: int = 0
     flops: tuple[tuple[str, int], ...] = ()
+    schedule: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and text, as JSON takes them."""
@@ -62,6 +64,7 @@ class Plan(Told):
 
     def __str__(self) -> str:
         head = f"{self.cell}, {self.T} copies, batch {self.B}: engine {self.engine} ({self.why})"
+        head += f"\n{self.schedule}" if self.schedule else ""
         if not self.operations:
             return f"{head}\nevery copy is run by itself: nothing could be moved"
         return "\n".join([head, "", *self._table(), "", *self._costs()])
