@@ -329,16 +329,10 @@ class Unrolled(Windowed, Budgeted, nn.Module):
 
     def extra_repr(self) -> str:
         """The options that differ from the defaults."""
-        options = {
-            "engine": (self.engine, "auto"),
-            "batch_first": (self.batch_first, False),
-            "reverse": (self.reverse, False),
-            "horizon": (self.horizon, None),
-            "stride": (self.stride, None),
-            "memory": (self.memory, None),
-            "checkpoint": (self.checkpoint, None),
-        }
-        return ", ".join(f"{name}={value!r}" for name, (value, default) in options.items() if value != default)
+        defaults: dict[str, Any] = {"engine": "auto", "batch_first": False, "reverse": False}
+        defaults |= dict.fromkeys(("horizon", "stride", "memory", "checkpoint"))
+        given = {name: getattr(self, name) for name in defaults}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != defaults[name])
 
     def _get_name(self) -> str:
         return f"Unrolled[{contract.name_of(self.cell)}]"
