@@ -318,11 +318,13 @@ def test_second_derivatives_are_refused() -> None:
         torch.func.grad(lambda x: ur.unroll(cell, memory=0.5)(x)[0].sum())(inputs)
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{"checkpoint": SCHEDULES["segments of 4"]}, {"memory": 0.8}])
+def test_without_gradients_nothing_is_kept(options: dict[str, Any], mode: Any) -> None:
     cell = ur.LSTMCell(I, H).double()
     inputs, _ = sample()
-    rnn = ur.unroll(cell, checkpoint=SCHEDULES["segments of 4"])
-    with torch.no_grad():
+    rnn = ur.unroll(cell, **options)
+    with mode():
         outputs, last = rnn(inputs)
         wanted, end = ur.unroll(cell)(inputs)
     assert not outputs.requires_grad

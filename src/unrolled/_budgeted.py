@@ -97,7 +97,6 @@ def _kind(whole: Whole) -> tuple[Any, ...]:
     """All that memory depends on, but for the steps."""
     modules: nn.Module = whole.module
     return (
-        torch.is_grad_enabled(),
         *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
         whole.extent.batch,
         whole.reverse,

@@ -47,6 +47,7 @@ class Meter:
         wanted = [*_FIRST, min(_LONGEST, max(_FIRST[-1], 1 << (max(length, 1).bit_length() - 1)))]
         missing = [steps for steps in dict.fromkeys(wanted) if steps not in self._taped]
         if missing:
+            # Also for a call without gradients: a budget is one of training, and both go by the same schedule.
             with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
                 self._measure(_Sample(whole()), missing)
         curves = [Curve(tuple(sorted(points.items()))) for points in (self._stored, self._taped)]
@@ -89,7 +90,7 @@ class _Sample:
             return (many.flatten(0, 1) if ragged else many).requires_grad_(leaf.requires_grad)
 
         def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().requires_grad_(tensor.requires_grad)
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
         given = map_leaves(repeated, whole.inputs), map_leaves(leaf, whole.state), map_leaves(leaf, whole.context)
         extent = Extent(steps, batch, (batch,) * steps if ragged else None)
