@@ -457,6 +457,23 @@ def test_planning_leaves_the_network_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_another_engine_is_measured_anew() -> None:
+    rnn, inputs = ur.unroll(ur.LSTMCell(8, 16), memory=0.2), torch.randn(400, 4, 8)
+    first = ur.plan_memory(rnn, inputs).options[0].bytes
+    rnn.engine = "reference"
+    assert ur.plan_memory(rnn, inputs).options[0].bytes != first
+
+
+def test_a_cell_that_cannot_be_copied_is_planned_for_too() -> None:
+    class Stubborn(NoisyCell):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("there is one of me")
+
+    inputs = torch.randn(400, B, I, dtype=torch.float64)
+    plan = ur.plan_memory(ur.unroll(Stubborn(), memory=0.2), inputs)
+    assert plan.chosen.bytes <= 0.2 * plan.options[0].bytes
+
+
 def test_a_budget_of_all_is_full_storage() -> None:
     cell = ur.GRUCell(I, H).double()
     inputs, _ = sample()

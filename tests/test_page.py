@@ -17,7 +17,8 @@ from torch import Tensor
 
 import unrolled as ur
 from unrolled._portrait import portrait
-from unrolled.drawing.portrait import MISSING
+from unrolled.drawing.portrait import MISSING, Chart, Series
+from unrolled.drawing.vega import rows, specification
 from unrolled.errors import GradientError, InputError, OptionError
 
 T, B, I, H = 9, 3, 5, 70
@@ -87,7 +88,8 @@ def test_charts_hold_the_figures_of_the_diagnosis(network: Any) -> None:
     rnn, inputs = network
     found, shown = ur.diagnose(rnn, inputs, loss).layers[0], portrait(rnn, inputs, loss).layers[0]
     charts = {chart.key: chart for chart in shown.charts}
-    assert set(charts) == {"flow", "lag", "shares", "saturation", "states"}
+    assert set(charts) == {"flow", "lag", "jacobian", "shares", "saturation", "states"}
+    assert charts["jacobian"].series[0].y == pytest.approx(found.jacobian.median)
     assert charts["flow"].series[0].y == pytest.approx(found.flow.norms)
     assert charts["lag"].x == found.lag.lags
     assert charts["lag"].series[0].y == pytest.approx(found.lag.median)
@@ -97,6 +99,21 @@ def test_charts_hold_the_figures_of_the_diagnosis(network: Any) -> None:
     assert [(o.name, o.place, o.reason) for o in shown.operations] == [
         (o.name, o.place, o.reason) for o in plan.operations
     ]
+
+
+def test_a_row_that_has_ended_is_blank(network: Any, tmp_path: Path) -> None:
+    rnn, inputs = network
+    lengths, resets = [T, 4, 6], torch.arange(T * B).view(T, B) % 5 == 3
+    options = {"lengths": lengths, "resets": resets}
+    ur.draw(rnn, inputs, tmp_path / "page.html", loss=loss, row=1, **options)
+    outputs, _ = rnn(inputs, **options)
+    strips = data_of((tmp_path / "page.html").read_text())["layers"][0]["strips"]
+    (shown,) = (strip for strip in strips if strip["name"] == "y")
+    levels = np.frombuffer(base64.b64decode(shown["levels"]), np.uint8).reshape(T, -1)
+    assert (levels[4:] == MISSING).all()
+    assert not (levels[:4] == MISSING).any()
+    off = values(shown)[:4] - outputs[:4, 1, : shown["entries"]].detach().numpy()
+    assert abs(off).max() <= shown["scale"] / 127 * 0.51
 
 
 def test_the_memory_chart_marks_what_the_network_goes_by() -> None:
@@ -127,7 +144,7 @@ def test_the_page_stands_alone_and_escapes_names(network: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("ending", "magic"), [(".svg", b"<svg"), (".png", b"\x89PNG"), (".pdf", b"%PDF")])
-@pytest.mark.parametrize("chart", [None, "flow", "lag", "shares", "saturation", "states", "memory"])
+@pytest.mark.parametrize("chart", [None, "flow", "lag", "jacobian", "shares", "saturation", "states", "memory"])
 def test_pictures_of_the_network_and_of_each_chart(
     network: Any, chart: str | None, ending: str, magic: bytes, tmp_path: Path
 ) -> None:
@@ -192,3 +209,13 @@ def test_results_are_told_in_notebooks_and_as_json() -> None:
     for result in [*results, ur.diagnose(rnn, inputs, loss)]:
         assert json.loads(json.dumps(result.to_dict(), allow_nan=False))
         assert html.escape(str(result)).splitlines()[0] in result._repr_html_()
+
+
+def test_a_chart_is_drawn_as_it_was(regenerate: bool) -> None:
+    band = Series("median", (1.0, 0.1, None), (0.5, 0.05, None), (2.0, 0.2, None))
+    chart = Chart("lag", "A title", "lag", "norm", (1.0, 2.0, 3.0), (band,), "A sentence.", by_copy=True, log_y=True)
+    told = json.dumps({"specification": specification(chart), "rows": rows(chart)}, indent=1) + "\n"
+    golden = Path(__file__).parent / "golden" / "chart.json"
+    if regenerate:
+        golden.write_text(told, encoding="utf-8")
+    assert told == golden.read_text(encoding="utf-8")

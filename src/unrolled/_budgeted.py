@@ -86,7 +86,9 @@ class Budgeted:
     def costs(self, whole: Whole, again: Callable[[], Whole], length: int) -> Costs:
         """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""
         meters: Kept[Meter] = self.__dict__.setdefault("_meters", Kept(_MOST_METERS))
-        return meters.get(_kind(whole), Meter).costs(again, length)
+        networks = self.modules() if isinstance(self, nn.Module) else ()
+        engines = tuple(getattr(network, "engine", None) for network in networks)
+        return meters.get((engines, _kind(whole)), Meter).costs(again, length)
 
     def schedule(self, checkpointing: Checkpointing, whole: Whole, again: Callable[[], Whole]) -> Schedule:
         """The schedule that a run goes by; takes what `run_whole` does."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from unrolled._given import Lengths
 from unrolled._layers import TorchLayer
 from unrolled._portrait import portrait
 from unrolled._probe import probed
@@ -41,6 +42,8 @@ def draw(
     chart: str | None = None,
     row: int = 0,
     state: Tree = None,
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
     context: Tree = None,
 ) -> Path | None:
     """Draw an unrolled network: the rolled cell, its copies, what they hand on and what they share.
@@ -55,10 +58,12 @@ def draw(
         inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`).
         path: a file ending in .html, .svg, .png, .pdf or .txt; by default the picture is printed as text.
         loss: `loss(outputs, state)`, a scalar, whose gradients a page or a chart shows.
-        chart: for a picture, what is drawn in place of the network: 'flow', 'lag', 'shares', 'saturation', 'states' or
-            'memory'; in a network of several layers 'flow 0', 'flow 1', ...
+        chart: for a picture, what is drawn in place of the network: 'flow', 'lag', 'shares', 'saturation', 'states',
+            'jacobian' or 'memory'; in a network of several layers 'flow 0', 'flow 1', ...
         row: which row of the batch a page's strips show.
         state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
+        lengths: for a page or a chart how many steps each row has, as `rnn` takes them.
+        resets: for a page or a chart the rows that start afresh, as `rnn` takes them.
         context: what a cell with a third argument receives at every step.
 
     Returns:
@@ -84,9 +89,11 @@ def draw(
     kind = target.suffix.lower()
     _refuse_packed(inputs)
     if kind == ".html":
-        _write(target, webpage(portrait(rnn, inputs, loss, state=state, context=context, row=row)).encode())
+        found = portrait(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context, row=row)
+        _write(target, webpage(found).encode())
     elif chart is not None:
-        _write(target, picture(_chart(portrait(rnn, inputs, loss, state=state, context=context), chart), kind))
+        found = portrait(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context)
+        _write(target, picture(_chart(found, chart), kind))
     elif kind == ".txt":
         _write(target, text(*_sketches(rnn, inputs, state, context)).encode())
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unrolled._copies import Copies, Copy
 from unrolled._diagnose import diagnose
+from unrolled._given import Lengths
 from unrolled._layered import Layered
 from unrolled._layered_copies import copies
 from unrolled._layers import TorchLayer
@@ -22,7 +23,7 @@ from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.drawing.figures import layer_charts, memory_chart
-from unrolled.drawing.portrait import MISSING, Layer, Operation, Portrait, Strip
+from unrolled.drawing.portrait import MISSING, Chart, Layer, Operation, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
@@ -38,6 +39,8 @@ def portrait(
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
     state: Tree = None,
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
     context: Tree = None,
     row: int = 0,
 ) -> Portrait:
@@ -48,6 +51,8 @@ def portrait(
         inputs: as the call takes them.
         loss: `loss(outputs, state)`, a scalar; without one there are no gradients to show.
         state: as the call takes it.
+        lengths: as the call takes them; strips are blank where the row has ended.
+        resets: as the call takes them.
         context: as the call takes it.
         row: which row of the batch strips show.
 
@@ -56,7 +61,7 @@ def portrait(
         InputError: for a row that the batch does not have.
     """
     with torch.random.fork_rng(), torch.enable_grad():
-        run = copies(rnn, inputs, state, context=context)
+        run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
         named = list(networks_in(run))
         T, B = len(named[0][1]), named[0][1]._network.given.batch
         _check(T, B, row)
@@ -65,7 +70,7 @@ def portrait(
     found = None
     if loss is not None:
         with torch.random.fork_rng():
-            found = diagnose(rnn, inputs, loss, state=state, context=context)
+            found = diagnose(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context)
     parts = _networks(rnn)
     diagnoses: Sequence[LayerDiagnosis | None] = found.layers if found else [None] * len(named)
     layers = tuple(
@@ -76,7 +81,8 @@ def portrait(
         "Gradients, the verdict and most figures need a loss: "
         "ur.draw(rnn, inputs, 'page.html', loss=lambda outputs, state: ...)",
     )  # fmt: skip
-    charts = _memory_charts(rnn, inputs, state, context)
+    options = {"lengths": lengths, "resets": resets, "context": context}
+    charts = _memory_charts(rnn, inputs, state, options)
     verdict = found.verdict.to_dict() if found else None
     return Portrait(rnn._get_name(), T, B, row, layers, charts, verdict, notes)
 
@@ -94,10 +100,10 @@ def _networks(rnn: nn.Module) -> list[Unrolled]:
     return [rnn] if isinstance(rnn, Unrolled) else cast("Layered", rnn).networks
 
 
-def _memory_charts(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Any, ...]:
+def _memory_charts(rnn: nn.Module, inputs: Tree, state: Tree, options: dict[str, Any]) -> tuple[Chart, ...]:
     if not isinstance(rnn, Unrolled | Stack) or any(network.reverse for network in _networks(rnn)[1:]):
         return ()
-    return (memory_chart(plan_memory(rnn, inputs, state, context=context).to_dict()),)
+    return (memory_chart(plan_memory(rnn, inputs, state, **options).to_dict()),)
 
 
 def _layer(

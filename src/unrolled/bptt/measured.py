@@ -115,8 +115,14 @@ def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]
 
 
 def twin_sharing(network: nn.Module) -> nn.Module:
-    """A copy of a network on the same tensors: what its steps leave in attributes does not reach the network itself."""
+    """A copy of a network on the same tensors: what its steps leave in attributes does not reach the network itself.
+
+    One that cannot be copied is returned as it is: then its steps are called some more times than there are.
+    """
     shared = [*network.parameters(), *network.buffers()]
     shared += [x for module in network.modules() for x in vars(module).values() if isinstance(x, Tensor)]
     plans = [vars(module)["_plans"] for module in network.modules() if "_plans" in vars(module)]
-    return copy.deepcopy(network, {id(x): x for x in (*shared, *plans)})
+    try:
+        return copy.deepcopy(network, {id(x): x for x in (*shared, *plans)})
+    except Exception:
+        return network

@@ -16,7 +16,7 @@ _MOST_LINES = 6
 
 def layer_charts(found: LayerDiagnosis) -> tuple[Chart, ...]:
     """The charts of one cell's diagnosis."""
-    charts = [_flow(found), _lag(found), _shares(found), _saturation(found), _states(found)]
+    charts = [_flow(found), _lag(found), _jacobian(found), _shares(found), _saturation(found), _states(found)]
     return tuple(chart for chart in charts if chart is not None)
 
 
@@ -58,6 +58,22 @@ def _lag(found: LayerDiagnosis) -> Chart | None:
     return Chart(
         "lag", "Gradient over distance", "lag t − s, in copies", "|d loss_t / d state_s|",
         tuple(map(float, lag.lags)), (series,), sentence, log_y=True,
+    )  # fmt: skip
+
+
+def _jacobian(found: LayerDiagnosis) -> Chart | None:
+    jacobian = found.jacobian
+    if jacobian is None:
+        return None
+    sentence = f"The largest stretch of a small change of the state: {jacobian.median[0]:.3g} after one copy"
+    sentence += f", {jacobian.median[-1]:.3g} after {jacobian.lags[-1]}"
+    if found.lyapunov is not None:
+        sentence += f"; the leading Lyapunov exponent is {found.lyapunov.exponents[0]:.3g} per step"
+    bands = (_numbers(values, above=0.0) for values in (jacobian.median, jacobian.lower, jacobian.upper))
+    return Chart(
+        "jacobian", "How far a change of the state is stretched", "lag t − s, in copies",
+        "leading singular value of d state_t / d state_s", tuple(map(float, jacobian.lags)),
+        (Series("median", *bands),), f"{sentence} (quartiles over {jacobian.rows} rows).", log_y=True,
     )  # fmt: skip
 
 
