@@ -267,9 +267,7 @@ def test_an_exploding_gradient_is_clipped_at_what_most_copies_give() -> None:
     found = ur.diagnose(ur.unroll(LinearCell(torch.tensor(w))), torch.zeros(T, 1, 1), lambda o, s: s.sum(), state=start)
     (finding,) = found.verdict.findings
     assert finding.kind == "exploding"
-    assert (
-        finding.remedies[0].text == f"clip: torch.nn.utils.clip_grad_norm_(rnn.parameters(), {10 * math.sqrt(T):.2g})"
-    )
+    assert finding.remedies[0].text.endswith(f"clip_grad_norm_(rnn.parameters(), {10 * math.sqrt(T):.2g})")
 
 
 class Dropping(nn.Module):
