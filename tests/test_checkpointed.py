@@ -481,6 +481,12 @@ def test_a_cell_that_cannot_be_copied_is_planned_for_too() -> None:
     assert plan.chosen.bytes <= 0.2 * plan.options[0].bytes
 
 
+@pytest.mark.parametrize(("memory", "same"), [("12.5%", 0.125), ("1.5 kB", 1500), ("2KiB", 2048), ("0.001GB", 10**6)])
+def test_a_budget_as_text(memory: str, same: float) -> None:
+    said, meant = (ur.unroll(ur.GRUCell(I, H), memory=given).checkpointing for given in (memory, same))
+    assert (said.bytes, said.share) == (meant.bytes, meant.share)
+
+
 def test_a_budget_of_all_is_full_storage() -> None:
     cell = ur.GRUCell(I, H).double()
     inputs, _ = sample()
@@ -501,6 +507,8 @@ def test_a_budget_of_all_is_full_storage() -> None:
         ({"memory": True}, "got True"),
         ({"memory": -3}, "got -3"),
         ({"memory": "-1GB"}, "got '-1GB'"),
+        ({"memory": "0%"}, "got '0%'"),
+        ({"memory": "101%"}, "got '101%'"),
         ({"checkpoint": 5}, "checkpoint must be a schedule"),
         ({"memory": "1GB", "checkpoint": ur.segments(4, 2)}, "got both"),
         ({"memory": "1GB", "horizon": 5}, "not both"),
@@ -523,13 +531,12 @@ def test_a_schedule_for_another_sequence_is_refused() -> None:
 
 
 def test_a_budget_below_the_least_says_what_fits() -> None:
-    inputs = torch.randn(3000, 8, 24)
-    for memory, remedy in (("230kB", r"horizon=\d+ would fit"), (60_000, "not even one step would fit")):
-        rnn = ur.unroll(ur.LSTMCell(24, 32), memory=memory)
+    cell, inputs = ur.LSTMCell(24, 32), torch.randn(3000, 8, 24)
+    least = ur.plan_memory(ur.unroll(cell), inputs).options[-1].bytes
+    for memory, remedy in ((int(least * 0.95), r"horizon=\d+ would fit"), (1000, "not even one step would fit")):
         with pytest.raises(OptionError, match=rf"kB, but 3000 steps of 8 rows take at least .*, by .*; {remedy}"):
-            rnn(inputs)
-    least = ur.plan_memory(ur.unroll(ur.LSTMCell(24, 32)), torch.randn(3000, 8, 24)).options[-1].bytes
-    ur.unroll(ur.LSTMCell(24, 32), memory=int(least * 1.01))(torch.randn(3000, 8, 24))[0].sum().backward()
+            ur.unroll(cell, memory=memory)(inputs)
+    ur.unroll(cell, memory=int(least * 1.01))(inputs)[0].sum().backward()
 
 
 def test_layers_that_cannot_be_cut_together_are_refused() -> None:

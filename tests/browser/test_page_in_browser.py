@@ -83,13 +83,11 @@ def chosen(page: Page) -> list[int]:
     )
 
 
-def scroll_through(page: Page) -> None:
-    for share in (0.4, 0.7, 1.0):
-        page.evaluate("(share) => window.scrollTo(0, share * document.body.scrollHeight)", share)
-        page.wait_for_timeout(250)
-    page.wait_for_function(
-        "document.querySelectorAll('.plot svg').length === document.querySelectorAll('.plot').length"
-    )
+def see_all_charts(page: Page) -> None:
+    """Charts are drawn as they come into sight."""
+    for plot in page.locator(".plot").all():
+        plot.scroll_into_view_if_needed()
+        plot.locator("svg.marks").wait_for()
 
 
 def test_a_click_unfolds_the_cell_into_copies(opened: Callable[..., Page]) -> None:
@@ -119,7 +117,7 @@ def test_copies_are_dragged_through_time(opened: Callable[..., Page]) -> None:
 def test_choosing_a_copy_anywhere_chooses_it_everywhere(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
     page.click("#fold")
-    scroll_through(page)
+    see_all_charts(page)
     page.click("g.copy[data-copy='3']")
     assert chosen(page) == [3] * 4
     reel = page.locator(".reel").nth(1).bounding_box()
@@ -191,7 +189,7 @@ def test_it_is_readable_in_every_size_and_light(
     page = opened(name, size, scheme)
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     page.click("#fold")
-    scroll_through(page)
+    see_all_charts(page)
     page.evaluate("window.scrollTo(0, 0)")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator("section").count() >= 4

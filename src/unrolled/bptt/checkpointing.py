@@ -98,7 +98,8 @@ def checkpointing_of(memory: Any, checkpoint: Any, horizon: Any) -> Checkpointin
     """The options of checkpointed BPTT, checked; None for full storage.
 
     Args:
-        memory: bytes as an integer or as text ("512MB", "1.5 GiB"), or a share of full storage as a float up to 1.
+        memory: bytes as an integer or as text ("512MB", "1.5 GiB"), or a share of full storage as a float up to 1 or
+            as text ("10%").
         checkpoint: a schedule, or a function that makes one for T steps.
         horizon: that of truncated BPTT, which bounds memory in another way.
 
@@ -130,11 +131,13 @@ def _budget(memory: Any) -> Budget:
     if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
         return Budget(memory, bytes=memory)
     if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", memory, re.IGNORECASE)
-        unit = _UNITS.get(found[2].upper()) if found else None
-        if found and unit and float(found[1]) * unit >= 1:
-            return Budget(memory, bytes=int(float(found[1]) * unit))
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B|%)\s*", memory, re.IGNORECASE)
+        count, unit = (float(found[1]), found[2].upper()) if found else (0.0, "B")
+        if unit == "%" and 0 < count <= 100:
+            return Budget(memory, share=count / 100)
+        if unit in _UNITS and count * _UNITS[unit] >= 1:
+            return Budget(memory, bytes=int(count * _UNITS[unit]))
     raise OptionError(
         f"memory must be bytes (an integer, or text like '512MB' or '1.5GiB') or a share of full storage (a float "
-        f"above 0 and up to 1), got {memory!r}"
+        f"above 0 and up to 1, or text like '10%'), got {memory!r}"
     )

@@ -62,7 +62,7 @@ def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule
     best = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost, default=None)
     if best is not None:
         return best.schedule
-    least = min(options(costs, extent, 0.0), key=lambda option: option.bytes)
+    least = _least(costs, extent)
     horizon = _horizon(costs, extent, budget)
     remedy = f"horizon={horizon} would fit, truncated by rnn.windows" if horizon else "not even one step would fit"
     raise OptionError(
@@ -73,13 +73,17 @@ def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule
 
 def frontier(costs: Costs, extent: Extent) -> list[Option]:
     """The fastest schedule for full storage, a half of it, a quarter, and so on down to the least."""
-    budget, found = costs.full(extent), list[Option]()
-    while True:
-        fitting = [o for o in options(costs, extent, budget) if o.bytes <= budget]
-        if not fitting:
-            return found
-        found.append(min(fitting, key=_cost))
+    least, found = _least(costs, extent), list[Option]()
+    budget = costs.full(extent)
+    while budget > least.bytes:
+        found.append(min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost))
         budget = min(budget / 2, found[-1].bytes * 0.99)
+    return found if found and found[-1].bytes <= least.bytes else [*found, least]
+
+
+def _least(costs: Costs, extent: Extent) -> Option:
+    """The schedule that takes the least memory there is to be had."""
+    return min(options(costs, extent, 0.0), key=lambda option: option.bytes)
 
 
 def options(costs: Costs, extent: Extent, budget: float) -> Iterator[Option]:

@@ -105,7 +105,7 @@ def plan_command(
     steps: Annotated[
         int | None, typer.Option(help="steps of the sequence [default: the run's window, or 1000]")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="budget to mark the choice of, as 512MB")] = None,
+    memory: Annotated[str | None, typer.Option(help="budget to mark the choice of, as 512MB or 10%")] = None,
 ) -> None:
     """Print what a memory budget costs in time: every schedule for the sequence, the chosen one marked."""
     _refuse_below_one("steps", steps)

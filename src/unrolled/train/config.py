@@ -55,7 +55,7 @@ class TrainConfig:
         None, "steps whose losses are taken together, at most the horizon; its default", least=1
     )
     memory: str | None = _option(
-        None, "activation memory that the recurrent network may take, as 512MB: the rest is computed again"
+        None, "activation memory that the recurrent network may take, as 512MB or 10%: the rest is computed again"
     )
     batch: int = _option(32, "parallel streams that the training text is cut into", least=1)
     epochs: int = _option(8, "passes over the training text", least=1)
