@@ -22,9 +22,12 @@ from unrolled._unroll import Unrolled
 from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import LayerDiagnosis
-from unrolled.drawing.figures import layer_charts, memory_chart
+from unrolled.diagnosis.telling import figures_of
+from unrolled.drawing.figures import layer_charts, memory_chart, schedule_chart
 from unrolled.drawing.portrait import MISSING, Chart, Layer, Operation, Portrait, Strip
 from unrolled.errors import InputError, OptionError
+from unrolled.lengths import Extent
+from unrolled.plan.report import Plan
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
 __all__ = ["portrait"]
@@ -103,16 +106,15 @@ def _networks(rnn: nn.Module) -> list[Unrolled]:
 def _memory_charts(rnn: nn.Module, inputs: Tree, state: Tree, options: dict[str, Any]) -> tuple[Chart, ...]:
     if not isinstance(rnn, Unrolled | Stack) or any(network.reverse for network in _networks(rnn)[1:]):
         return ()
-    return (memory_chart(plan_memory(rnn, inputs, state, **options).to_dict()),)
+    plan = plan_memory(rnn, inputs, state, **options)
+    return schedule_chart(plan.chosen.schedule), memory_chart(plan.to_dict())
 
 
 def _layer(
     name: str, run: Copies, network: Unrolled, found: LayerDiagnosis | None, row: int, *, with_grads: bool
 ) -> Layer:
     """One network: its plan, its strips and its figures."""
-    first = run[0]
-    twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
-    plan = network.plan(twice, context=run._network.given.rows(_context_of(run)))
+    plan = _step_plan(run, network)
     operations = tuple(Operation(o.name, o.result, o.place, o.reason) for o in plan.operations)
     cell = name_of(network.cell)
     return Layer(
@@ -123,13 +125,17 @@ def _layer(
         operations=operations,
         strips=tuple(_strips(run, row, with_grads=with_grads)),
         charts=layer_charts(found) if found else (),
+        figures=tuple(figures_of(found)) if found else (),
         missing=tuple(f"{missing.figure}: {missing.why}" for missing in found.missing) if found else (),
     )
 
 
-def _context_of(run: Copies) -> Tree:
-    context = run._network.context
-    return None if context is None else map_leaves(Tensor.detach, context.tree)
+def _step_plan(run: Copies, network: Unrolled) -> Plan:
+    first, context = run[0], run._network.context
+    rows = len(first.rows)
+    twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
+    same = None if context is None else map_leaves(lambda leaf: leaf[:rows].detach(), context.tree)
+    return network.step_plan(twice, map_leaves(Tensor.detach, first.state), same, Extent(2, rows))
 
 
 def _strips(run: Copies, row: int, *, with_grads: bool) -> Iterator[Strip]:

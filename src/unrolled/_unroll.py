@@ -256,18 +256,25 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         with torch.random.fork_rng(devices=[]):
             steps = given.sequences(inputs)
             state = self.checked(given, steps, state, context)
-        T, B, name = given.extent.steps, given.extent.batch, contract.name_of(self.cell)
-        if self.truncation is not None:
-            name = f"{name}, horizon {self.horizon}, stride {self.stride}"
         if not given.extent.rows:
-            return Plan(name, T, B, "reference", "no row has a step")
+            return Plan(self._told_name, given.extent.steps, given.extent.batch, "reference", "no row has a step")
         told = self.schedule_told(*self.runs(given, steps, state, None, context))
+        return replace(self.step_plan(steps, given.rows(state), given.rows(context), given.extent), schedule=told)
+
+    def step_plan(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Plan:
+        """How each copy will be run, whatever the schedule; takes what engines see of a batch, as `whole` does."""
+        about = self._told_name, extent.steps, extent.batch
         if self.engine == "reference":
-            return Plan(name, T, B, "reference", "it was asked for", schedule=told)
-        decision = self._plans.look_up(self.cell, steps, given.rows(state), given.rows(context), given.extent)
+            return Plan(*about, "reference", "it was asked for")
+        decision = self._plans.look_up(self.cell, inputs, state, context, extent)
         if decision.plan is None:
-            return Plan(name, T, B, decision.engine, decision.why, schedule=told)
-        return replace(report(decision.plan, name, T, B, decision.engine, decision.why), schedule=told)
+            return Plan(*about, decision.engine, decision.why)
+        return report(decision.plan, *about, decision.engine, decision.why)
+
+    @property
+    def _told_name(self) -> str:
+        cut = "" if self.truncation is None else f", horizon {self.horizon}, stride {self.stride}"
+        return contract.name_of(self.cell) + cut
 
     def prepared(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         """Check what a caller passed; return the inputs time-first, and the state or the cell's own."""

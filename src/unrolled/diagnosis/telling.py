@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from unrolled.diagnosis.results import Diagnosis, Gate, LayerDiagnosis, Reach
 
-__all__ = ["told", "told_as_html"]
+__all__ = ["figures_of", "told", "told_as_html"]
 
 
 def told(found: Diagnosis) -> str:
@@ -16,7 +16,7 @@ def told(found: Diagnosis) -> str:
     head = f"{found.network}, {found.T} copies, batch {found.B}{horizon}: loss {found.loss:.4g}, "
     lines = [f"{head}gradient norm {found.grad_norm:.3g}", "", str(found.verdict)]
     for layer in found.layers:
-        rows = list(_rows(layer))
+        rows = [*figures_of(layer), *((f"no {missing.figure}", missing.why) for missing in layer.missing)]
         width = max(len(name) for name, _ in rows)
         title = ", ".join(filter(None, [layer.name, layer.cell]))
         lines += ["", title, *(f"  {name.ljust(width)}  {figures}" for name, figures in rows)]
@@ -28,7 +28,8 @@ def told_as_html(found: Diagnosis) -> str:
     return f"<pre>{html.escape(told(found))}</pre>"
 
 
-def _rows(layer: LayerDiagnosis) -> Iterator[tuple[str, str]]:
+def figures_of(layer: LayerDiagnosis) -> Iterator[tuple[str, str]]:
+    """The figures of a layer, each with its name, in words."""
     flow = layer.flow.norms
     yield "gradient flow", f"{flow[0]:.2e} at the first copy, {flow[-1]:.2e} at the last, {max(flow):.2e} at most"
     if layer.lag is not None and layer.reach is not None:
@@ -53,8 +54,6 @@ def _rows(layer: LayerDiagnosis) -> Iterator[tuple[str, str]]:
         yield f"norm of {state.name}", f"{state.norms[0]:.3g} at the first copy, {state.norms[-1]:.3g} at the last"
     for radius in layer.units.radii:
         yield f"radius of {radius.name}", f"{radius.value:.3g}"
-    for missing in layer.missing:
-        yield f"no {missing.figure}", missing.why
 
 
 def _reach(reach: Reach) -> str:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unrolled.bptt.actions import Advance, Reverse, StoreTape
+from unrolled.bptt.schedules import Schedule
 from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.drawing.portrait import Chart, Series
 
-__all__ = ["layer_charts", "memory_chart"]
+__all__ = ["layer_charts", "memory_chart", "schedule_chart"]
 
 _MOST_LINES = 6
 
@@ -105,7 +107,7 @@ def _saturation(found: LayerDiagnosis) -> Chart | None:
     series = tuple(Series(gate.name, _numbers(gate.saturated)) for gate in gates)
     return Chart(
         "saturation", "Saturated share of gates and activations", "copy t", "share of rows × units",
-        _steps(gates[0].saturated), series, sentence, by_copy=True,
+        _steps(gates[0].saturated), series, sentence, by_copy=True, share=True,
     )  # fmt: skip
 
 
@@ -135,8 +137,44 @@ def memory_chart(plan: Mapping[str, Any]) -> Chart:
         f"{least['time_ratio']:.2f} times the time."
     )
     return Chart(
-        "memory", "Memory against time, by schedule", "activation memory, bytes", "time, full storage = 1",
+        "memory", "Memory against time, by schedule", "activation memory, bytes", "time over that of full storage",
         tuple(float(option["bytes"]) for option in options),
         (Series("schedule", tuple(option["time_ratio"] for option in options)),), sentence, log_x=True, points=True,
         labels=tuple(option["schedule"] for option in options), chosen=chosen,
     )  # fmt: skip
+
+
+_KINDS = {Advance: "forward, no tape", StoreTape: "forward, taped", Reverse: "backward"}
+
+
+def schedule_chart(schedule: Schedule) -> Chart:
+    """A training step as it is walked: forwards, back, and again forwards where steps are run once more.
+
+    Args:
+        schedule: what the network goes by.
+    """
+    x, lines = list[float](), {kind: list[float | None]() for kind in _KINDS}
+    now = 0
+    for action in schedule:
+        if not isinstance(action, Advance | StoreTape | Reverse):
+            continue
+        ends = (action.stop, action.start) if isinstance(action, Reverse) else (action.start, action.stop)
+        spent = (2 if isinstance(action, Reverse) else 1) * (action.stop - action.start)
+        x += [float(now), float(now + spent), float(now + spent)]
+        for kind, line in lines.items():
+            line += [*map(float, ends), None] if isinstance(action, kind) else [None] * 3
+        now += spent
+    series = tuple(Series(name, tuple(lines[kind])) for kind, name in _KINDS.items() if set(lines[kind]) - {None})
+    return Chart(
+        "schedule", "The schedule of a training step", "time, in steps forward (a step back takes two)", "step t",
+        tuple(x), series, _schedule_told(schedule),
+    )  # fmt: skip
+
+
+def _schedule_told(schedule: Schedule) -> str:
+    if schedule.segments == 1:
+        return f"All {schedule.T:,} steps forward with one tape, and back over it: no step is run twice."
+    return (
+        f"{schedule.segments:,} segments of {schedule.length:,} steps, one tape at a time; from "
+        f"{schedule.slots_needed:,} stored states {schedule.extra_advances:,} steps are run once more."
+    )

@@ -73,6 +73,7 @@ class Chart:
         by_copy: whether x counts copies, so that a copy can be chosen in it.
         log_x: whether x is logarithmic.
         log_y: whether y is.
+        share: whether y is a share, from 0 to 1.
         points: whether points are drawn instead of lines.
         labels: a text for each position, or empty.
         chosen: the position that is marked, or None.
@@ -88,6 +89,7 @@ class Chart:
     by_copy: bool = False
     log_x: bool = False
     log_y: bool = False
+    share: bool = False
     points: bool = False
     labels: tuple[str, ...] = ()
     chosen: int | None = None
@@ -105,6 +107,7 @@ class Layer:
         operations: the inside of the cell, in order; none where the step could not be recorded.
         strips: what goes in and out of its copies.
         charts: its figures over copies and lags.
+        figures: those that are single numbers, each with its name, in words.
         missing: what could not be measured, and why.
     """
 
@@ -115,6 +118,7 @@ class Layer:
     operations: tuple[Operation, ...]
     strips: tuple[Strip, ...]
     charts: tuple[Chart, ...]
+    figures: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
 
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from unrolled.drawing.portrait import Chart, Series
+from unrolled.drawing.portrait import Chart
 
-__all__ = ["rows", "specification"]
+__all__ = ["specification"]
+
+
+def _raised(power: str) -> str:
+    """A Vega expression that writes a whole number as an exponent; d3's minus sign is U+2212."""
+    for plain, small in zip("−0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True):
+        power = f"replace({power}, /{plain}/g, '{small}')"
+    return power
+
+
+_LOG = "log(datum.value) / LN10"
+_IS_POWER = f"abs({_LOG}) > 2.5 && abs({_LOG} - round({_LOG})) < 1e-6"
+_POWERS = f"{_IS_POWER} ? '10' + " + _raised(f"format(round({_LOG}), 'd')") + " : format(datum.value, '~g')"
+_BYTES = "format(datum.value, '~s') + 'B'"
 
 
 def specification(chart: Chart) -> dict[str, Any]:
-    """A chart as Vega-Lite, without its numbers: these are the data named 'figures', rows as `rows` gives them.
+    """A chart as Vega-Lite, without its numbers: these are the data named 'figures'.
 
-    Its parameter `copy` is the copy that is chosen.
+    That is one row for each position of each series: `x`, `y`, `low`, `high`, `series`, `label`, `chosen`. Where there
+    is no number, `y` is null, and a line is broken. The parameter `copy` is the copy that is chosen.
 
     Args:
         chart: the chart.
@@ -23,7 +37,7 @@ def specification(chart: Chart) -> dict[str, Any]:
         layers.append(_marker())
     return {
         "width": "container",
-        "height": 190,
+        "height": 190 if len(chart.series) == 1 else 220,
         "autosize": {"type": "fit", "contains": "padding"},
         "params": [{"name": "copy", "value": 0}],
         "data": {"name": "figures"},
@@ -31,30 +45,20 @@ def specification(chart: Chart) -> dict[str, Any]:
     }
 
 
-def rows(chart: Chart) -> list[dict[str, Any]]:
-    """A chart's numbers, one row for each position of each series; what a logarithmic axis lacks is left out."""
-    return [row for series in chart.series for row in _rows(chart, series)]
-
-
-def _rows(chart: Chart, series: Series) -> list[dict[str, Any]]:
-    bands = zip(series.lower or series.y, series.upper or series.y, strict=True)
-    labels = chart.labels or ("",) * len(chart.x)
-    rows = zip(chart.x, series.y, bands, labels, range(len(chart.x)), strict=True)
-    return [
-        {"x": x, "y": y, "low": low, "high": high, "series": series.name, "label": label, "chosen": n == chart.chosen}
-        for x, y, (low, high), label, n in rows
-        if _shown(chart, x, y)
-    ]
-
-
-def _shown(chart: Chart, x: float, y: float | None) -> bool:
-    return y is not None and not (chart.log_y and y <= 0) and not (chart.log_x and x <= 0)
-
-
 def _axis(title: str, *, log: bool) -> dict[str, Any]:
     scale = {"type": "log"} if log else {"zero": False, "nice": True}
-    axis = {"format": "~s" if "bytes" in title else ".0e", "tickCount": 4} if log else {"tickCount": 5}
+    axis = {"tickCount": 4, "labelExpr": _BYTES if "bytes" in title else _POWERS} if log else {"tickCount": 5}
     return {"type": "quantitative", "title": title, "scale": scale, "axis": axis}
+
+
+def _y(chart: Chart, field: str) -> dict[str, Any]:
+    """The y axis; its title stands above it, where it is read without turning the head, and is never cut."""
+    found = {"field": field, **_axis(chart.y_title, log=chart.log_y)}
+    above = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": 0, "titleY": -8}
+    if chart.share:
+        found["scale"] = {"domain": [0, 1]}
+        above["format"] = ".0%"
+    return {**found, "axis": found["axis"] | above}
 
 
 def _x(chart: Chart) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def _colour(chart: Chart) -> dict[str, Any]:
 
 
 def _lines(chart: Chart) -> dict[str, Any]:
-    y = {"field": "y", **_axis(chart.y_title, log=chart.log_y)}
+    y = _y(chart, "y")
     tooltip = [{"field": "x", "title": chart.x_title}, {"field": "y", "title": chart.y_title, "format": ".3g"}]
     tooltip += [{"field": "series", "title": "of"}] if len(chart.series) > 1 else []
     mark = {"type": "line", "interpolate": "linear", "strokeWidth": 1.8, "point": len(chart.x) < 40, "clip": True}
@@ -79,7 +83,7 @@ def _lines(chart: Chart) -> dict[str, Any]:
 
 
 def _points(chart: Chart) -> dict[str, Any]:
-    y = {"field": "y", **_axis(chart.y_title, log=chart.log_y)}
+    y = _y(chart, "y")
     tooltip = [
         {"field": "label", "title": "schedule"},
         {"field": "x", "format": ".3s"},
@@ -93,8 +97,7 @@ def _points(chart: Chart) -> dict[str, Any]:
 
 
 def _band(chart: Chart) -> dict[str, Any]:
-    axis = _axis(chart.y_title, log=chart.log_y)
-    y = {"field": "low", **axis}
+    y = _y(chart, "low")
     mark = {"type": "area", "opacity": 0.22, "clip": True}
     return {"mark": mark, "encoding": {"x": _x(chart), "y": y, "y2": {"field": "high"}, **_colour(chart)}}
 

@@ -198,6 +198,7 @@ function drawCharts() {
     eye.observe(plot);
     return html("figure", { class: "chart", style: "margin:0" }, html("h3", {}, chart.title), plot, html("p", {}, chart.sentence));
   }));
+  byId("figures").replaceChildren(...layer().figures.flatMap(([name, text]) => [html("dt", {}, name), html("dd", {}, text)]));
   byId("missing").replaceChildren(...layer().missing.map((text) => html("li", {}, text)));
 }
 
@@ -217,11 +218,17 @@ function theme() {
   };
 }
 
+/* Where there is no number, or none that a logarithmic axis has, a line is broken. */
 function rows(chart) {
-  return chart.series.flatMap((series) => chart.x.map((x, n) => ({
-    x, y: series.y[n], low: (series.lower.length ? series.lower : series.y)[n], high: (series.upper.length ? series.upper : series.y)[n],
-    series: series.name, label: chart.labels[n] || "", chosen: n === chart.chosen,
-  }))).filter((row) => row.y !== null && !(chart.log_y && row.y <= 0));
+  const there = (y) => y !== null && y !== undefined && !(chart.log_y && y <= 0);
+  const number = (y) => (there(y) ? y : null);
+  return chart.series.flatMap((series) => chart.x.map((x, n) => {
+    const y = number(series.y[n]), band = y !== null && series.lower.length;
+    return {
+      x, y, low: band ? number(series.lower[n]) : y, high: band ? number(series.upper[n]) : y,
+      series: series.name, label: chart.labels[n] || "", chosen: n === chart.chosen,
+    };
+  }));
 }
 
 function plot(host) {
