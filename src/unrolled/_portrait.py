@@ -24,7 +24,7 @@ from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.diagnosis.telling import figures_of
 from unrolled.drawing.figures import layer_charts, memory_chart, schedule_chart
-from unrolled.drawing.portrait import MISSING, Chart, Layer, Operation, Portrait, Strip
+from unrolled.drawing.portrait import MISSING, Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Extent
 from unrolled.plan.report import Plan
@@ -115,14 +115,14 @@ def _layer(
 ) -> Layer:
     """One network: its plan, its strips and its figures."""
     plan = _step_plan(run, network)
-    operations = tuple(Operation(o.name, o.result, o.place, o.reason) for o in plan.operations)
     cell = name_of(network.cell)
     return Layer(
         name=name or cell,
         cell=cell,
         engine=f"engine {plan.engine}: {plan.why}",
         reverse=network.reverse,
-        operations=operations,
+        operations=plan.operations,
+        results=plan.results,
         strips=tuple(_strips(run, row, with_grads=with_grads)),
         charts=layer_charts(found) if found else (),
         figures=tuple(figures_of(found)) if found else (),

@@ -7,7 +7,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MISSING", "Chart", "Layer", "Operation", "Portrait", "Series", "Strip"]
+from unrolled.plan.report import PlannedOperation
+
+__all__ = ["MISSING", "Chart", "Layer", "Portrait", "Series", "Strip"]
 
 MISSING = 255
 """The byte of an entry that is not there: a copy in which the row has ended, or a number that is not finite."""
@@ -36,16 +38,6 @@ class Strip:
     def to_dict(self) -> dict[str, Any]:
         """Plain text and numbers; the levels in base64."""
         return dataclasses.asdict(self) | {"levels": base64.b64encode(self.levels).decode("ascii")}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One recorded operation of the cell: what it makes, where it runs, and why there."""
-
-    name: str
-    result: str
-    place: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -105,6 +97,7 @@ class Layer:
         engine: what runs it, and why no faster one.
         reverse: whether the last copy comes first.
         operations: the inside of the cell, in order; none where the step could not be recorded.
+        results: what leaves a step, by name: which operation made it, or which tensor it is.
         strips: what goes in and out of its copies.
         charts: its figures over copies and lags.
         figures: those that are single numbers, each with its name, in words.
@@ -115,7 +108,8 @@ class Layer:
     cell: str
     engine: str
     reverse: bool
-    operations: tuple[Operation, ...]
+    operations: tuple[PlannedOperation, ...]
+    results: tuple[tuple[str, int | str], ...]
     strips: tuple[Strip, ...]
     charts: tuple[Chart, ...]
     figures: tuple[tuple[str, str], ...] = ()

@@ -8,6 +8,7 @@ import json
 from importlib import resources
 from typing import Any
 
+from unrolled.drawing.inside import MOST_OPERATIONS, inside
 from unrolled.drawing.portrait import Chart, Portrait
 from unrolled.drawing.vega import specification
 from unrolled.errors import OptionError
@@ -31,6 +32,8 @@ def webpage(portrait: Portrait) -> str:
     told["charts"] = [_told(chart) for chart in portrait.charts]
     for plain, layer in zip(told["layers"], portrait.layers, strict=True):
         plain["charts"] = [_told(chart) for chart in layer.charts]
+        few = 0 < len(layer.operations) <= MOST_OPERATIONS
+        plain["inside"] = inside(layer.cell, layer.operations, layer.results) if few else ""
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         portrait=portrait,

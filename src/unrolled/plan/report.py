@@ -12,22 +12,32 @@ from typing import Any
 from unrolled.plan.colour import Counter, Loop, Stage
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.program import Op, Program, Ref
+from unrolled.plan.record import Recording
 from unrolled.told import Told
 from unrolled.trees import paths
 
-__all__ = ["Plan", "PlannedOperation", "report"]
+__all__ = ["PLACES", "Plan", "PlannedOperation", "report"]
 
 PLACES = ("once", "before", "through", "after")
 
 
 @dataclass(frozen=True)
 class PlannedOperation:
-    """One operation of the step: what it makes, where it runs, and why not elsewhere."""
+    """One operation of the step.
+
+    Attributes:
+        name: as torch calls it: 'aten.mm'.
+        result: dtype and shape of what it makes.
+        place: where it runs: one of `PLACES`.
+        reason: why not elsewhere.
+        reads: what it reads: operations by their number, and by its name what the step is given ('input', 'weight_hh').
+    """
 
     name: str
     result: str
     place: str
     reason: str
+    reads: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Plan(Told):
         engine: what runs it.
         why: why this engine and no faster one.
         operations: the step's operations, in order; none where the step could not be recorded.
+        results: what leaves the step: its name ('output', 'next state[0]'), and which operation made it or, by its name,
+            which tensor that the step was given it is.
         loops: how many loops walk through time.
         kept_bytes: what a backward pass keeps of one step, in bytes.
         flops: floating-point operations of one step by place.
@@ -53,6 +65,7 @@ class Plan(Told):
     engine: str
     why: str
     operations: tuple[PlannedOperation, ...] = ()
+    results: tuple[tuple[str, int | str], ...] = ()
     loops: int = 0
     kept_bytes: int = 0
     flops: tuple[tuple[str, int], ...] = ()
@@ -92,9 +105,11 @@ def _cells(operation: PlannedOperation) -> tuple[str, str, str, str]:
 
 def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> Plan:
     """Say what a plan does, for so many copies and rows."""
-    program = plan.recording.program
+    program, sources = plan.recording.program, _sources(plan.recording)
     operations = tuple(
-        PlannedOperation(op.name, _result(program, op), place, _reason(plan, number, place))
+        PlannedOperation(
+            op.name, _result(program, op), place, _reason(plan, number, place), tuple(sources[v] for v in op.inputs)
+        )
         for number, (op, place) in enumerate(zip(program.ops, plan.places, strict=True))
     )
     flops = collections.Counter[str]()
@@ -102,7 +117,21 @@ def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> 
         flops[place] += _flops(program, op, B)
     loops = [stage for stage in plan.stages if isinstance(stage, Loop)]
     costs = tuple((place, flops[place]) for place in PLACES if flops[place])
-    return Plan(cell, T, B, engine, why, operations, len(loops), _kept(plan, B), costs)
+    return Plan(cell, T, B, engine, why, operations, _results(plan.recording, sources), len(loops), _kept(plan, B), costs)
+
+
+def _sources(recording: Recording) -> dict[int, int | str]:
+    """For each value the operation that makes it, or the name of what it is in the step's arguments and weights."""
+    trees = zip(("input", "state", "context"), recording.structures, strict=False)
+    names = [name for what, tree in trees if tree is not None for name in paths(tree, what)]
+    names += [external.name for external in recording.externals]
+    return {**dict(zip(recording.program.inputs, names, strict=True)), **recording.program.producers()}
+
+
+def _results(recording: Recording, sources: dict[int, int | str]) -> tuple[tuple[str, int | str], ...]:
+    names = [*paths(recording.structures[3], "output"), *paths(recording.structures[1], "next state")]
+    made = zip(names, (*recording.outputs, *recording.next_state), strict=True)
+    return tuple((name, sources[v]) for name, v in made if v in sources)
 
 
 def _result(program: Program, op: Op) -> str:

@@ -177,9 +177,23 @@ function markFilms() {
 
 function drawCell() {
   byId("engine").textContent = layer().engine;
-  byId("operations").replaceChildren(...layer().operations.map((operation) => html("li", {},
+  const graph = new DOMParser().parseFromString(layer().inside || "<svg xmlns='" + NS + "'/>", "image/svg+xml").documentElement;
+  byId("inside").replaceChildren(...(layer().inside ? [graph] : []));
+  byId("inside").hidden = !layer().inside;
+  byId("operations").replaceChildren(...layer().operations.map((operation, number) => html("li", { "data-operation": number },
     html("code", {}, operation.name), html("code", {}, operation.result),
     html("span", { class: `place ${operation.place}` }, operation.place), html("span", { class: "why" }, operation.reason))));
+  const told = (event) => event.target.closest("[data-operation]");
+  for (const host of [byId("inside"), byId("operations")]) host.onclick = (event) => chooseOperation(told(event)?.dataset.operation);
+}
+
+/* The operation that is chosen, in the graph with its edges and in the list; none the second time. */
+function chooseOperation(number) {
+  const before = document.querySelector("#operations li.chosen")?.dataset.operation;
+  const now = number === before ? undefined : number;
+  document.querySelectorAll("[data-operation]").forEach((one) => one.classList.toggle("chosen", now !== undefined && one.dataset.operation === now));
+  const node = document.querySelector("#inside g.chosen")?.dataset.node;
+  document.querySelectorAll("#inside .edge").forEach((edge) => edge.classList.toggle("chosen", node !== undefined && [edge.dataset.from, edge.dataset.to].includes(node)));
 }
 
 /* -- charts: drawn when they come into sight */
