@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -186,7 +188,10 @@ def test_a_step_that_gives_other_numbers_is_refused() -> None:
     inputs, _ = sample()
     for cell in (NoisyCell(torch.Generator().manual_seed(0)), _Forgetful()):
         outputs, _ = ur.unroll(cell, checkpoint=SCHEDULES["segments of 4"])(inputs)
-        with pytest.raises(GradientError, match=r"steps 4 to 7 handed on another state when they were run again"):
+        with pytest.raises(
+            GradientError,
+            match=r"steps 4 to 7 gave other outputs, or handed on another state, when they were run again",
+        ):
             outputs.sum().backward()
         assert cell.weight.grad is None
 
@@ -198,6 +203,88 @@ class _Forgetful(NoisyCell):
         self.calls = getattr(self, "calls", 0) + 1
         state = torch.tanh(self.weight * state + (1 if self.calls <= T else -1) * input)
         return state, state
+
+
+class OwnMask(nn.Module):
+    """Its output, and no state, depends on chance and on the mode."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.inner, self.generator = ur.GRUCell(I, H).double(), generator
+        self.initial_state = self.inner.initial_state
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        output, state = self.inner(input, state)
+        mask = torch.rand(output.shape, generator=self.generator, dtype=output.dtype)
+        return output * mask if self.training else output, state
+
+
+@pytest.mark.parametrize("generator", [torch.Generator().manual_seed(1), None])
+def test_outputs_that_are_others_when_steps_run_again_are_refused(generator: torch.Generator | None) -> None:
+    inputs, _ = sample()
+    rnn = ur.unroll(OwnMask(generator), checkpoint=SCHEDULES["segments of 4"])
+    outputs, _ = rnn(inputs)
+    if generator is None:
+        rnn.eval()
+    with pytest.raises(GradientError, match="steps 4 to 7 gave other outputs"):
+        outputs.sum().backward()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_that_end_early_share_a_context_and_a_start_that_is_learned(engine: str) -> None:
+    def found(schedule: Any) -> list[Any]:
+        torch.manual_seed(0)
+        context = torch.randn(B, 5, H, dtype=torch.float64, requires_grad=True)
+        attending = ur.Unrolled(AttendingCell(I, H).double(), engine=engine, quiet=True, checkpoint=schedule)
+        learned = ur.GRUCell(I, H, learn_initial_state=True).double()
+        starting = ur.Unrolled(learned, engine=engine, quiet=True, checkpoint=schedule)
+        inputs, _ = sample()
+        return [
+            *results(attending, inputs, context=context, lengths=[4, T, 1]),
+            *results(starting, inputs, **given_as("both")),
+        ]
+
+    assert_match(found(SCHEDULES["segments of 4"]), found(None), bound=BOUND)
+
+
+def test_threads_that_train_one_network_find_its_own_parameters() -> None:
+    cell = ur.GRUCell(I, H).double()
+    rnn, (inputs, _) = ur.unroll(cell, checkpoint=lambda T: ur.segments(T, 1)), sample()
+    wanted = torch.autograd.grad(rnn(inputs)[0].sum(), list(cell.parameters()))
+    before, interval = [id(x) for x in cell.parameters()], sys.getswitchinterval()
+
+    def trained(_: int) -> list[Tensor]:
+        return list(torch.autograd.grad(rnn(inputs)[0].sum(), [*parameters]))
+
+    parameters = list(cell.parameters())
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(trained, range(24)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [id(x) for x in cell.parameters()] == before
+    for grads in found:
+        assert_match(grads, list(wanted), bound=BOUND)
+
+
+@pytest.mark.parametrize("engine", ["eager", "native"])
+def test_constants_that_were_written_into_are_refused(engine: str) -> None:
+    cell, (inputs, _) = ur.LSTMCell(I, H).double(), sample()
+    cell.bias_ih.requires_grad_(False)
+    outputs, _ = ur.unroll(cell, engine=engine, checkpoint=SCHEDULES["segments of 4"])(inputs)
+    cell.bias_ih.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_hooks_on_saved_tensors_are_refused_by_name() -> None:
+    inputs, _ = sample()
+    for options in ({"checkpoint": SCHEDULES["segments of 4"]}, {"horizon": 6, "stride": 3}):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().numpy(), torch.from_numpy):
+            outputs, _ = ur.unroll(ur.GRUCell(I, H).double(), **options)(inputs)
+        with pytest.raises(GradientError, match="saved_tensors_hooks"):
+            outputs.sum().backward()
 
 
 def test_buffers_are_written_once() -> None:

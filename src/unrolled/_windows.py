@@ -53,6 +53,11 @@ class Window:
         Raises:
             GradientError: if it was called before, or if the loss needs outputs of a window that has been left.
         """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            told = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise GradientError(
+                f"the loss of {_steps(self)} must be a scalar tensor, got {told}; sum it up, or mean it"
+            )
         left = self._standing.left or left_behind(loss)
         if left is not None:
             raise GradientError(left)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape
-from unrolled.bptt.aside import Aside, leaves_beside, own
+from unrolled.bptt.aside import Aside, Unwritten, held_by, leaves_beside, own
 from unrolled.bptt.gathered import GradientSums, Results
-from unrolled.bptt.marks import Mark, Marker, same
+from unrolled.bptt.marks import Mark, mark_of, same
 from unrolled.bptt.pieces import Span, Whole, handed_back, received, rows_of, spans, starts_at
 from unrolled.bptt.replay import Surroundings
 from unrolled.bptt.schedules import Schedule
@@ -80,8 +80,9 @@ class _Machine:
         self.walk = spans(self.extent, [*range(0, schedule.T, schedule.length), schedule.T], reverse=whole.reverse)
         self.surroundings = Surroundings([*leaves(self.inputs), *leaves(self.state)])
         self.marks: list[Mark | None] = [None] * len(self.walk)
-        self.mark_of, self.steady = Marker(), whole.steady
+        self.steady = whole.steady
         self.differentiable: list[bool] = []
+        self.constants = Unwritten(self.aside.constants)
         self._begin()
 
     @property
@@ -117,6 +118,8 @@ class _Machine:
 
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Carry out the rest of the schedule: the gradients of what was given and of the weights."""
+        if self.steady:  # of any other step the results are compared
+            self.constants.check()
         with self.surroundings.restored(), unchanged(self.aside.weights):
             if self.walked:  # by an earlier backward pass, to its end or until it was interrupted
                 self._begin()
@@ -162,19 +165,19 @@ class _Machine:
         given = steps, self.hand, context, span.extent, span.start
         with torch.no_grad():
             outputs, last = self.aside(self.run, *given, again=True) if self.again else self.run(*given)
-            self._handed(span, last)
+            self._handed(span, outputs, last)
         if results is not None:
             results.write(span, outputs, last)
 
     def _store_tape(self, span: Span, results: Results | None) -> None:
         steps, context = self._steps(span), map_leaves(own, self.context)
         entry = map_leaves(_needing, self.hand) if span.begin else map_leaves(own, rows_of(self.state, span.extent))
-        given = steps, entry, rows_of(context, span.extent), span.extent, span.start
-        with torch.enable_grad():
+        with torch.enable_grad():  # which the narrowing of the context is part of
+            given = steps, entry, rows_of(context, span.extent), span.extent, span.start
             outputs, last = self.aside(self.run, *given, again=self.again)
         tape = _Tape(span, *(leaves(x) for x in (steps, entry, context, outputs, last)))
         with torch.no_grad():
-            self._handed(span, last)
+            self._handed(span, outputs, last)
         if results is not None:
             results.write(span, outputs, last)
         elif not self.steady:
@@ -199,22 +202,22 @@ class _Machine:
             lambda x: x.detach().narrow(0, place, span.count).requires_grad_(x.requires_grad), self.inputs
         )
 
-    def _handed(self, span: Span, last: Tree) -> None:
+    def _handed(self, span: Span, outputs: Tree, last: Tree) -> None:
         """The state at hand is what the next segment receives."""
         number = self._segment(span.begin)
         if not self.steady:
-            self._refuse_another(span, number, last)
+            self._refuse_others(span, number, (outputs, last))
         if number + 1 < len(self.walk):
             self.hand = received(self.state, map_leaves(Tensor.detach, last), self.walk[number + 1])
 
-    def _refuse_another(self, span: Span, number: int, last: Tree) -> None:
-        """A state that was handed on before must be the same again."""
-        mark, before = self.mark_of(last), self.marks[number]
+    def _refuse_others(self, span: Span, number: int, made: Tree) -> None:
+        """Outputs and a state that were there before must be the same again."""
+        mark, before = mark_of(made), self.marks[number]
         if before is None:
             self.marks[number] = mark
         elif not same(mark, before):
             raise GradientError(
-                f"{_steps(span)} handed on another state when they were "
+                f"{_steps(span)} gave other outputs, or handed on another state, when they were "
                 "run again for the backward pass; a cell must compute from what it reads and from torch's default "
                 "generator alone, and stay in the same mode: leave memory= and checkpoint= out, or mend the cell"
             )
@@ -287,4 +290,4 @@ class _Checkpointed(torch.autograd.Function):
                 "and checkpoint= out"
             )
         token, *_ = ctx.saved_tensors  # asking for them refuses what was changed in place since
-        return (None, *token.machine.backward(grads))
+        return (None, *held_by(token, "machine").backward(grads))

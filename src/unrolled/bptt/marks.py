@@ -1,4 +1,4 @@
-"""By what a state is known again that has not been kept."""
+"""By what a state is known again that has not been kept, and outputs that were handed out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from unrolled.trees import Tree, leaves
 
-__all__ = ["Mark", "Marker", "same"]
+__all__ = ["Mark", "mark_of", "same"]
 
 Mark: TypeAlias = list[list[float]]
 """For each leaf a sum with alternating signs, and the norm."""
@@ -19,34 +18,19 @@ _ROUNDING = 1e-3
 """How far the sum of the same state may move, in norms; that of another state moves by about one."""
 
 
-class Marker:
-    """Makes marks of states of one kind; a mark takes two passes over a state, and 16 bytes for each leaf."""
+@torch.no_grad()
+def mark_of(tree: Tree) -> Mark:
+    """The mark of a state, or of anything else; it takes two passes over it, and 16 bytes for each leaf.
 
-    def __init__(self) -> None:
-        self._signs: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, state: Tree) -> Mark:
-        """The mark of a state.
-
-        Example:
-            >>> mark = Marker()
-            >>> mark(torch.tensor([3.0, 4.0]))
-            [[-1.0, 5.0]]
-        """
-        flat = [(torch.view_as_real(leaf) if leaf.is_complex() else leaf).flatten() for leaf in leaves(state)]
-        numbers = [x if x.dtype in (torch.float32, torch.float64) else x.double() for x in flat]
-        found = [y for x in numbers for y in (torch.dot(x, self._alternating(x)), torch.linalg.vector_norm(x))]
-        both = torch.stack([x.double() for x in found]).tolist() if found else []
-        return [both[n : n + 2] for n in range(0, len(both), 2)]
-
-    def _alternating(self, like: Tensor) -> Tensor:
-        key = like.numel(), like.dtype, like.device
-        if key not in self._signs:
-            signs = torch.ones_like(like)
-            signs[1::2] = -1
-            self._signs[key] = signs
-        return self._signs[key]
+    Example:
+        >>> mark_of(torch.tensor([3.0, 4.0]))
+        [[-1.0, 5.0]]
+    """
+    flat = [(torch.view_as_real(leaf) if leaf.is_complex() else leaf).flatten() for leaf in leaves(tree)]
+    numbers = [x if x.dtype in (torch.float32, torch.float64) else x.double() for x in flat]
+    found = [y for x in numbers for y in (x[::2].sum() - x[1::2].sum(), torch.linalg.vector_norm(x))]
+    both = torch.stack([x.double() for x in found]).tolist() if found else []
+    return [both[n : n + 2] for n in range(0, len(both), 2)]
 
 
 def same(mark: Mark, before: Mark) -> bool:

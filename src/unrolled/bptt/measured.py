@@ -19,7 +19,7 @@ from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["Meter", "twin_sharing"]
 
-_FIRST = (16, 64)  # steps of a segment
+_FIRST = (1, 2, 4, 8, 16, 64)  # steps of a segment
 _WHOLE = (64, 256)  # steps of full storage
 _LONGEST = 512
 _SEGMENTS, _MORE = 3, 4

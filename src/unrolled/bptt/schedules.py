@@ -169,6 +169,7 @@ def revolve(T: int, slots: int, length: int = 1) -> Schedule:
         >>> revolve(1000, slots=2, length=50).extra_advances
         3250
     """
+    _check("slots", slots, "the initial state takes one")
     return Schedule(T, length, slots)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from unrolled.bptt.aside import Aside, leaves_beside, own
+from unrolled.bptt.aside import Aside, held_by, leaves_beside, own
 from unrolled.bptt.pieces import Run, Span, Whole, final, handed_back, joined, received, rows_of, run_cut, spans, split
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError
@@ -229,7 +229,7 @@ class _Truncated(torch.autograd.Function):
                 "create_graph out, or call the network with stride = horizon"
             )
         (token,) = ctx.saved_tensors
-        return (None, *token.tape.backward(grads))
+        return (None, *held_by(token, "tape").backward(grads))
 
 
 def run_by_blocks(truncation: Truncation, whole: Whole) -> tuple[Tree, Tree]:

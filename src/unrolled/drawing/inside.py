@@ -51,7 +51,9 @@ def inside(name: str, operations: Sequence[PlannedOperation], results: Sequence[
     ET.SubElement(root, "style").text = _STYLE
     for (a, b), points in zip(edges, drawn.edges, strict=True):
         kind = "through" if kinds[a] == "through" and kinds[b] in ("through", "result") else "plain"
-        ET.SubElement(root, "path", {"class": f"edge {kind}", "d": _curve(points), "data-from": f"{a}", "data-to": f"{b}"})
+        ET.SubElement(
+            root, "path", {"class": f"edge {kind}", "d": _curve(points), "data-from": f"{a}", "data-to": f"{b}"}
+        )
     for n, ((x, y), text) in enumerate(zip(drawn.nodes, letters, strict=True)):
         number = n - len(given)
         whole = _told(operations[number]) if 0 <= number < len(operations) else printable(names[n])
@@ -59,9 +61,7 @@ def inside(name: str, operations: Sequence[PlannedOperation], results: Sequence[
     return ET.tostring(root, encoding="unicode")
 
 
-def _node(
-    root: ET.Element, at: tuple[float, float], text: str, kind: str, whole: str, node: int, number: int
-) -> None:
+def _node(root: ET.Element, at: tuple[float, float], text: str, kind: str, whole: str, node: int, number: int) -> None:
     x, y = at
     group = ET.SubElement(root, "g", {"class": f"node {kind}", "data-node": str(node)})
     if kind in PLACES:

@@ -117,7 +117,9 @@ def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> 
         flops[place] += _flops(program, op, B)
     loops = [stage for stage in plan.stages if isinstance(stage, Loop)]
     costs = tuple((place, flops[place]) for place in PLACES if flops[place])
-    return Plan(cell, T, B, engine, why, operations, _results(plan.recording, sources), len(loops), _kept(plan, B), costs)
+    return Plan(
+        cell, T, B, engine, why, operations, _results(plan.recording, sources), len(loops), _kept(plan, B), costs
+    )
 
 
 def _sources(recording: Recording) -> dict[int, int | str]:
