@@ -458,6 +458,71 @@ def test_what_cannot_be_measured_is_named_with_its_reason() -> None:
     assert layer.lag is not None
 
 
+class Counting(nn.Module):
+    """A state that no gradient flows through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.zeros(batch_size, dtype=torch.int64)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return input * self.weight, state + 1
+
+
+def test_a_state_that_counts_has_no_lag_and_this_is_said() -> None:
+    found = ur.diagnose(ur.unroll(Counting()), torch.ones(5, 2, 3), total)
+    assert {one.figure: one.why for one in found.layers[0].missing}["lag"] == "the state has no floating numbers"
+    assert found.layers[0].weights[0].norms == pytest.approx([math.sqrt(3 * 4)] * 5)
+    assert found.verdict.healthy
+
+
+class Spiral(nn.Module):
+    """h' = w h + x, of complex numbers."""
+
+    def __init__(self, weight: complex) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.zeros(batch_size, 1, dtype=torch.complex128)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = state * self.weight + input
+        return state.real, state
+
+
+def test_complex_states_have_the_powers_of_the_weights_size() -> None:
+    layer = ur.diagnose(ur.unroll(Spiral(0.3 + 0.4j)), torch.randn(10, 2, 1), total).layers[0]
+    assert layer.lag is not None
+    assert layer.lag.median == pytest.approx([0.5**lag for lag in layer.lag.lags], **CLOSE)
+    assert layer.flow.norms[-1] == pytest.approx(0.5 * math.sqrt(2))
+    assert layer.units.states[0].norms[0] > 0
+
+
+def test_where_no_gradient_flows_it_has_vanished() -> None:
+    dead = ur.RNNCell(2, 3, nonlinearity="relu")
+    dead.bias_ih.data.fill_(-100.0)  # type: ignore[union-attr]
+    inputs = torch.randn(9, 2, 2)
+    cases: list[tuple[Any, Any]] = [
+        (dead, lambda outputs, state: (outputs[-1] - 1).square().sum()),
+        (ur.GRUCell(2, 3), lambda outputs, state: (0 * outputs).sum()),
+    ]
+    for cell, loss in cases:
+        found = ur.diagnose(ur.unroll(cell), inputs, loss)
+        assert (found.verdict.kind, found.grad_norm) == ("vanishing", 0.0)
+        assert "no gradient" in found.verdict.findings[0].sentence
+
+
+def test_a_bad_number_that_the_loss_does_not_take_is_traced_too() -> None:
+    inputs = torch.randn(9, 2, 2)
+    inputs[7, 1, 0] = math.nan
+    with pytest.raises(ur.NonFiniteError, match="the input of copy 7 of GRUCell holds nan in row 1"):
+        ur.diagnose(ur.unroll(ur.GRUCell(2, 3)), inputs, lambda outputs, state: outputs[3].sum())
+
+
 @pytest.mark.parametrize(
     ("kind", "make"),
     [
@@ -546,6 +611,8 @@ def test_everything_turns_into_json_and_text() -> None:
         (ur.NonFiniteError, "the loss is inf, while all outputs", {"loss": lambda o, s: (o / 0).abs().sum()}),
         (ur.OptionError, "probes must be a positive integer, got 0", {"probes": 0}),
         (ur.OptionError, "horizon must be a positive integer", {"horizon": -1}),
+        (ur.OptionError, "lyapunov must be a positive integer, got True", {"lyapunov": True}),
+        (ur.OptionError, "loss must be a function", {"loss": 3.0}),
         (ur.OptionError, "lyapunov must be from 1 to the 4 numbers", {"lyapunov": 5}),
         (ur.OptionError, "copies takes what unroll or stack made", {"rnn": nn.Linear(3, 3)}),
     ],

@@ -77,6 +77,20 @@ def test_what_came_so_from_outside_is_said() -> None:
         assert "parameter weight_hh of GRUCell holds inf already" in str(error)
 
 
+def test_inputs_by_name_and_infinite_ones_that_only_the_way_back_meets() -> None:
+    layers, inputs = ur.LSTM(3, 4), torch.randn(5, 2, 3)
+    inputs[2, 1, 0] = math.inf
+    with ur.guard(layers):
+        outputs, _ = layers(input=inputs)  # the gates take it: they are 0 and 1
+        error = raised(outputs.sum().backward)
+        assert (error.t, error.row, error.operation, error.values) == (2, 1, "input", ("inf",))
+        inputs[2, 1, 0] = math.nan
+        assert raised(lambda: layers(input=inputs)).t == 2
+    rnn = ur.unroll(ur.GRUCell(3, 4))
+    with ur.guard(rnn):
+        assert raised(lambda: rnn(inputs=inputs)).row == 1
+
+
 def test_exploding_states_name_the_product() -> None:
     rnn = ur.unroll(ur.RNNCell(1, 1, bias=False, nonlinearity="relu"))
     for weight in rnn.parameters():

@@ -16,7 +16,7 @@ from unrolled._network import observe
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.flow import gradient_flow, weight_shares
 from unrolled.diagnosis.lag import lag_profile, reach
-from unrolled.diagnosis.nonfinite import first_bad_value, is_finite
+from unrolled.diagnosis.nonfinite import first_bad_gradient, first_bad_value, is_finite
 from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import Diagnosis, JacobianProfile, LayerDiagnosis, Lyapunov, Missing
 from unrolled.diagnosis.tangents import UnmeasurableError, measure_tangents, trajectory_of
@@ -24,7 +24,7 @@ from unrolled.diagnosis.units import unit_figures
 from unrolled.diagnosis.verdict import verdict_of
 from unrolled.diagnosis.walk import Walk
 from unrolled.errors import GradientError, InputError, NonFiniteError, OptionError
-from unrolled.trees import Tree
+from unrolled.trees import Tree, leaves
 
 __all__ = ["diagnose"]
 
@@ -83,7 +83,7 @@ def diagnose(
         >>> found.verdict.kind, found.layers[0].reach.thousandth < 50
         ('vanishing', True)
     """
-    _check(probes, horizon)
+    _check(loss, probes, horizon, lyapunov)
     with torch.random.fork_rng():
         run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
         named = list(networks_in(run))
@@ -93,6 +93,10 @@ def diagnose(
         value = loss(run.outputs, run.state)
         _refuse_bad(value, run)
         grads = observe(named[0][1]._network.listener, value)
+        if not is_finite(list(grads.values())):
+            raise first_bad_value(run) or first_bad_gradient(run) or NonFiniteError(
+                "a gradient is NaN or infinite, and no copy made it; look at how the loss takes the weights"
+            )
         layers = [_diagnosed(name, one, resets, probes, lyapunov) for name, one in named]
     trained = {id(parameter) for parameter in rnn.parameters()}
     norms = [float(torch.linalg.vector_norm(grad.to_dense())) for leaf, grad in grads.items() if id(leaf) in trained]
@@ -118,10 +122,12 @@ def _refuse_bad(value: Any, run: Any) -> None:
         )
 
 
-def _check(probes: int, horizon: int | None) -> None:
+def _check(loss: Any, probes: int, horizon: int | None, lyapunov: int | None) -> None:
+    if not callable(loss):
+        raise OptionError(f"loss must be a function loss(outputs, state) of a scalar, got a {type(loss).__name__}")
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise GradientError("a diagnosis needs gradients, and they are off here; call it outside of torch.no_grad()")
-    for name, value in (("probes", probes), ("horizon", horizon)):
+    for name, value in (("probes", probes), ("horizon", horizon), ("lyapunov", lyapunov)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} must be a positive integer, got {value!r}")
 
@@ -137,7 +143,7 @@ def _diagnosed(name: str, run: Copies, resets: Tensor | None, probes: int, lyapu
     except UnmeasurableError as error:
         missing += [Missing(figure, str(error)) for figure in ("jacobian", "lyapunov")]
     if lag is None:
-        missing += [Missing(figure, "the loss takes nothing of this layer's outputs") for figure in ("lag", "reach")]
+        missing += [Missing(figure, _why_no_lag(run)) for figure in ("lag", "reach")]
     return LayerDiagnosis(
         name=name,
         cell=name_of(run._network.cell),
@@ -150,6 +156,12 @@ def _diagnosed(name: str, run: Copies, resets: Tensor | None, probes: int, lyapu
         units=units,
         missing=_sorted(missing),
     )
+
+
+def _why_no_lag(run: Copies) -> str:
+    if any(x.is_floating_point() or x.is_complex() for x in leaves(run[0].state)):
+        return "the loss takes nothing of this layer's outputs, or of its last state nothing that has rows"
+    return "the state has no floating numbers"
 
 
 def _sorted(missing: Sequence[Missing]) -> tuple[Missing, ...]:

@@ -110,7 +110,7 @@ class Guard:
                 pairs = [(x, grad) for x, grad in zip(returned, call.grads, strict=True) if grad is not None]
                 loss = sum(((x * grad.detach()).sum() for x, grad in pairs), torch.zeros(()))
                 observe(next(networks_in(run))[1]._network.listener, loss)
-                found = first_bad_gradient(run)
+                found = first_bad_value(run) or first_bad_gradient(run)
             if found is not None:
                 return found
         return None
@@ -131,8 +131,8 @@ class _Call:
             torch.random.set_rng_state(self.random)
             if self.on_cuda:
                 torch.cuda.set_rng_state_all(self.on_cuda)
-            inputs, *rest = self.args
-            options = {**dict(zip(("state",), rest, strict=False)), **self.kwargs}
+            options = {**dict(zip(("inputs", "state"), self.args, strict=False)), **self.kwargs}
+            inputs = options.pop("input") if "input" in options else options.pop("inputs")
             if "hx" in options:  # as torch.nn's layers call it
                 options["state"] = options.pop("hx")
             return copies(rnn, _detached(inputs), **options)

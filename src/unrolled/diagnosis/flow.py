@@ -55,7 +55,7 @@ def weight_shares(copies: Copies) -> tuple[WeightShares, ...]:
             sums[name] = sums[name] + share if name in sums else share.clone()
     for shares in _each(copies, names):
         for name, share in shares.items():
-            dots[name].append(float((share.double() * sums[name].double()).sum()))
+            dots[name].append(_dot(share, sums[name]))
     return tuple(_shares(name, _norm(sums[name]), norms[name], dots[name]) for name in names)
 
 
@@ -64,8 +64,15 @@ def _each(copies: Copies, names: list[str]) -> Iterator[dict[str, Tensor]]:
         yield copy._shares(names) if names else {}
 
 
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Of complex numbers the real part: how far one points where the other does."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    return float((a.double() * b.double()).sum())
+
+
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(tensor.abs(), dtype=torch.float64))
 
 
 def _shares(name: str, whole: float, norms: list[float], dots: list[float]) -> WeightShares:

@@ -32,8 +32,10 @@ def lag_profile(walk: Walk, probes: int) -> LagProfile | None:
         probes: at most so many probes for a row, spread evenly over the steps at which the loss takes something.
 
     Returns:
-        The profile; None if the loss takes nothing of the outputs and last states.
+        The profile; None if the loss takes nothing of the outputs and last states, or no state can have a gradient.
     """
+    if not any(x.is_floating_point() or x.is_complex() for x in leaves(walk.copies[0].state)):
+        return None
     taken = [_taken(walk, k) for k in range(len(walk.copies))]
     chosen = _chosen(walk, taken, probes)
     if not (chosen >= 0).any():
@@ -124,7 +126,8 @@ def _started(grad: Tensor, which: Tensor, rows: Tensor, many: int, norms: Tensor
     if grad.dim() and grad.shape[0] == len(norms):
         sizes = norms[rows].to(grad.device).view(-1, *(1,) * (grad.dim() - 1))
         which, rows = which.to(grad.device), rows.to(grad.device)
-        made[which, rows] = (grad[rows].double() / sizes).to(grad.dtype)
+        wide = torch.complex128 if grad.is_complex() else torch.float64
+        made[which, rows] = (grad[rows].to(wide) / sizes).to(grad.dtype)
     return made
 
 
@@ -165,7 +168,7 @@ def _profile(walk: Walk, chosen: Tensor, norms: Tensor, counted: Tensor) -> LagP
         lags.append(lag)
         counts.append(int(there.sum()))
         figures.append(quartiles(norms[lag - 1][there]))
-        kept.append(median(norms[lag - 1][there][first != 0] / first[first != 0]))
+        kept.append(median(norms[lag - 1][there][first != 0] / first[first != 0]) if (first != 0).any() else 0.0)
     lower, middle, upper = zip(*figures, strict=True)
     steps = sorted(walk.copies[k].t for k in (chosen >= 0).any(1).nonzero().flatten().tolist())
     many = int(chosen.max()) + 1

@@ -93,17 +93,23 @@ def _state_norms(copies: Copies) -> tuple[StateNorm, ...]:
         names = [f"state{path}" for path in paths(structure)]
     found = []
     for n, name in enumerate(names):
-        if tensors[n].is_floating_point():
-            each = [leaves(copy.next_state)[n].detach().unsqueeze(0) for copy in copies]
-            norms = [row_norms([x], x.shape[1] if x.dim() > 1 else 1)[0].mean() for x in each]
-            found.append(StateNorm(name, tuple(map(float, norms))))
+        if tensors[n].is_floating_point() or tensors[n].is_complex():
+            each = [(leaves(copy.next_state)[n].detach(), len(copy.rows)) for copy in copies]
+            found.append(StateNorm(name, tuple(_mean_norm(x, rows) for x, rows in each)))
     return tuple(found)
+
+
+def _mean_norm(leaf: Tensor, rows: int) -> float:
+    """The mean over rows of a leaf's norm; of a leaf without rows the norm."""
+    if leaf.dim() and len(leaf) == rows:
+        return float(row_norms([leaf.unsqueeze(0)], rows)[0].mean())
+    return float(torch.linalg.vector_norm(leaf.abs(), dtype=torch.float64))
 
 
 def _radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]:
     found = []
     for name, weight in recurrent_weights(cell, widths):
-        values = weight.detach().double().cpu()
+        values = weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64).cpu()
         radius = float(torch.linalg.eigvals(values).abs().max()) if values.isfinite().all() else math.nan
         found.append(SpectralRadius(name, radius))
     return tuple(found)

@@ -51,8 +51,15 @@ def verdict_of(layers: Sequence[LayerDiagnosis], cells: Sequence[nn.Module], hor
     """
     found = [finding for layer, cell in zip(layers, cells, strict=True) for finding in _findings(layer, cell, horizon)]
     if not found:
-        found = [_healthy(layers)]
+        found = [_healthy(layers) if any(map(_flows, layers)) else Finding("vanishing", _NO_GRADIENT)]
     return Verdict(tuple(sorted(found, key=lambda finding: KINDS.index(finding.kind))))
+
+
+_NO_GRADIENT = "no gradient at all reaches any copy: the loss does not change with the outputs, or its slope is zero"
+
+
+def _flows(layer: LayerDiagnosis) -> bool:
+    return layer.lag is not None or any((*layer.flow.norms, *(share.norm for share in layer.weights)))
 
 
 def _findings(layer: LayerDiagnosis, cell: nn.Module, horizon: int | None) -> Iterator[Finding]:
@@ -91,7 +98,7 @@ def _state_growth(layer: LayerDiagnosis) -> float:
 def _exploding(layer: LayerDiagnosis, cell: nn.Module) -> Finding | None:
     if layer.lag is None:
         return None
-    worst = next((n for n, kept in enumerate(layer.lag.kept) if not kept < GROWN), None)
+    worst = next((n for n, kept in enumerate(layer.lag.kept) if kept >= GROWN), None)
     if worst is None:
         return None
     doubling = layer.reach.doubling if layer.reach else math.inf
@@ -110,6 +117,8 @@ def _vanishing(layer: LayerDiagnosis, cell: nn.Module, horizon: int | None) -> F
     gone = layer.reach.thousandth
     if gone is None or gone > flows * QUARTER:
         return None
+    if layer.lag.median[0] == 0:
+        return Finding("vanishing", "no gradient passes a single copy", tuple(_remedies([_gated(cell)])), layer.name)
     pace = f"halve every {layer.reach.halving:.3g} steps" if layer.reach.rate < 0 else "fall"
     sentence = (
         f"gradients {pace}: a tenth is left after {layer.reach.tenth} copies, "

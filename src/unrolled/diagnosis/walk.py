@@ -75,9 +75,10 @@ def row_norms(tensors: Sequence[Tensor], rows: int) -> Tensor:
     In float64, since the square of a small float32 is zero.
     """
     by_row = [x for x in tensors if x.dim() > 1 and x.shape[1] == rows]
+    sizes = [x.abs() if x.is_complex() else x for x in by_row]
     norms = [
         torch.linalg.vector_norm(x.flatten(2) if x.dim() > 2 else x[..., None], dim=-1, dtype=torch.float64)
-        for x in by_row
+        for x in sizes
     ]
     if not norms:
         return torch.zeros(len(tensors[0]) if tensors else 1, rows, dtype=torch.float64)
