@@ -21,7 +21,7 @@ import unrolled as ur
 from matching import assert_match
 from problems import PROBLEMS, AttendingCell, NestedCell, uneven_loss
 from unrolled.bptt.allocations import Allocations
-from unrolled.errors import GradientError, OptionError
+from unrolled.errors import GradientError, InputError, OptionError
 from unrolled.trees import leaves, map_leaves
 
 T, B, I, H = 11, 3, 3, 4
@@ -626,6 +626,16 @@ def test_a_budget_below_the_least_says_what_fits() -> None:
     ur.unroll(cell, memory=int(least * 1.01))(inputs)[0].sum().backward()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_without_gradients_no_budget_is_too_small(mode: Any, steps: int) -> None:
+    cell, inputs = ur.LSTMCell(I, H), torch.randn(steps, B, I)
+    with mode():
+        outputs, last = ur.unroll(cell, memory="1%")(inputs)
+        wanted, end = ur.unroll(cell, engine="reference")(inputs)
+    assert_match([outputs, *last], [wanted, *end])
+
+
 def test_layers_that_cannot_be_cut_together_are_refused() -> None:
     with pytest.raises(OptionError, match="a stack with a memory budget walks forwards"):
         ur.stack([ur.GRUCell(I, H)], bidirectional=True, memory=0.5)
@@ -633,3 +643,7 @@ def test_layers_that_cannot_be_cut_together_are_refused() -> None:
         ur.stack([ur.unroll(ur.GRUCell(I, H), memory=0.5)], memory=0.5)
     with pytest.raises(OptionError, match=r"what ur\.unroll and ur\.stack make, got LSTM"):
         ur.plan_memory(nn.LSTM(3, 4), torch.randn(5, 2, 3))
+    with pytest.raises(OptionError, match="a stack with a memory budget walks forwards"):
+        ur.plan_memory(ur.stack([ur.GRUCell(I, H)], bidirectional=True), torch.randn(5, B, I))
+    with pytest.raises(InputError, match="a row with at least one step"):
+        ur.plan_memory(ur.unroll(ur.GRUCell(I, H)), torch.randn(5, B, I), lengths=[0, 0, 0])

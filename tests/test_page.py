@@ -9,15 +9,20 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.text import Text
 from torch import Tensor
 
 import unrolled as ur
 from unrolled._portrait import portrait
+from unrolled.drawing.inside import inside
+from unrolled.drawing.layered import placed
 from unrolled.drawing.paper import figure_of, picture
 from unrolled.drawing.portrait import MISSING, Chart, Series
 from unrolled.drawing.vega import specification
@@ -167,7 +172,7 @@ def test_pictures_of_the_network_and_of_a_chart(network: Any, ending: str, tmp_p
     rnn, inputs = network
     for chart in (None, "lag"):
         target = tmp_path / f"picture{ending}"
-        ur.draw(rnn, inputs, target, loss=loss, chart=chart)
+        ur.draw(rnn, inputs, target, chart=chart, loss=loss if chart else None)
         assert target.read_bytes().startswith((MAGIC[ending], b"<svg"))
         assert len(target.read_bytes()) > 2000
 
@@ -220,6 +225,60 @@ def written(figure: Any) -> list[Any]:
     return [text for text in texts if text.get_text()]
 
 
+def test_one_copy_has_a_page_and_complex_states_both_their_parts(tmp_path: Path) -> None:
+    rnn = ur.unroll(ur.GRUCell(I, 4))
+    ur.draw(rnn, torch.randn(1, B, I), tmp_path / "page.html", loss=loss)
+    assert "need at least two copies" in (tmp_path / "page.html").read_text()
+
+    class Turning(torch.nn.Module):
+        def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+            return torch.full((batch_size, 1), 1 - 2j)
+
+        def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return input, state * 1j
+
+    (strip,) = (s for s in portrait(ur.unroll(Turning()), torch.randn(2, 1, 1)).layers[0].strips if s.role == "state")
+    shown = (np.frombuffer(strip.levels, np.uint8).reshape(2, 2) / 127 - 1) * strip.scale
+    np.testing.assert_allclose(shown, [[1, -2], [2, 1]], atol=2 / 127)
+
+
+def test_the_inside_of_a_cell_is_what_was_recorded() -> None:
+    plan = ur.unroll(ur.LSTMCell(I, 4)).plan(torch.randn(T, B, I))
+    root = ElementTree.fromstring(inside("LSTMCell", plan.operations, plan.results))
+    nodes = {int(node.get("data-node")): node for node in root.iter("{http://www.w3.org/2000/svg}g")}
+    recorded = {n: node.get("data-operation") for n, node in nodes.items()}
+    places = {int(number): nodes[n].get("class") for n, number in recorded.items() if number is not None}
+    assert places == {n: f"node {operation.place}" for n, operation in enumerate(plan.operations)}
+    names = {n: node[0].text for n, node in nodes.items() if recorded[n] is None}
+    made = [name for name, _ in plan.results]
+    assert {"input", "state[0]", "weight_hh"} <= set(names.values())
+    assert list(names.values())[-3:] == made == ["output", "next state[0]", "next state[1]"]
+    edges = {(int(e.get("data-from")), int(e.get("data-to"))) for e in root.iter("{http://www.w3.org/2000/svg}path")}
+    first = len(names) - len(made)
+    at = {name: n for n, name in names.items()} | {n: first + n for n in range(len(plan.operations))}
+    wanted = {(at[source], at[n]) for n, operation in enumerate(plan.operations) for source in operation.reads}
+    assert edges == wanted | {(at[source], at[name]) for name, source in plan.results}
+
+
+@given(st.data())
+def test_nodes_of_a_graph_stand_apart_and_edges_lead_to_the_right(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 12))
+    pairs = [(a, b) for b in range(count) for a in range(b)]
+    edges = data.draw(st.lists(st.sampled_from(pairs), unique=True, max_size=20)) if pairs else []
+    widths = data.draw(st.lists(st.floats(10, 90), min_size=count, max_size=count))
+    found = placed(widths, edges)
+    boxes = [(x, x + width, y - 11, y + 11) for (x, y), width in zip(found.nodes, widths, strict=True)]
+    for n, (left, right, top, bottom) in enumerate(boxes):
+        assert 0 <= left <= right <= found.width + 1e-6
+        assert 0 <= top <= bottom <= found.height
+        assert all(right < b[0] or b[1] < left or bottom < b[2] or b[3] < top for b in boxes[:n])
+    for (a, b), points in zip(edges, found.edges, strict=True):
+        xs = [x for x, _ in points]
+        assert xs == sorted(xs)
+        assert points[0] == (pytest.approx(boxes[a][1]), found.nodes[a][1])
+        assert points[-1] == (pytest.approx(boxes[b][0]), found.nodes[b][1])
+
+
 def test_layers_have_charts_of_their_own(tmp_path: Path) -> None:
     rnn = ur.stack([ur.GRUCell(I, H), ur.RNNCell(H, 4)])
     ur.draw(rnn, torch.randn(T, B, I), tmp_path / "flow.svg", loss=loss, chart="flow 1")
@@ -245,8 +304,18 @@ def test_what_is_refused_leaves_the_file_as_it_was(network: Any, tmp_path: Path)
             tmp_path / "a.svg",
             {"chart": "flow"},
         ),
-        (OptionError, r"a chart is drawn as \.svg", tmp_path / "a.txt", {"chart": "memory"}),
+        (OptionError, r"chart= draws a picture .* got a \.txt file", tmp_path / "a.txt", {"chart": "memory"}),
         (GradientError, "does not depend", target, {"loss": lambda outputs, state: torch.ones((), requires_grad=True)}),
+    ]
+    refusals += [
+        (OptionError, "chart= draws a picture", target, {"chart": "lag", "loss": loss}),
+        (OptionError, "chart= draws a picture .* got no path", None, {"chart": "lag", "loss": loss}),
+        (OptionError, "shows nothing of row=", tmp_path / "a.svg", {"row": 1}),
+        (OptionError, "shows nothing of lengths=", None, {"lengths": [1, 2, 3]}),
+        (OptionError, "loss must be a function", target, {"loss": "sum"}),
+        (InputError, r"row must be an integer, got 0\.5", target, {"row": 0.5}),
+        (InputError, "lengths that are all 0", target, {"lengths": [0, 0, 0]}),
+        (OptionError, "path must be a name that the system takes", tmp_path / f"{'x' * 300}.html", {}),
     ]
     for error, told, path, options in refusals:
         with pytest.raises(error, match=told):

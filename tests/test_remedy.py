@@ -101,6 +101,13 @@ def test_what_a_network_does_not_have_is_refused() -> None:
         ur.remedy.chrono(ur.LSTMCell(3, 4, bias=False), 10)
     with pytest.raises(ur.OptionError, match="steps must be an integer of at least 3, got 2"):
         ur.remedy.chrono(ur.LSTMCell(3, 4), 2)
+    for value in (math.nan, "a", True):
+        with pytest.raises(ur.OptionError, match="value must be a finite number"):
+            ur.remedy.forget_bias(ur.LSTMCell(3, 4), value)
+    with pytest.raises(ur.OptionError, match="a cell or a module with unrolled networks, got a int"):
+        ur.remedy.chrono(5, 20)
+    with pytest.raises(ur.OptionError, match=r"torch\.nn's LSTM has none; make it one with ur\.from_torch"):
+        ur.remedy.chrono(nn.LSTM(3, 4), 20)
     with pytest.raises(ur.OptionError, match="orthogonal sets square recurrent weights"):
         ur.remedy.orthogonal(ur.unroll(ur.MinGRUCell(3, 4)))
     with pytest.raises(ur.OptionError, match=r"identity sets .* and Own has none"):

@@ -163,6 +163,20 @@ def test_a_budget_changes_no_loss_and_a_horizon_does(tmp_path):
     assert losses["horizon"][-1] != pytest.approx(losses["whole"][-1], rel=1e-4)
 
 
+def test_a_share_is_one_of_a_whole_window_and_too_small_a_one_leaves_no_run(short_file, tmp_path, capsys):
+    sizes = {**TINY, "hidden_size": 8, "window": 40}  # the last window is shorter, and the sample at the end one step
+    code, *_ = command(capsys, "train", short_file, *flags(out=tmp_path / "run", memory="60%", **sizes))
+    assert code == 0
+    assert command(capsys, "sample", tmp_path / "run", "--length", 5)[0] == 0
+    code, _, error = command(capsys, "train", short_file, *flags(out=tmp_path / "none", memory="10B", **sizes))
+    assert code == 2
+    assert "memory='10B' is 10 bytes, but 40 steps of 4 rows take at least" in error
+    assert not (tmp_path / "none").exists()
+    code, _, error = command(capsys, "plan", tmp_path / "run", "--hidden-size", 9)
+    assert code == 2
+    assert "--hidden-size is for a network that is not trained yet" in error
+
+
 def test_the_plan_command_prints_what_a_budget_costs(text_file, tmp_path, capsys):
     code, shown, _ = command(capsys, "plan", "--steps", 300, "--hidden-size", 32, "--memory", "3MB")
     assert code == 0

@@ -94,8 +94,12 @@ def diagnose(
         _refuse_bad(value, run)
         grads = observe(named[0][1]._network.listener, value)
         if not is_finite(list(grads.values())):
-            raise first_bad_value(run) or first_bad_gradient(run) or NonFiniteError(
-                "a gradient is NaN or infinite, and no copy made it; look at how the loss takes the weights"
+            raise (
+                first_bad_value(run)
+                or first_bad_gradient(run)
+                or NonFiniteError(
+                    "a gradient is NaN or infinite, and no copy made it; look at how the loss takes the weights"
+                )
             )
         layers = [_diagnosed(name, one, resets, probes, lyapunov) for name, one in named]
     trained = {id(parameter) for parameter in rnn.parameters()}

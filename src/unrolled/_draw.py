@@ -32,6 +32,8 @@ __all__ = ["draw"]
 ENDINGS = (".html", ".svg", ".png", ".pdf", ".txt")
 """What can be drawn, by the file's suffix."""
 
+PICTURES = (".svg", ".png", ".pdf")
+
 
 def draw(
     rnn: nn.Module,
@@ -82,11 +84,12 @@ def draw(
         unrolled over T = 2 time steps, batch B = 5
         ...
     """
-    if path is None:
+    target = None if path is None else _destination(path)
+    kind = "" if target is None else target.suffix.lower()
+    _check(kind, loss, chart, row, lengths, resets)
+    if target is None:
         _print(_sketches(rnn, inputs, state, context))
         return None
-    target = _destination(path)
-    kind = target.suffix.lower()
     _refuse_packed(inputs)
     if kind == ".html":
         found = portrait(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context, row=row)
@@ -99,6 +102,26 @@ def draw(
     else:
         _write(target, converted(svg(*_sketches(rnn, inputs, state, context)), kind))
     return target
+
+
+def _check(kind: str, loss: Any, chart: Any, row: Any, lengths: Any, resets: Any) -> None:
+    """Refuse what a picture of this kind would not show."""
+    if chart is not None and kind not in PICTURES:
+        got = f"a {kind} file" if kind else "no path"
+        raise OptionError(f"chart= draws a picture ({', '.join(PICTURES)}), got {got}; a page has all charts anyway")
+    if loss is not None and not callable(loss):
+        raise OptionError(f"loss must be a function loss(outputs, state) of a scalar, got a {type(loss).__name__}")
+    if isinstance(row, bool) or not isinstance(row, int):
+        raise InputError(f"row must be an integer, got {row!r}")
+    if kind == ".html" or chart is not None:
+        return
+    unused = {"loss": loss, "row": row or None, "lengths": lengths, "resets": resets}
+    named = [name for name, value in unused.items() if value is not None]
+    if named:
+        raise OptionError(
+            f"a picture of the network shows nothing of {named[0]}=; leave it out, name a chart (chart='flow'), or "
+            "draw a page (.html)"
+        )
 
 
 def _chart(found: Portrait, key: str) -> Chart:
@@ -146,7 +169,12 @@ def _destination(path: str | os.PathLike[str]) -> Path:
         raise OptionError(f"path must be a str or a Path ending in {offered}, got {path!r:.80}") from error
     if target.suffix.lower() not in ENDINGS:
         raise OptionError(f"path must end in {offered}, got {str(target)!r}; leave path out to print the picture")
-    if not target.parent.is_dir():
+    try:
+        there = target.parent.is_dir()
+        target.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero in it
+        raise OptionError(f"path must be a name that the system takes, got {str(target)!r:.80}: {error}") from error
+    if not there:
         raise OptionError(f"path must be in a directory that exists, got {str(target)!r}; create {target.parent} first")
     if target.is_dir():
         raise OptionError(f"path must be a file, got the directory {str(target)!r}; name a file in it")

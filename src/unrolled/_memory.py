@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from unrolled._given import Lengths, given_as
-from unrolled._stack import Stack
+from unrolled._stack import Stack, refuse_to_cut
 from unrolled._unroll import Unrolled
 from unrolled.bptt.costs import Costs
 from unrolled.bptt.pieces import Whole
 from unrolled.bptt.planning import frontier, option
 from unrolled.bptt.schedules import Schedule, store_all
 from unrolled.bptt.trade_off import MemoryPlan
-from unrolled.errors import OptionError
+from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree, leaves
 
 __all__ = ["plan_memory"]
@@ -54,7 +54,13 @@ def plan_memory(
     """
     if not isinstance(rnn, Unrolled | Stack):
         raise OptionError(f"plan_memory plans what ur.unroll and ur.stack make, got {type(rnn).__name__}")
+    if isinstance(rnn, Stack):
+        refuse_to_cut(list(rnn.layers), "memory budget")
     given = given_as(inputs, lengths, batch_first=rnn.batch_first)
+    if not given.extent.rows:
+        raise InputError(
+            "plan_memory needs a row with at least one step, got lengths that are all 0; pass a longer row"
+        )
     with torch.random.fork_rng(devices=[]):
         whole, again = rnn.runs(given, given.sequences(inputs), state, resets, context)
         costs, chosen = _chosen(rnn, whole, again)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unrolled._copies import Copies, Copy
 from unrolled._diagnose import diagnose
-from unrolled._given import Lengths
+from unrolled._given import Lengths, given_as
 from unrolled._layered import Layered
 from unrolled._layered_copies import copies
 from unrolled._layers import TorchLayer
@@ -63,15 +63,16 @@ def portrait(
         OptionError: for more copies than a page can hold.
         InputError: for a row that the batch does not have.
     """
+    given = given_as(inputs, lengths, batch_first=getattr(rnn, "batch_first", False))
+    T, B = given.extent.steps, given.extent.batch
+    _check(T, B, row)
     with torch.random.fork_rng(), torch.enable_grad():
         run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
         named = list(networks_in(run))
-        T, B = len(named[0][1]), named[0][1]._network.given.batch
-        _check(T, B, row)
         if loss is not None:
             observe(named[0][1]._network.listener, loss(run.outputs, run.state))
     found = None
-    if loss is not None:
+    if loss is not None and T > 1:
         with torch.random.fork_rng():
             found = diagnose(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context)
     parts = _networks(rnn)
@@ -80,17 +81,25 @@ def portrait(
         _layer(name, one, part, given, row, with_grads=loss is not None)
         for (name, one), part, given in zip(named, parts, diagnoses, strict=True)
     )
-    notes = () if loss else (
-        "Gradients, the verdict and most figures need a loss: "
-        "ur.draw(rnn, inputs, 'page.html', loss=lambda outputs, state: ...)",
-    )  # fmt: skip
+    notes = _notes(T, with_loss=loss is not None)
     options = {"lengths": lengths, "resets": resets, "context": context}
     charts = _memory_charts(rnn, inputs, state, options)
     verdict = found.verdict.to_dict() if found else None
     return Portrait(rnn._get_name(), T, B, row, layers, charts, verdict, notes)
 
 
+def _notes(T: int, *, with_loss: bool) -> tuple[str, ...]:
+    if not with_loss:
+        return (
+            "Gradients, the verdict and most figures need a loss: "
+            "ur.draw(rnn, inputs, 'page.html', loss=lambda outputs, state: ...)",
+        )
+    return () if T > 1 else ("Figures over time and a verdict need at least two copies.",)
+
+
 def _check(T: int, B: int, row: int) -> None:
+    if not T:
+        raise InputError("a page needs a row with at least one step, got lengths that are all 0; pass a longer row")
     if not 0 <= row < B:
         raise InputError(f"row must be one of the batch's {B}, from 0 to {B - 1}, got {row}")
     if T > _MOST_COPIES:
@@ -176,6 +185,7 @@ def _state_names(run: Copies) -> list[str]:
 
 def _strip(name: str, role: str, run: Copies, column: Sequence[Tensor], row: int) -> Strip:
     """One row of one leaf in all copies; blank where the row has ended."""
+    column = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in column]
     size = max(column[0][0].numel(), 1) if column[0].dim() else 1
     shown = min(size, _ENTRIES)
     values = np.full((len(run), shown), np.nan)

@@ -30,7 +30,7 @@ from unrolled.cells.min_gru import MinGRUCell
 from unrolled.errors import OptionError, UnrolledError
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Bidirectional", "Layered", "Stack", "checked_dropout", "stack"]
+__all__ = ["Bidirectional", "Layered", "Stack", "checked_dropout", "refuse_to_cut", "stack"]
 
 
 class Bidirectional(Layered):
@@ -125,7 +125,7 @@ class Stack(Windowed, Budgeted, Layered):
         _refuse_batch_first(layers)
         _refuse_misfits(layers)
         if self.truncation is not None or self.checkpointing is not None:
-            _refuse_to_cut(layers, "horizon" if self.truncation is not None else "memory budget")
+            refuse_to_cut(layers, "horizon" if self.truncation is not None else "memory budget")
         self.layers = nn.ModuleList(layers)
         self.dropout = checked_dropout(dropout)
 
@@ -301,7 +301,16 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
     return other
 
 
-def _refuse_to_cut(layers: Sequence[nn.Module], what: str) -> None:
+def refuse_to_cut(layers: Sequence[nn.Module], what: str) -> None:
+    """Refuse layers that cannot all be cut at one place.
+
+    Args:
+        layers: those of a stack.
+        what: for which reason they would be cut, in words.
+
+    Raises:
+        OptionError: naming the layer.
+    """
     for number, layer in enumerate(layers):
         for part in layer.modules():
             if getattr(part, "truncation", None) is not None or getattr(part, "checkpointing", None) is not None:

@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ def forget_bias(rnn: nn.Module, value: float = 1.0) -> None:
     Source: F. Gers et al., "Learning to forget", Neural Computation 12 (2000); R. Jozefowicz et al., "An empirical
     exploration of recurrent network architectures", ICML 2015.
     """
+    _check_number("value", value)
     _set_biases(rnn, "forget_bias", lambda slot: torch.full_like(slot.bias[slot.block], value))
 
 
@@ -77,6 +79,7 @@ def orthogonal(rnn: nn.Module, gain: float = 1.0) -> None:
     Source: A. Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural networks",
     ICLR 2014.
     """
+    _check_number("gain", gain)
     _set_recurrent(rnn, "orthogonal", lambda weight: nn.init.orthogonal_(torch.empty_like(weight), gain))
 
 
@@ -92,6 +95,7 @@ def identity(rnn: nn.Module, scale: float = 1.0) -> None:
 
     Source: Q. Le et al., "A simple way to initialize recurrent networks of rectified linear units", arXiv:1504.00941.
     """
+    _check_number("scale", scale)
     _set_recurrent(rnn, "identity", lambda weight: scale * torch.eye(len(weight)).to(weight))
 
 
@@ -112,8 +116,24 @@ def _settable(cell: nn.Module) -> list[Tensor]:
     return [weight for weight in weights if weight.is_leaf or isinstance(weight._base, nn.Parameter)]
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise OptionError(f"{name} must be a finite number, got {value!r}")
+
+
+def _check_network(rnn: nn.Module, asked: str) -> None:
+    if not isinstance(rnn, nn.Module):
+        raise OptionError(f"{asked} takes a cell or a module with unrolled networks, got a {type(rnn).__name__}")
+    if isinstance(rnn, nn.RNNBase):
+        raise OptionError(
+            f"{asked} sets cells of unrolled networks, and torch.nn's {_named(rnn)} has none; make it one with "
+            "ur.from_torch(module), and back with ur.to_torch"
+        )
+
+
 @torch.no_grad()
 def _set_recurrent(rnn: nn.Module, asked: str, made: Callable[[Tensor], Tensor]) -> None:
+    _check_network(rnn, asked)
     weights = [weight for cell in cells_of(rnn) for weight in _settable(cell)]
     if not weights:
         raise OptionError(
@@ -126,6 +146,7 @@ def _set_recurrent(rnn: nn.Module, asked: str, made: Callable[[Tensor], Tensor])
 
 @torch.no_grad()
 def _set_biases(rnn: nn.Module, asked: str, drawn: Callable[[GateSlot], Tensor]) -> None:
+    _check_network(rnn, asked)
     cells = [cell for cell in cells_of(rnn) if can_set_keeping_bias(cell)]
     if not cells:
         raise OptionError(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import html
+import json
+from typing import Any
 
 __all__ = ["Told"]
 
 
 class Told:
-    """A result whose text is a table or a picture in characters."""
+    """A result whose text is a table or a picture in characters, and whose numbers are plain."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, as JSON takes them."""
+        raise NotImplementedError
+
+    def to_json(self, indent: int | None = None) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def _repr_html_(self) -> str:
         """The text as it is, in letters of one width.

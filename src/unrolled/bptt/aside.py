@@ -116,8 +116,8 @@ class Unwritten:
         for name, (tensor, version) in self._versions.items():
             if tensor._version != version:
                 raise GradientError(
-                    f"{name} has been modified by an inplace operation since the forward pass, whose steps are run again "
-                    "for the backward pass; write into it after backward, or leave memory= and checkpoint= out"
+                    f"{name} has been modified by an inplace operation since the forward pass, whose steps are run "
+                    "again for the backward pass; write into it after backward, or leave memory= and checkpoint= out"
                 )
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
+
 from unrolled.bptt.costs import Costs
-from unrolled.bptt.planning import planned
+from unrolled.bptt.planning import fitting, planned, thriftiest
 from unrolled.bptt.schedules import Schedule
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
@@ -40,7 +42,7 @@ class Budget:
         return self.bytes if self.bytes is not None else (self.share or 0.0) * costs.full(extent)
 
     def schedule(self, extent: Extent, measure: Callable[[int], Costs]) -> Schedule:
-        """The fastest schedule that fits.
+        """The fastest schedule that fits; without gradients, which take no tapes, the one with the least if none does.
 
         Args:
             extent: how far the sequence reaches.
@@ -51,7 +53,11 @@ class Budget:
         """
         length, costs, before = 1, measure(1), None
         while costs != before:
-            found = planned(costs, extent, self.of(costs, extent), self.given)
+            budget = self.of(costs, extent)
+            if torch.is_grad_enabled():
+                found = planned(costs, extent, budget, self.given)
+            else:
+                found = fitting(costs, extent, budget) or thriftiest(costs, extent).schedule
             length = max(length, found.length)
             before, costs = costs, measure(length)
         return found

@@ -12,7 +12,7 @@ from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
 
-__all__ = ["Option", "frontier", "option", "options", "planned", "readable"]
+__all__ = ["Option", "fitting", "frontier", "option", "options", "planned", "readable", "thriftiest"]
 
 MOST_REPEATS = 8
 """How often a segment is advanced at most: more saves little memory, and without a bound work is quadratic in T."""
@@ -47,6 +47,12 @@ class Option:
         return f"revolve(slots={schedule.slots}{length})"
 
 
+def fitting(costs: Costs, extent: Extent, budget: float) -> Schedule | None:
+    """The fastest schedule that fits; None if none does."""
+    found = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost, default=None)
+    return None if found is None else found.schedule
+
+
 def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule:
     """The fastest schedule that fits.
 
@@ -59,10 +65,10 @@ def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule
     Raises:
         OptionError: if none fits, with the least that is possible and the horizon that would fit.
     """
-    best = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost, default=None)
+    best = fitting(costs, extent, budget)
     if best is not None:
-        return best.schedule
-    least = _least(costs, extent)
+        return best
+    least = thriftiest(costs, extent)
     horizon = _horizon(costs, extent, budget)
     remedy = f"horizon={horizon} would fit, truncated by rnn.windows" if horizon else "not even one step would fit"
     raise OptionError(
@@ -73,7 +79,7 @@ def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule
 
 def frontier(costs: Costs, extent: Extent) -> list[Option]:
     """The fastest schedule for full storage, a half of it, a quarter, and so on down to the least."""
-    least, found = _least(costs, extent), list[Option]()
+    least, found = thriftiest(costs, extent), list[Option]()
     budget = costs.full(extent)
     while budget > least.bytes:
         found.append(min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost))
@@ -81,7 +87,7 @@ def frontier(costs: Costs, extent: Extent) -> list[Option]:
     return found if found and found[-1].bytes <= least.bytes else [*found, least]
 
 
-def _least(costs: Costs, extent: Extent) -> Option:
+def thriftiest(costs: Costs, extent: Extent) -> Option:
     """The schedule that takes the least memory there is to be had."""
     return min(options(costs, extent, 0.0), key=lambda option: option.bytes)
 
@@ -139,6 +145,6 @@ def readable(count: float) -> str:
         '1.2 MB'
     """
     if count < 1000:
-        return f"{count:.0f} bytes"
+        return f"{count:.0f} byte{'s' * (round(count) != 1)}"
     size = min(int(math.log10(count) / 3), 4)
     return f"{count / 1000**size:.1f} {('', 'kB', 'MB', 'GB', 'TB')[size]}"

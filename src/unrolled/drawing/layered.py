@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 __all__ = ["Placed", "placed"]
 
@@ -108,7 +109,7 @@ def _with_stand_ins(widths: Sequence[float], edges: Sequence[tuple[int, int]], c
 def _neighbours(graph: _Graph) -> tuple[list[list[int]], list[list[int]]]:
     before, after = ([list[int]() for _ in graph.column] for _ in range(2))
     for chain in graph.chains:
-        for a, b in zip(chain, chain[1:], strict=False):
+        for a, b in pairwise(chain):
             after[a].append(b)
             before[b].append(a)
     return before, after
@@ -119,7 +120,7 @@ def _mean(values: Sequence[float], default: float) -> float:
 
 
 def _spread(graph: _Graph, column: Sequence[int], wanted: Sequence[float]) -> None:
-    """Put a column's nodes where they want to be, in their order and none over another: blocks that meet move as one."""
+    """Put a column's nodes where they want to be, in their order: blocks that meet move as one."""
     blocks: list[tuple[float, float, list[int]]] = []  # the top that is wanted, the height, the nodes
     for n, y in zip(column, wanted, strict=True):
         top, height, nodes = y - graph.heights[n] / 2, graph.heights[n], [n]

@@ -51,8 +51,8 @@ class Plan(Told):
         engine: what runs it.
         why: why this engine and no faster one.
         operations: the step's operations, in order; none where the step could not be recorded.
-        results: what leaves the step: its name ('output', 'next state[0]'), and which operation made it or, by its name,
-            which tensor that the step was given it is.
+        results: what leaves the step: its name ('output', 'next state[0]'), and the operation that made it, or the name
+            of the tensor that it is.
         loops: how many loops walk through time.
         kept_bytes: what a backward pass keeps of one step, in bytes.
         flops: floating-point operations of one step by place.

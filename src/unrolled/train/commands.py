@@ -98,10 +98,10 @@ def plan_command(
     run: Annotated[
         Path | None, typer.Argument(help="run directory; without it, the network of the options below")
     ] = None,
-    cell: Annotated[str, typer.Option(help=f"recurrent cell: {', '.join(CELLS)}")] = "lstm",
-    hidden_size: Annotated[int, typer.Option(help="features of the hidden state")] = 256,
-    embedding_size: Annotated[int, typer.Option(help="features of an input")] = 64,
-    batch: Annotated[int, typer.Option(help="rows of a batch")] = 32,
+    cell: Annotated[str | None, typer.Option(help=f"recurrent cell: {', '.join(CELLS)} [default: lstm]")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="features of the hidden state [default: 256]")] = None,
+    embedding_size: Annotated[int | None, typer.Option(help="features of an input [default: 64]")] = None,
+    batch: Annotated[int | None, typer.Option(help="rows of a batch [default: 32]")] = None,
     steps: Annotated[
         int | None, typer.Option(help="steps of the sequence [default: the run's window, or 1000]")
     ] = None,
@@ -109,9 +109,13 @@ def plan_command(
 ) -> None:
     """Print what a memory budget costs in time: every schedule for the sequence, the chosen one marked."""
     _refuse_below_one("steps", steps)
-    sizes = {"cell": cell, "hidden_size": hidden_size, "embedding_size": embedding_size, "batch": batch}
-    window = {"window": steps or 1000, "memory": memory}
-    print(plan_run(TrainConfig(**sizes, **window), run, memory, steps))  # type: ignore[arg-type]
+    asked = {"cell": cell, "hidden_size": hidden_size, "embedding_size": embedding_size, "batch": batch}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if run is not None and asked:
+        flag = next(iter(asked)).replace("_", "-")
+        raise ConfigError(f"--{flag} is for a network that is not trained yet, and {run} has its own; leave one out")
+    config = TrainConfig.from_mapping({**asked, "window": steps or 1000}, source="the command")
+    print(plan_run(config, run, memory, steps))
     given = f" {shlex.quote(str(run))}" if run else ""
     print(f"next: unrolled plan{given} --memory 64MB, or unrolled train --memory 64MB")
 

@@ -92,7 +92,7 @@ def draw_run(path: Path, target: Path, text: Path | None = None) -> Path:
 def drawn(model: CharacterModel, numbers: Tensor, config: TrainConfig, target: Path) -> Path:
     """Draw a model's network on a text; see `draw`."""
     inputs, loss = sample_of(model.eval(), numbers, config)
-    draw(model.rnn, inputs, target, loss=loss)
+    draw(model.rnn, inputs, target, loss=loss if target.suffix.lower() == ".html" else None)
     return target
 
 

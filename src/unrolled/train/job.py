@@ -16,6 +16,7 @@ from unrolled.train.config import TrainConfig
 from unrolled.train.diagnosing import drawn
 from unrolled.train.loop import bits_per_character, check_finite, train
 from unrolled.train.model import CharacterModel
+from unrolled.train.planning import plan_run
 from unrolled.train.progress import ProgressBar, score_table
 from unrolled.train.run import Run, create_run
 from unrolled.train.sampling import sample
@@ -49,6 +50,8 @@ def run_job(config: TrainConfig, file: Path | None, console: Console) -> Run:
     """
     text = read_text(file)
     split = split_text(text, batch=config.batch, window=config.window)
+    if config.memory is not None:
+        plan_run(config, None, None, None)  # refuses a budget that is too small before there is a run
     run = create_run(config)
     try:
         _introduce(text, split, str(file or BUILT_IN), run, console)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
+from unrolled._memory import plan_memory
 from unrolled._unroll import unroll
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.trees import Tree
@@ -30,7 +34,7 @@ class CharacterModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(characters, config.embedding_size)
         cell = CELLS[config.cell](config.embedding_size, config.hidden_size)
-        self.rnn = unroll(cell, horizon=config.horizon, stride=config.stride, memory=config.memory)
+        self.rnn = unroll(cell, horizon=config.horizon, stride=config.stride, memory=_bytes_of(config, cell))
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, characters)
 
@@ -38,3 +42,11 @@ class CharacterModel(nn.Module):
         """Read characters `[T, B]` (int64); return the next ones' logits `[T, B, V]`, and the state to go on from."""
         outputs, state = self.rnn(self.embedding(characters), state)
         return self.head(self.dropout(outputs)), state
+
+
+def _bytes_of(config: TrainConfig, cell: nn.Module) -> str | int | None:
+    """The memory budget; a share is one of what a whole window takes, so that a shorter last one has room as well."""
+    if config.memory is None or not config.memory.strip().endswith("%"):
+        return config.memory
+    window = torch.zeros(config.window, config.batch, config.embedding_size, requires_grad=True)
+    return math.ceil(plan_memory(unroll(cell, memory=config.memory), window).chosen.bytes)

@@ -33,6 +33,6 @@ def plan_run(config: TrainConfig, run: Path | None, memory: str | None, steps: i
         config, model, _ = load_run(run)
     else:
         model = CharacterModel(config, characters=1)
-    rnn = unroll(model.rnn.cell, memory=memory or config.memory).train()
+    rnn = unroll(model.rnn.cell, memory=memory or model.rnn.memory).train()
     inputs = torch.zeros(steps or config.window, config.batch, config.embedding_size, requires_grad=True)
     return plan_memory(rnn, inputs)
