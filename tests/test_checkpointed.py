@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import unrolled as ur
@@ -403,6 +404,9 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(outputs.sum(), cell.weight_hh, create_graph=True)
     with pytest.raises(OptionError, match=r"inside of torch\.func's"):
         torch.func.grad(lambda x: ur.unroll(cell, memory=0.5)(x)[0].sum())(inputs)
+    for options in ({"memory": 0.5}, {"horizon": 6, "stride": 3}):
+        with forward_ad.dual_level(), pytest.raises(OptionError, match="inside of forward-mode derivatives"):
+            ur.unroll(cell, **options)(forward_ad.make_dual(inputs.detach(), torch.ones_like(inputs)))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unrolled._given import Given
 from unrolled._kept import Kept
-from unrolled._mapped import transforms
+from unrolled._mapped import transformed
 from unrolled.bptt.checkpointed import run_checkpointed
 from unrolled.bptt.checkpointing import Budget, Checkpointing, Scheduled
 from unrolled.bptt.costs import Costs
@@ -62,9 +62,10 @@ class Budgeted:
         Raises:
             OptionError: for a budget that is too small, or inside of a transform of torch.func.
         """
-        if self.checkpointing is not None and transforms():
+        within = "" if self.checkpointing is None else transformed(whole.tensors)
+        if within:
             raise OptionError(
-                f"checkpoints are not offered inside of torch.func's {transforms()[-1]}; leave memory= and checkpoint= "
+                f"checkpoints are not offered inside of {within}; leave memory= and checkpoint= "
                 "out, or differentiate with backward()"
             )
         schedule = None if self.checkpointing is None else self.schedule(self.checkpointing, whole, again)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from unrolled import sequence
 from unrolled._operator import OUTSIDE, operable, operator
@@ -16,7 +17,7 @@ from unrolled._samples import Asked, Kind, call_with, held
 from unrolled._sites import Site, site_at, site_of
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
-__all__ = ["run_mapped", "transforms"]
+__all__ = ["run_mapped", "transformed", "transforms"]
 
 
 def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
@@ -42,6 +43,18 @@ def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, cont
     *results, _ = torch.ops.unrolled.run(tensors, [False] * len(tensors), site.number)
     outputs, last = site.structures
     return unflatten(outputs, results[: site.outputs]), unflatten(last, results[site.outputs :])
+
+
+def transformed(tensors: Iterable[Tensor]) -> str:
+    """What maps or differentiates a call beside ordinary backward passes, in words; empty for nothing.
+
+    Args:
+        tensors: what the call is given, and weights: they may carry forward-mode tangents.
+    """
+    active = transforms()
+    if active:
+        return f"torch.func's {active[-1]}"
+    return "forward-mode derivatives" if any(unpack_dual(x).tangent is not None for x in tensors) else ""
 
 
 def transforms() -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unrolled import sequence
 from unrolled._budgeted import Budgeted
 from unrolled._given import Given, Lengths, given_as, is_plain, run_as_given
-from unrolled._mapped import run_mapped, transforms
+from unrolled._mapped import run_mapped, transformed
 from unrolled._planbook import PlanBook
 from unrolled._windows import Windowed
 from unrolled.bptt.checkpointing import checkpointing_of
@@ -194,9 +194,10 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         whole, cut = rnn.whole(*parts), self.truncation
         if cut is None or whole.extent.steps <= cut.horizon or not torch.is_grad_enabled():
             return self.run_whole(whole, lambda: twin_sharing(rnn).whole(*parts))
-        if cut.stride < cut.horizon and transforms():
+        within = transformed(whole.tensors) if cut.stride < cut.horizon else ""
+        if within:
             raise OptionError(
-                f"stride < horizon is not offered inside of torch.func's {transforms()[-1]}; take stride = horizon, or "
+                f"stride < horizon is not offered inside of {within}; take stride = horizon, or "
                 "differentiate with backward()"
             )
         return run_by_blocks(cut, whole)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unrolled.errors import CellError
 from unrolled.lengths import Extent
-from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
+from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, unflatten
 
 __all__ = [
     "Run",
@@ -57,6 +57,12 @@ class Whole:
     reverse: bool
     module: nn.Module
     steady: bool = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is given, and the parameters."""
+        trees = (self.inputs, self.state, self.context)
+        return [*(leaf for tree in trees for leaf in leaves(tree)), *self.module.parameters()]
 
 
 @dataclass(frozen=True)
