@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import platform
+import sys
 from itertools import chain
 
 import torch
 
-from benchmarks import horizon, lengths, memory, networks, preparation
+from benchmarks import horizon, lengths, memory, networks, preparation, seeing
 from benchmarks.timing import refuse_busy_machine
+
+ROOMS = {
+    "preparation": preparation,
+    "networks": networks,
+    "lengths": lengths,
+    "memory": memory,
+    "horizon": horizon,
+    "seeing": seeing,
+}
 
 
 def main() -> None:
-    """Measure and print, row by row."""
+    """Measure and print, row by row; all of it, or what is named: `python -m benchmarks memory seeing`."""
     refuse_busy_machine()
     torch.set_num_threads(2)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; medians, in turn")
     missed = []
-    for target in chain(
-        preparation.targets(), networks.targets(), lengths.targets(), memory.targets(), horizon.targets()
-    ):
+    strangers = [name for name in sys.argv[1:] if name not in ROOMS]
+    if strangers:
+        sys.exit(f"there is no benchmark {strangers[0]!r}; there are {', '.join(ROOMS)}")
+    wanted = sys.argv[1:] or list(ROOMS)
+    for target in chain.from_iterable(ROOMS[name].targets() for name in wanted):
         print(target, flush=True)
         missed += [target] if target.most is not None and not target.ratio <= target.most else []
     print(f"\n{len(missed)} missed")
