@@ -39,7 +39,7 @@ def targets() -> Iterator[Target]:
     for T, B, I, H in SHAPES:
         plain, guarded, inputs = ur.unroll(ur.LSTMCell(I, H)), ur.unroll(ur.LSTMCell(I, H)), torch.randn(T, B, I)
         with ur.guard(guarded):
-            a, b = in_turn(_training(guarded, inputs), _training(plain, inputs), rounds=21)
+            a, b = in_turn(_training(guarded, inputs), _training(plain, inputs), rounds=41)
         yield Target(f"LSTM {(T, B, I, H)}: a training step under guard / without", a / b, 1.03)
     yield from _page()
 

@@ -132,6 +132,19 @@ def test_choosing_a_copy_anywhere_chooses_it_everywhere(opened: Callable[..., Pa
     assert chosen(page) == [40] * 4
 
 
+def test_an_operation_is_chosen_in_the_graph_and_in_the_list(opened: Callable[..., Page]) -> None:
+    page = opened("lstm")
+    operations = page.locator("#operations li")
+    assert page.locator("#inside [data-operation]").count() == operations.count()
+    page.locator("#inside g[data-operation='3']").click()
+    assert page.locator("#operations li.chosen").evaluate_all("all => all.map((one) => one.dataset.operation)") == ["3"]
+    assert page.locator("#inside .edge.chosen").count() >= 2
+    operations.nth(5).click()
+    assert page.locator("#inside g.chosen").evaluate_all("all => all.map((one) => one.dataset.operation)") == ["5"]
+    operations.nth(5).click()
+    assert page.locator(".chosen[data-operation]").count() == 0
+
+
 def test_keys_walk_through_the_copies(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
     page.focus("#lattice")

@@ -58,7 +58,9 @@ class Costs:
         """What a schedule takes at most; with rows that end early, as if each state had all rows."""
         if schedule.segments == 1:
             return self.full(extent)
-        return self.taped(_fullest(extent, schedule.length)) + (schedule.slots_needed - self.slots) * self.slot
+        # Where states are advanced from a slot, one is at hand beside those that are stored.
+        states = schedule.slots_needed + (schedule.slots_needed < schedule.segments - 1)
+        return self.taped(_fullest(extent, schedule.length)) + (states - self.slots) * self.slot
 
 
 def _fullest(extent: Extent, length: int) -> float:

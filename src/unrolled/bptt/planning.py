@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from unrolled.bptt.costs import Costs
@@ -18,7 +19,7 @@ MOST_REPEATS = 8
 """How often a segment is advanced at most: more saves little memory, and without a bound work is quadratic in T."""
 
 _PER_RUN = 8
-"""What it takes to call an engine for one more segment, in steps: of two schedules with as many, fewer calls win."""
+"""What it takes to call an engine for one more segment, in steps."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Option:
     Attributes:
         schedule: the schedule.
         bytes: activation memory, in bytes.
-        ratio: time over that of full storage, as expected: two thirds of a training step are its backward pass.
+        ratio: time over that of full storage, as expected of a small network: two thirds of a training step are its
+            backward pass, and each call of an engine takes as long as some steps. In a large one calls count for less.
     """
 
     schedule: Schedule
@@ -49,7 +51,7 @@ class Option:
 
 def fitting(costs: Costs, extent: Extent, budget: float) -> Schedule | None:
     """The fastest schedule that fits; None if none does."""
-    found = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost, default=None)
+    found = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=attrgetter("ratio"), default=None)
     return None if found is None else found.schedule
 
 
@@ -82,7 +84,7 @@ def frontier(costs: Costs, extent: Extent) -> list[Option]:
     least, found = thriftiest(costs, extent), list[Option]()
     budget = costs.full(extent)
     while budget > least.bytes:
-        found.append(min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=_cost))
+        found.append(min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=attrgetter("ratio"), default=least))
         budget = min(budget / 2, found[-1].bytes * 0.99)
     return found if found and found[-1].bytes <= least.bytes else [*found, least]
 
@@ -99,8 +101,10 @@ def options(costs: Costs, extent: Extent, budget: float) -> Iterator[Option]:
     for length in _lengths(T):
         whole = segments(T, length)
         room = whole.slots_needed - max(costs.promised(whole, extent) - budget, 0.0) / max(costs.slot, 1.0)
-        slots = max(int(room), fewest_slots(whole.segments))
-        yield option(costs, extent, whole if slots >= whole.slots_needed else revolve(T, slots, length))
+        # One less than there is room for: a state that is advanced from a slot needs a place of its own.
+        slots = max(int(room) - 1, fewest_slots(whole.segments))
+        fits = room >= whole.slots_needed or slots >= whole.slots_needed
+        yield option(costs, extent, whole if fits else revolve(T, slots, length))
 
 
 def fewest_slots(n: int) -> int:
@@ -120,12 +124,12 @@ def _lengths(T: int) -> list[int]:
 
 def option(costs: Costs, extent: Extent, schedule: Schedule) -> Option:
     """A schedule with what it takes."""
-    return Option(schedule, costs.promised(schedule, extent), 1 + schedule.extra_advances / (3 * schedule.T))
+    return Option(schedule, costs.promised(schedule, extent), 1 + _more(schedule) / (3 * schedule.T))
 
 
-def _cost(option: Option) -> float:
-    schedule = option.schedule
-    return schedule.extra_advances + _PER_RUN * (schedule.extra_advances / schedule.length + schedule.segments)
+def _more(schedule: Schedule) -> float:
+    """What a schedule takes beyond full storage, in steps forward."""
+    return schedule.extra_advances + _PER_RUN * (schedule.extra_advances / schedule.length + schedule.segments - 1)
 
 
 def _horizon(costs: Costs, extent: Extent, budget: float) -> int:

@@ -83,22 +83,23 @@ function cellAt(x, label, sub, strips, t) {
   const middle = x + CELL / 2;
   const copy = element("g", { class: "copy", "data-copy": t }, element("title", {}, `${layer().cell}, ${sub}`));
   copy.append(element("rect", { class: "cell", x, y: MIDDLE - 30, width: CELL, height: 60, rx: 8 }));
-  copy.append(element("text", { class: "name", x: middle, y: MIDDLE + 1, "text-anchor": "middle" }, label));
-  copy.append(element("text", { class: "soft", x: middle, y: MIDDLE + 18, "text-anchor": "middle" }, sub));
+  copy.append(element("text", { class: "name", x: middle, y: MIDDLE - 2, "text-anchor": "middle" }, label));
+  copy.append(element("text", { class: "soft", x: middle, y: MIDDLE + 13, "text-anchor": "middle" }, sub));
   copy.append(...way("", [middle, MIDDLE + 78], [middle, MIDDLE + 32]), ...way("", [middle, MIDDLE - 32], [middle, MIDDLE - 78]));
   const put = (strip, y, caption) => {
+    const inset = caption ? 0 : 5;
     if (strip && t >= 0) {
       const canvas = document.createElement("canvas");
       paint(canvas, strip, t, 1, true);
-      copy.append(element("image", { href: canvas.toDataURL(), x, y, width: CELL, height: 9, preserveAspectRatio: "none", style: "image-rendering:pixelated" }));
+      copy.append(element("image", { href: canvas.toDataURL(), x: x + inset, y, width: CELL - 2 * inset, height: 8, preserveAspectRatio: "none", style: "image-rendering:pixelated" }));
     }
     if (caption) copy.append(element("text", { class: "soft", x: middle, y: caption[1], "text-anchor": "middle" }, caption[0]));
   };
   const of = (role) => strips.find((strip) => strip.role === role);
   put(of("input"), MIDDLE + 82, [t < 0 ? "input" : `x ${t}`, MIDDLE + 107]);
   put(of("output"), MIDDLE - 91, [t < 0 ? "output" : `y ${t}`, MIDDLE - 98]);
-  put(of("state"), MIDDLE + 21);
-  put(of("state gradient") || of("output gradient"), MIDDLE - 30);
+  put(of("state"), MIDDLE + 19);
+  put(of("state gradient") || of("output gradient"), MIDDLE - 27);
   return copy;
 }
 
