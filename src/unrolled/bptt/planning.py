@@ -51,8 +51,13 @@ class Option:
 
 def fitting(costs: Costs, extent: Extent, budget: float) -> Schedule | None:
     """The fastest schedule that fits; None if none does."""
-    found = min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=attrgetter("ratio"), default=None)
+    found = _fastest(costs, extent, budget)
     return None if found is None else found.schedule
+
+
+def _fastest(costs: Costs, extent: Extent, budget: float) -> Option | None:
+    fits = (found for found in options(costs, extent, budget) if found.bytes <= budget)
+    return min(fits, key=attrgetter("ratio"), default=None)
 
 
 def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule:
@@ -84,7 +89,7 @@ def frontier(costs: Costs, extent: Extent) -> list[Option]:
     least, found = thriftiest(costs, extent), list[Option]()
     budget = costs.full(extent)
     while budget > least.bytes:
-        found.append(min((o for o in options(costs, extent, budget) if o.bytes <= budget), key=attrgetter("ratio"), default=least))
+        found.append(_fastest(costs, extent, budget) or least)
         budget = min(budget / 2, found[-1].bytes * 0.99)
     return found if found and found[-1].bytes <= least.bytes else [*found, least]
 
