@@ -136,12 +136,8 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         # Imported here since it brings in torch's compiler, which takes a second.
         from unrolled._traced import left_alone, run_traced
 
-        if (
-            is_plain(inputs, lengths, resets)
-            and self.engine != "reference"
-            and self.truncation is None
-            and self.checkpointing is None
-        ):
+        whole = self.truncation is None and self.checkpointing is None
+        if whole and self.engine != "reference" and is_plain(inputs, lengths, resets):
             found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:
                 return self.in_callers_layout(self._forwards(found[0])), found[1]
@@ -379,8 +375,7 @@ def unroll(
         A module: `outputs, state = rnn(inputs, state=None, lengths=None, resets=None, context=None)`.
 
     Raises:
-        OptionError: for an unknown engine, something that is no cell, a horizon and stride that do not fit, or a memory
-            budget that is none.
+        OptionError: for an unknown engine, what is no cell, a horizon, stride or budget that is none.
 
     Source: P. Werbos, "Backpropagation through time: what it does and how to do it", Proc. IEEE 78 (1990); horizon and
     stride: R. Williams and J. Peng, "An efficient gradient-based algorithm for on-line training of recurrent network
