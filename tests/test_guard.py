@@ -91,6 +91,18 @@ def test_inputs_by_name_and_infinite_ones_that_only_the_way_back_meets() -> None
         assert raised(lambda: rnn(inputs=inputs)).row == 1
 
 
+def test_the_losss_gradients_are_let_go_and_a_second_backward_pass_is_watched_as_well() -> None:
+    rnn, inputs = ur.unroll(Root()), torch.ones(6, 3, 1)
+    with ur.guard(rnn) as guard:
+        first, _ = rnn(inputs)
+        second, _ = rnn(inputs)
+        (first.sum() + second.sum()).backward(retain_graph=True)
+        assert guard._returned == []
+        assert guard._call.grads == [None, None]
+        error = raised((second * math.inf).sum().backward)
+        assert "received, on the way back, inf" in str(error)
+
+
 def test_exploding_states_name_the_product() -> None:
     rnn = ur.unroll(ur.RNNCell(1, 1, bias=False, nonlinearity="relu"))
     for weight in rnn.parameters():

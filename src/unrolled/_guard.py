@@ -28,14 +28,16 @@ class Guard:
     def __init__(self, rnn: nn.Module) -> None:
         self._rnn, self._call = rnn, _Call((), {})
         self._returned: list[_Call] = []
+        self._seen: set[str] = set()
         self._busy = False
         self._handles: list[RemovableHandle] = [
             rnn.register_forward_pre_hook(self._starts, with_kwargs=True),
             rnn.register_forward_hook(self._ends, with_kwargs=True),
         ]
-        for name, parameter in rnn.named_parameters():
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self._watching(f"the gradient of {name}")))
+        trained = [(name, parameter) for name, parameter in rnn.named_parameters() if parameter.requires_grad]
+        self._trained = len(trained)
+        for name, parameter in trained:
+            self._handles.append(parameter.register_hook(self._watching(f"the gradient of {name}")))
 
     def remove(self) -> None:
         """End it: nothing is watched or kept any more."""
@@ -69,6 +71,7 @@ class Guard:
 
         def note(grad: Tensor) -> None:
             if not self._busy and self._handles:
+                self._seen.clear()
                 before = call.grads[n]
                 call.grads[n] = grad if before is None else before + grad
                 if call not in self._returned:
@@ -84,8 +87,17 @@ class Guard:
                 and not is_finite([grad.coalesce().values() if grad.is_sparse else grad])
             ):
                 raise self._traced(self._back_again, what)
+            self._seen.add(what)
+            if len(self._seen) == self._trained and not self._busy:
+                self._let_go()
 
         return watch
+
+    def _let_go(self) -> None:
+        """After the last weight's gradient: memory of the loss's gradients is there for the next step again."""
+        for call in self._returned:
+            call.grads = [None] * len(call.grads)
+        self._returned = []
 
     def _traced(self, look: Callable[[], NonFiniteError | None], what: str = "the outputs or states") -> NonFiniteError:
         self._busy = True
@@ -151,10 +163,10 @@ def guard(rnn: nn.Module) -> Guard:
     the cell and the values that went in. In the forward pass it is raised by the call, in the backward pass by
     `loss.backward()`, before any weight has changed.
 
-    Between a call and the next one the guard keeps references to its inputs, state and context, to the loss's gradients
-    by its outputs, and the state of the random numbers (5 KB): what was passed must not be written to before the
-    backward pass. A network with a horizon is traced back through all copies. Calls are watched; `rnn.windows`, which
-    is none, is not.
+    Between a call and the next one the guard keeps references to its inputs, state and context, and the state of the
+    random numbers (5 KB); during the backward pass also to the loss's gradients by its outputs. What was passed must
+    not be written to before that pass. A network with a horizon is traced back through all copies. Calls are watched;
+    `rnn.windows`, which is none, is not.
 
     Args:
         rnn: what `unroll`, `stack` or `Bidirectional` made, or a `RNN`, `LSTM` or `GRU` layer of this package.
