@@ -80,6 +80,20 @@ def test_another_text_can_be_named_and_a_changed_one_is_refused(trained: Path, t
     assert "does not say in metrics.jsonl which text it is of" in told
 
 
+def test_a_run_is_drawn_as_a_page_a_picture_or_a_chart(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    (trained / "page.html").unlink()  # which training wrote
+    code, printed, _ = command(capsys, "draw", trained)
+    assert (code, printed) == (0, f"written: {trained / 'page.html'}\n")
+    assert "<!doctype html>" in (trained / "page.html").read_text()
+    for out, chart in ((tmp_path / "net.svg", []), (trained / "lag.svg", ["--chart", "lag"])):
+        code, printed, _ = command(capsys, "draw", trained, *chart, *([] if chart else ["--out", out]))
+        assert (code, printed) == (0, f"written: {out}\n")
+        assert "<svg" in out.read_text()
+    code, _, told = command(capsys, "draw", trained, "--chart", "other")
+    assert code == 2
+    assert "chart must be one of 'flow', 'lag'" in told
+
+
 def test_a_model_stays_in_its_mode() -> None:
     from unrolled.train.model import CharacterModel
 

@@ -61,7 +61,7 @@ def draw(
         path: a file ending in .html, .svg, .png, .pdf or .txt; by default the picture is printed as text.
         loss: `loss(outputs, state)`, a scalar, whose gradients a page or a chart shows.
         chart: for a picture, what is drawn in place of the network: 'flow', 'lag', 'shares', 'saturation', 'states',
-            'jacobian' or 'memory'; in a network of several layers 'flow 0', 'flow 1', ...
+            'jacobian', 'schedule' or 'memory'; in a network of several layers 'flow 0', 'flow 1', ...
         row: which row of the batch a page's strips show.
         state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
         lengths: for a page or a chart how many steps each row has, as `rnn` takes them.

@@ -144,10 +144,11 @@ def draw_command(
         Path | None, typer.Option(help="file: .html, .svg, .png, .pdf or .txt [default: RUN/page.html]")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default the run's own")] = None,
+    chart: Annotated[str | None, typer.Option(help="one chart as a picture: flow, lag, shares, memory, ...")] = None,
 ) -> None:
     """Draw a trained network: a page to unfold it in, with its gradients and a verdict, or one picture."""
     with terminal(stderr=True).status("measuring and drawing"):
-        target = draw_run(run, out or run / PAGE, text)
+        target = draw_run(run, out or run / (f"{chart}.svg" if chart else PAGE), text, chart)
     print(f"written: {target}")
 
 

@@ -77,8 +77,8 @@ def diagnose_run(path: Path, text: Path | None = None) -> Diagnosis:
     return diagnosis_of(model, numbers, config)
 
 
-def draw_run(path: Path, target: Path, text: Path | None = None) -> Path:
-    """Draw the network of a run as a page or a picture, on its own validation text or on another one.
+def draw_run(path: Path, target: Path, text: Path | None = None, chart: str | None = None) -> Path:
+    """Draw the network of a run as a page or a picture, or one chart, on its own validation text or on another one.
 
     Raises:
         RunError: if the directory is no run.
@@ -86,13 +86,14 @@ def draw_run(path: Path, target: Path, text: Path | None = None) -> Path:
         OptionError: for a file that cannot be drawn.
     """
     config, model, numbers = loaded(path, text)
-    return drawn(model, numbers, config, target)
+    return drawn(model, numbers, config, target, chart)
 
 
-def drawn(model: CharacterModel, numbers: Tensor, config: TrainConfig, target: Path) -> Path:
+def drawn(model: CharacterModel, numbers: Tensor, config: TrainConfig, target: Path, chart: str | None = None) -> Path:
     """Draw a model's network on a text; see `draw`."""
     inputs, loss = sample_of(model.eval(), numbers, config)
-    draw(model.rnn, inputs, target, loss=loss if target.suffix.lower() == ".html" else None)
+    measured = chart is not None or target.suffix.lower() == ".html"
+    draw(model.rnn, inputs, target, loss=loss if measured else None, chart=chart)
     return target
 
 
