@@ -19,7 +19,7 @@ from unrolled._probe import probed
 from unrolled._stack import Layered
 from unrolled._unroll import Unrolled
 from unrolled.drawing import Sketch
-from unrolled.drawing.paper import converted, picture
+from unrolled.drawing.paper import PICTURES, converted, picture
 from unrolled.drawing.portrait import Chart, Portrait
 from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
@@ -29,10 +29,8 @@ from unrolled.trees import Tree
 
 __all__ = ["draw"]
 
-ENDINGS = (".html", ".svg", ".png", ".pdf", ".txt")
+ENDINGS = (".html", *PICTURES, ".txt")
 """What can be drawn, by the file's suffix."""
-
-PICTURES = (".svg", ".png", ".pdf")
 
 
 def draw(

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["converted", "figure_of", "picture"]
+__all__ = ["PICTURES", "converted", "figure_of", "picture"]
+
+PICTURES = (".svg", ".png", ".pdf")
+"""What a picture can be, by its file's suffix."""
 
 _SCALE = 3.0
 """Pixels of a network's .png for each of the picture's own: 288 per inch."""
@@ -75,7 +78,7 @@ def picture(chart: Chart, ending: str) -> bytes:
     Raises:
         OptionError: for another ending, or if what draws it is not installed.
     """
-    if ending not in (".svg", ".png", ".pdf"):
+    if ending not in PICTURES:
         raise OptionError(f"a chart is drawn as .svg, .png or .pdf, got {ending!r}; a page (.html) has all of them")
     with _style():
         file, undated = io.BytesIO(), {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[ending]
