@@ -491,6 +491,15 @@ def test_what_is_promised_is_what_is_taken(kind: Any, engine: str, needed: bool)
         assert taken <= share * full * 1.05
 
 
+@pytest.mark.parametrize("length", [3, 7, 9, 11, 19, 37])
+def test_a_promise_is_kept_between_the_lengths_at_which_memory_bends(length: int) -> None:
+    """From which size on a product takes room of its own depends on the processor; so the very length is measured."""
+    cell, inputs = ur.LSTMCell(24, 32), torch.randn(300, 8, 24)
+    rnn = ur.unroll(cell, engine="native", checkpoint=lambda T: ur.segments(T, length))
+    promised = ur.plan_memory(rnn, inputs).chosen.bytes
+    assert 0.8 * promised <= peak(rnn, inputs) <= 1.02 * promised
+
+
 def test_a_stack_keeps_its_promise() -> None:
     rnn = ur.stack([ur.LSTMCell(24, 32), ur.GRUCell(32, 16)], memory="700kB")
     inputs = torch.randn(300, 8, 24)

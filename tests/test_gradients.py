@@ -450,3 +450,15 @@ def test_a_context_is_the_same_at_every_step_and_gets_its_gradient_from_all():
     assert_match(
         torch.autograd.grad(uneven_loss(outputs), [context]), torch.autograd.grad(uneven_loss(by_hand), [context])
     )
+
+
+@pytest.mark.parametrize("engine", ["reference", "eager", "native"])
+@pytest.mark.parametrize("given", [{}, {"lengths": [6, 3, 1]}, {"resets": torch.arange(18).view(6, 3) % 5 == 4}])
+@pytest.mark.parametrize("cell", [ur.GRUCell, ur.LSTMCell, ur.LayerNormLSTMCell])
+def test_a_gradient_by_the_returned_state_is_that_of_its_own_uses(cell, given, engine):
+    """The last state is no part of the outputs: what a caller hangs on it sees what the caller made of it alone."""
+    outputs, state = ur.unroll(cell(3, 4), engine=engine)(torch.randn(6, 3, 3), **given)
+    hidden = state[0] if isinstance(state, tuple) else state
+    hidden.retain_grad()
+    (outputs.sum() + 2 * hidden.sum()).backward()
+    assert torch.equal(hidden.grad, torch.full_like(hidden, 2.0))

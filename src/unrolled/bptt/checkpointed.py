@@ -80,7 +80,7 @@ class _Machine:
         self.walk = spans(self.extent, [*range(0, schedule.T, schedule.length), schedule.T], reverse=whole.reverse)
         self.surroundings = Surroundings([*leaves(self.inputs), *leaves(self.state)])
         self.marks: list[Mark | None] = [None] * len(self.walk)
-        self.steady = whole.steady
+        self.steady, self.measured = whole.steady, whole.measured
         self.differentiable: list[bool] = []
         self.constants = Unwritten(self.aside.constants)
         self._begin()
@@ -205,7 +205,7 @@ class _Machine:
     def _handed(self, span: Span, outputs: Tree, last: Tree) -> None:
         """The state at hand is what the next segment receives."""
         number = self._segment(span.begin)
-        if not self.steady:
+        if not (self.steady or self.measured):
             self._refuse_others(span, number, (outputs, last))
         if number + 1 < len(self.walk):
             self.hand = received(self.state, map_leaves(Tensor.detach, last), self.walk[number + 1])

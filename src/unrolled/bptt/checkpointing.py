@@ -51,15 +51,14 @@ class Budget:
         Raises:
             OptionError: if none does.
         """
-        length, costs, before = 1, measure(1), None
+        costs, before = measure(1), None
         while costs != before:
             budget = self.of(costs, extent)
             if torch.is_grad_enabled():
                 found = planned(costs, extent, budget, self.given)
             else:
                 found = fitting(costs, extent, budget) or thriftiest(costs, extent).schedule
-            length = max(length, found.length)
-            before, costs = costs, measure(length)
+            before, costs = costs, measure(found.length)
         return found
 
 

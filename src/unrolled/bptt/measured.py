@@ -20,7 +20,7 @@ from unrolled.trees import Tree, leaves, map_leaves
 __all__ = ["Meter", "twin_sharing"]
 
 _FIRST = (1, 2, 4, 8, 16, 64)  # steps of a segment
-_WHOLE = (64, 256)  # steps of full storage
+_WHOLE = (1, 8, 64, 256)  # steps of full storage
 _LONGEST = 512
 _SEGMENTS, _MORE = 3, 4
 
@@ -28,8 +28,9 @@ _SEGMENTS, _MORE = 3, 4
 class Meter:
     """Costs of one kind of call; what has been measured is kept.
 
-    Memory is not quite linear in the steps: some of it is there however few they are. So it is measured at powers of
-    two, up to the length that is asked about, or to 512 steps: there it is linear.
+    Memory is not quite linear in the steps: some of it is there however few they are, and an engine's products take
+    more room from some size on, which one depends on the processor. So it is measured at powers of two, and at the very
+    length that is asked about; beyond 512 steps it is linear.
     """
 
     def __init__(self) -> None:
@@ -42,9 +43,10 @@ class Meter:
 
         Args:
             whole: makes the run to measure, on a network that may be changed; its inputs' first step stands for all.
-            length: steps.
+            length: steps, at least 1.
         """
-        wanted = [*_FIRST, min(_LONGEST, max(_FIRST[-1], 1 << (max(length, 1).bit_length() - 1)))]
+        longest = max(_FIRST[-1], 1 << (max(length, 1).bit_length() - 1))
+        wanted = [*_FIRST, min(_LONGEST, longest), min(_LONGEST, length)]
         missing = [steps for steps in dict.fromkeys(wanted) if steps not in self._taped]
         if missing:
             # Also for a call without gradients: a budget is one of training, and both go by the same schedule.
@@ -58,7 +60,7 @@ class Meter:
             sample.taped(1, 2)  # what is made once, plans above all, is none of the costs
             found = {steps: sample.stored(steps) for steps in _WHOLE}
             self._stored = {steps: peak for steps, (peak, _) in found.items()}
-            self._outputs = found[_WHOLE[0]][1] / _WHOLE[0]
+            self._outputs = found[_WHOLE[-1]][1] / _WHOLE[-1]
             self._slot = (sample.taped(1, _SEGMENTS + _MORE) - sample.taped(1, _SEGMENTS)) / _MORE
         for steps in lengths:
             self._taped[steps] = sample.taped(steps, _SEGMENTS)
@@ -92,9 +94,10 @@ class _Sample:
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-        given = map_leaves(repeated, whole.inputs), map_leaves(leaf, whole.state), map_leaves(leaf, whole.context)
+        inputs = map_leaves(repeated, whole.inputs)
+        state, context = map_leaves(leaf, whole.state), map_leaves(leaf, whole.context)
         extent = Extent(steps, batch, (batch,) * steps if ragged else None)
-        return replace(whole, inputs=given[0], state=given[1], context=given[2], extent=extent)
+        return replace(whole, inputs=inputs, state=state, context=context, extent=extent, measured=True)
 
 
 def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]:

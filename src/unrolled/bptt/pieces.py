@@ -47,6 +47,7 @@ class Whole:
         reverse: whether the last copy comes first.
         module: what is run, whose parameters get gradients.
         steady: whether each step is known to compute from what it reads alone, and to read the same tensors.
+        measured: whether only its memory counts, and numbers that differ when steps run again are nobody's loss.
     """
 
     run: Run
@@ -57,6 +58,7 @@ class Whole:
     reverse: bool
     module: nn.Module
     steady: bool = False
+    measured: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -42,7 +42,8 @@ def run(
     for t, input in reversed(given) if reverse else given:
         state = _alive(state, first, extent.sizes[t], ended)
         outputs[t], state = step(t, input, state)
-    joined = map_leaves(lambda *parts: torch.cat(parts), state, *reversed(ended)) if ended else state
+    # A state of its own, as every engine returns it: what the caller hangs on it concerns the outputs in no way.
+    joined = map_leaves(lambda *parts: torch.cat(parts), state, *reversed(ended))
     return sequence.joined(outputs, extent), joined
 
 

@@ -89,7 +89,7 @@ class _Freezer:
 
     def code(self, kind: type) -> tuple[Any, ...]:
         """What a user's class adds: its plain attributes, and what its forward reads beside them."""
-        if kind.__module__.startswith("torch."):
+        if kind.__module__.startswith("torch.") and "parametrize" not in kind.__module__:
             return ()
         found: list[Any] = []
         for base in kind.__mro__:
@@ -177,7 +177,7 @@ class _Freezer:
                 yield (name, self.bound(function.__globals__, name, value))
             elif isinstance(value, types.FunctionType):
                 yield (name, self.value(value, name))
-            elif not getattr(value, "__name__", "").startswith("torch"):
+            elif getattr(value, "__name__", "").partition(".")[0] != "torch":
                 yield (name, id(value))
                 yield from self.attributes_of(value, function.__code__)
 
