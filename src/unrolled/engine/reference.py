@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from unrolled import sequence
 from unrolled.lengths import Extent
@@ -43,8 +44,12 @@ def run(
         state = _alive(state, first, extent.sizes[t], ended)
         outputs[t], state = step(t, input, state)
     # A state of its own, as every engine returns it: what the caller hangs on it concerns the outputs in no way.
-    joined = map_leaves(lambda *parts: torch.cat(parts), state, *reversed(ended))
-    return sequence.joined(outputs, extent), joined
+    return sequence.joined(outputs, extent), map_leaves(_own, state, *reversed(ended))
+
+
+def _own(leaf: Tensor, *ended: Tensor) -> Tensor:
+    """A leaf of the last state, with the rows that had ended before; one without rows is as the last copy left it."""
+    return torch.cat([leaf, *ended]) if ended and leaf.dim() else leaf.clone()
 
 
 def _alive(state: Tree, first: Tree, alive: int, ended: list[Tree]) -> Tree:
