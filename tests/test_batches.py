@@ -269,7 +269,7 @@ BATCHES_REFUSED = [
     (lambda: ur.collate_padded(ROWS, sequences=[0]), r"got \[0\] for a sample with no parts, a Tensor; .*one tensor"),
     (lambda: ur.collate_padded([{"x": ROWS[0]}, {"y": ROWS[0]}], sequences=["x"]), "sample 1 has parts 'y'; fill in"),
     (lambda: ur.collate_padded([[1.0], [2.0]], sequences=[0]), "a float: 1.0; convert it with torch.as_tensor"),
-    (lambda: ur.collate_padded([np.zeros(2)]), "a ndarray.*; convert it with torch.as_tensor"),
+    (lambda: ur.collate_padded([np.array(["a"])]), "type numpy.str_.*; convert it with torch.as_tensor"),
     (lambda: ur.collate_padded([torch.tensor(1.0)]), r"sample 0 has float32\[\]"),
     (lambda: ur.collate_padded([None]), "differ in T only: sample 0 has None"),
     (lambda: ur.collate_padded([ROWS[0], torch.ones(2, 3)]), r"float32\[2, 2\], sample 1 has float32\[2, 3\]"),

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unrolled._given import Lengths
 from unrolled._stack import Bidirectional, Stack, checked_dropout
 from unrolled._unroll import Unrolled
-from unrolled.cells.gates import check_sizes
+from unrolled.cells.gates import check_flags, check_sizes
 from unrolled.cells.gru import gru_step
 from unrolled.cells.lstm import lstm_step
 from unrolled.cells.rnn import check_nonlinearity, rnn_step
@@ -44,7 +44,8 @@ class TorchLayer(nn.Module):
         dtype: the parameters' dtype.
 
     Raises:
-        OptionError: for a size below 1, a dropout that is no probability, or a projection that is not smaller than H.
+        OptionError: for a size below 1, a flag that is no bool, a dropout that is no probability, or a projection that
+            is not smaller than H.
     """
 
     gates: ClassVar[int]
@@ -67,6 +68,7 @@ class TorchLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        check_flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         _check_projection(proj_size, hidden_size, offered=self.projects)
         self.input_size, self.hidden_size, self.num_layers, self.proj_size = (
             input_size,

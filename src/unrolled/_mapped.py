@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from unrolled import sequence
-from unrolled._operator import OUTSIDE, operable, operator
+from unrolled._operator import operator
 from unrolled._planbook import PlanBook
 from unrolled._samples import Asked, Kind, call_with, held
 from unrolled._sites import Site, site_at, site_of
+from unrolled.internals import operable, transforms, without_innermost_transform
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
-__all__ = ["run_mapped", "transformed", "transforms"]
+__all__ = ["run_mapped", "transformed"]
 
 
 def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
@@ -57,16 +57,6 @@ def transformed(tensors: Iterable[Tensor]) -> str:
     return "forward-mode derivatives" if any(unpack_dual(x).tangent is not None for x in tensors) else ""
 
 
-def transforms() -> list[str]:
-    """The names of the transforms of torch.func that are active, the innermost last."""
-    found = _interpreters() if _interpreters else None
-    return [str(interpreter.key()).rpartition(".")[2] for interpreter in found or ()]
-
-
-# Without it `vmap` maps the reference, as every other transform does.
-_interpreters = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
-
-
 def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[Kind, ...]]:
     tensors, structure = flatten(tree)
     return structure, tuple([Kind.of(tensor, leading) for tensor in tensors])
@@ -75,27 +65,13 @@ def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[Kind, ...]]:
 @operator.register_vmap
 def _(info: Any, in_dims: Any, tensors: list[Tensor], wanted: list[bool], site: int) -> tuple[Any, Any]:
     at, N, dims = site_at(site), info.batch_size, in_dims[0]
-    with _one_level_down():
+    with without_innermost_transform():
         folded = _folded(at, N, dims, tensors)
         results = folded or _reference(at, info, dims, tensors)
     places = [int(n < at.outputs) if folded else 0 for n in range(len(results))]
     if folded:
         results = [x.unflatten(place, (N, at.batch)) for x, place in zip(results, places, strict=True)]
     return [*results, torch.zeros(1, dtype=torch.uint8)], [*places, None]
-
-
-@contextmanager
-def _one_level_down() -> Iterator[None]:
-    """Where the `vmap` whose rule runs is not: torch hides it from single operations only, not from autograd."""
-    include, exclude = OUTSIDE
-    for name in ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
-        include = include | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    with torch._C._ForceDispatchKeyGuard(include, exclude):
-        level = torch._C._functorch.pop_dynamic_layer_stack()
-        try:
-            yield
-        finally:
-            torch._C._functorch.push_dynamic_layer_stack(level)
 
 
 def _folded(at: Site, N: int, dims: list[int | None], tensors: list[Tensor]) -> list[Tensor] | None:

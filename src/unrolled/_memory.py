@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from unrolled._given import Lengths, given_as
@@ -15,6 +14,7 @@ from unrolled.bptt.pieces import Whole
 from unrolled.bptt.planning import frontier, option
 from unrolled.bptt.schedules import Schedule, store_all
 from unrolled.bptt.trade_off import MemoryPlan
+from unrolled.draws import OwnDraws
 from unrolled.errors import InputError, OptionError
 from unrolled.trees import Tree, leaves
 
@@ -61,7 +61,7 @@ def plan_memory(
         raise InputError(
             "plan_memory needs a row with at least one step, got lengths that are all 0; pass a longer row"
         )
-    with torch.random.fork_rng(devices=[]):
+    with OwnDraws():
         whole, again = rnn.runs(given, given.sequences(inputs), state, resets, context)
         costs, chosen = _chosen(rnn, whole, again)
     mine = option(costs, whole.extent, chosen)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,31 +17,9 @@ from torch import Tensor
 
 from unrolled._samples import held
 from unrolled._sites import Site, site_at
+from unrolled.internals import outside
 
-__all__ = ["OUTSIDE", "call", "operable", "operator"]
-
-_NAMES = ("_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
-OUTSIDE = tuple(getattr(torch._C, name)() for name in _NAMES if hasattr(torch._C, name))
-"""What torch dispatches on where nothing is going on, as it is while this is imported."""
-
-
-def _outside() -> AbstractContextManager[None]:
-    """Where autograd sees what is done, as it does outside of an operator."""
-    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*OUTSIDE)
-    return guard
-
-
-@lru_cache(maxsize=1)
-def operable() -> bool:
-    """Whether this torch lets an operator use autograd inside; without it no call is made one."""
-    x = torch.ones(1, requires_grad=True)
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            hidden = (x * 2).requires_grad
-            with _outside(), torch.enable_grad():
-                return not hidden and (x * 2).requires_grad
-    except (AttributeError, TypeError):
-        return False
+__all__ = ["call", "operator"]
 
 
 class _Tapes:
@@ -69,7 +45,7 @@ _TAPES = _Tapes()
 @torch.library.custom_op("unrolled::run", mutates_args=())
 def operator(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tensor]:
     at = site_at(site)
-    with _outside():
+    with outside():
         if any(wanted):
             tape, results = _taped(at, tensors, wanted)
             token = _TAPES.keep(tape)
@@ -111,7 +87,7 @@ def _run_backward(
     grads: list[Tensor], token: Tensor, tensors: list[Tensor], wanted: list[bool], asked: list[bool], site: int
 ) -> list[Tensor]:
     at = site_at(site)
-    with _outside():
+    with outside():
         # A token that was copied on its way stands for nothing: the same run once more has the same numbers.
         given, edges = _TAPES.of(token) or _taped(at, tensors, wanted)[0]
         pairs = [(edge, grad) for edge, grad in zip(edges, grads, strict=True) if edge is not None]

@@ -28,6 +28,7 @@ from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves
+from unrolled.unseen import unseen
 
 __all__ = ["Decision", "PlanBook"]
 
@@ -126,7 +127,7 @@ class PlanBook:
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
         try:
-            with torch.inference_mode(False), surroundings_kept(cell):
+            with unseen(), surroundings_kept(cell):
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
                 plan, slower = self._planned(cell, inputs, state, context, needing)
                 _compare(plan, cell, inputs, state, context, self.runner, needing)
@@ -231,14 +232,15 @@ def _shapes(tree: Tree, leading: int) -> Any:
 
 def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
     """Whether a step couples rows, found on a copy of the cell; one that cannot be copied is not touched."""
-    try:
-        twin = twin_of(cell)
-    except UnrecordableError:
-        return False
-    found: list[bool] = []
-    with torch.inference_mode(False), contextlib.suppress(UnrecordableError), surroundings_kept(cell):
-        found.append(couples_rows(twin, input, state, context))
-    return found[0] if found else couples_rows(twin, input, state, context)
+    with unseen():
+        try:
+            twin = twin_of(cell)
+        except UnrecordableError:
+            return False
+        found: list[bool] = []
+        with contextlib.suppress(UnrecordableError), surroundings_kept(cell):
+            found.append(couples_rows(twin, input, state, context))
+        return found[0] if found else couples_rows(twin, input, state, context)
 
 
 def _first_steps(inputs: Tree, extent: Extent) -> Tree:

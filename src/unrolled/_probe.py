@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from unrolled._unroll import Unrolled
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing import Leaf, Parameter, Sketch
+from unrolled.draws import OwnDraws
 from unrolled.errors import InputError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 
@@ -27,7 +28,7 @@ def probed(rnn: Unrolled | Layered, inputs: Tree, state: Tree, context: Tree) ->
 
     The step reads and writes clones, so that nothing it does in place outlives the picture.
     """
-    with _random_state_kept(), torch.inference_mode(False), torch.no_grad():
+    with OwnDraws(), torch.inference_mode(False), torch.no_grad():
         if isinstance(rnn, Unrolled):
             return (_probed(rnn, inputs, state, context, "")[0],)
         found: list[Sketch] = []
@@ -66,13 +67,6 @@ def _probed(rnn: Unrolled, inputs: Tree, state: Tree, context: Tree, place: str)
     clones = {f"rnn.{name}": tensor.detach().clone() for name, tensor in held}
     found: tuple[Sketch, Tree] = torch.func.functional_call(_Probe(rnn, place), clones, (inputs, state, context))
     return found
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
 
 
 class _Probe(nn.Module):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
-from unrolled._mapped import transforms
-from unrolled._operator import call, operable
+from unrolled._operator import call
 from unrolled._planbook import PlanBook
 from unrolled._samples import Asked, Kind, apart, held
 from unrolled._sites import site_of
 from unrolled.cells.contract import floating_dtype
+from unrolled.internals import operable, transforms
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
 __all__ = ["left_alone", "run_traced"]

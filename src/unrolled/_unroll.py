@@ -24,6 +24,7 @@ from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells import contract
 from unrolled.cells.adapted import as_cell
+from unrolled.draws import OwnDraws
 from unrolled.engine import reference
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Extent
@@ -250,7 +251,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         """
         given = given_as(inputs, lengths, batch_first=self.batch_first)
         # Where the initial state is drawn at random, asking must not use up random numbers.
-        with torch.random.fork_rng(devices=[]):
+        with OwnDraws():
             steps = given.sequences(inputs)
             state = self.checked(given, steps, state, context)
         if not given.extent.rows:
@@ -314,7 +315,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
     def no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
         first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), OwnDraws():
             output, _ = contract.CheckedStep(twin_of(self.cell), context)(0, first, state)
         return map_leaves(lambda x: x[:0], output)
 

@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from unrolled._given import Lengths
+from unrolled._given import Lengths, given_as
 from unrolled._layers import TorchLayer
 from unrolled._stack import Layered
 from unrolled._unroll import ENGINES, Unrolled
+from unrolled.draws import OwnDraws
 from unrolled.errors import InputError, OptionError
 from unrolled.told import Told
-from unrolled.trees import Tree, flatten, map_leaves, paths
+from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -158,37 +159,54 @@ def _checks(rnn: nn.Module, trees: Trees, options: dict[str, Any]) -> Iterator[C
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor.detach().clone()
-    return tensor.detach().to(dtype, copy=True).requires_grad_()
+    return tensor.detach().to(_of_kind(tensor, dtype), copy=True).requires_grad_()
+
+
+def _of_kind(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is in a precision: a complex number is two of its reals, an integer stays one."""
+    if tensor.is_complex():
+        return dtype.to_complex()
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    """A tensor's numbers, the two of a complex one side by side."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _nudged(tensor: Tensor) -> Tensor:
     """The next number in every entry, up and down in turn."""
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
-    values = tensor.detach()
+    values = _reals(tensor.detach())
     away = torch.full_like(values, float("inf"))
     away.view(-1)[::2] = float("-inf")
-    return torch.nextafter(values, away).requires_grad_()
+    nudged = torch.nextafter(values, away)
+    return (torch.view_as_complex(nudged) if tensor.is_complex() else nudged).requires_grad_()
 
 
 def _run(
     rnn: nn.Module, engine: str, dtype: torch.dtype, given: Trees, options: dict[str, Any]
 ) -> tuple[str, list[tuple[str, Tensor]]]:
     """The engines that ran, and every value and gradient by its name."""
-    network = copy.deepcopy(rnn).to(dtype)
+    network = copy.deepcopy(rnn)._apply(lambda tensor: tensor.to(_of_kind(tensor, dtype)))
     parts = _networks_in(network)
     for part in parts:
         part.run_by(engine, quiet=True)
     inputs, state, context = (map_leaves(lambda x: x.detach().requires_grad_(x.requires_grad), tree) for tree in given)
     if context is not None:
         options = options | {"context": context}
-    # An initial state may be drawn at random: forking here, every run draws the same one.
-    with torch.random.fork_rng():
-        outputs, last = network(inputs, state, **options)
+    # An initial state may be drawn at random: every run draws the same one.
+    with OwnDraws():
+        start = state
+        if state is None and isinstance(network, Unrolled):
+            start = _own_state(network, inputs, options, dtype)
+        outputs, last = network(inputs, start, **options)
     found = [*_named("outputs", outputs), *_named("state", last)]
-    loss = sum((_weights(tensor) * tensor).sum() for _, tensor in found if tensor.requires_grad)
+    ends = [_reals(tensor) for _, tensor in found if tensor.requires_grad]
+    loss = sum((_weights(tensor) * tensor).sum() for tensor in ends)
     by = [
         *_named("inputs.grad", inputs),
         *_named("initial state.grad", state),
@@ -200,6 +218,15 @@ def _run(
         grads = torch.autograd.grad(loss, [tensor for _, tensor in by], allow_unused=True)
         found += [(n, torch.zeros_like(x) if g is None else g) for (n, x), g in zip(by, grads, strict=True)]
     return ", ".join(dict.fromkeys(part.ran for part in parts)), [(name, tensor.detach()) for name, tensor in found]
+
+
+def _own_state(network: Unrolled, inputs: Tree, options: dict[str, Any], dtype: torch.dtype) -> Tree:
+    """The cell's own initial state in this precision, where the cell makes it in another one whatever it is asked."""
+    given = given_as(inputs, options["lengths"], batch_first=network.batch_first)
+    state = network.checked(given, given.sequences(inputs), None, options.get("context"))
+    if all(x.dtype == _of_kind(x, dtype) for x in leaves(state)):
+        return None
+    return map_leaves(lambda x: x.to(_of_kind(x, dtype)), state)
 
 
 def _networks_in(rnn: nn.Module) -> list[Unrolled]:
@@ -225,8 +252,9 @@ def _weights(tensor: Tensor) -> Tensor:
 
 def _error(found: Tensor, truth: Tensor) -> float:
     """The largest difference over the largest entry; infinite where NaN or infinity stand elsewhere."""
-    if not truth.is_floating_point():
+    if not (truth.is_floating_point() or truth.is_complex()):
         return 0.0 if torch.equal(found, truth) else float("inf")
+    found, truth = _reals(found), _reals(truth)
     if not torch.equal(found.isfinite(), truth.isfinite()):
         return float("inf")
     apart = float((found - truth).nan_to_num(0.0, 0.0, 0.0).abs().max()) if truth.numel() else 0.0

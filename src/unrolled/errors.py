@@ -33,8 +33,8 @@ class CellError(UnrolledError, RuntimeError):
     """A cell that breaks the contract `forward(input, state) -> (output, state)`, or that raised."""
 
 
-class OptionError(UnrolledError, ValueError):
-    """An argument, flag or combination of them that is not offered."""
+class OptionError(UnrolledError, ValueError, TypeError):
+    """An argument, flag or combination of them that is not offered: torch.nn raises now one, now the other for it."""
 
 
 class GradientError(UnrolledError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
@@ -25,8 +26,8 @@ def collate_padded(
         samples: B samples. A sample is a sequence `[T, ...]`, or a tuple, named tuple or dict of sequences and other
             things.
         sequences: which parts of a sample are sequences: positions in a tuple, names in a named tuple, keys of a dict.
-            Such a part is a tensor or a pytree of tensors; all of one sample share its T. The other parts are put
-            together by `torch.utils.data.default_collate`.
+            Such a part is a tensor, a numpy array or a pytree of them; all of one sample share its T. The other parts
+            are put together by `torch.utils.data.default_collate`.
         batch_first: whether sequences become `[B, T, ...]`.
 
     Returns:
@@ -60,7 +61,7 @@ def collate_packed(samples: Sequence[Any], *, sequences: Collection[Any] = ()) -
         samples: B samples. A sample is a sequence `[T, ...]`, or a tuple, named tuple or dict of sequences and other
             things.
         sequences: which parts of a sample are sequences: positions in a tuple, names in a named tuple, keys of a dict.
-            Such a part is a tensor or a pytree of tensors. The other parts are put together by
+            Such a part is a tensor, a numpy array or a pytree of them. The other parts are put together by
             `torch.utils.data.default_collate`.
 
     Returns:
@@ -125,6 +126,7 @@ def _named(parts: dict[Any, Any], sequences: Collection[Any]) -> Collection[Any]
 
 def _rows(column: list[Any]) -> _Rows:
     try:
+        column = [_as_tensors(tree) for tree in column]
         flat = [flatten(tree) for tree in column]
     except TypeError as error:
         raise InputError(f"a sequence must be tensors [T, ...]: {error}; convert it with torch.as_tensor") from error
@@ -136,6 +138,18 @@ def _rows(column: list[Any]) -> _Rows:
                 f"sample 0 has {describe(column[0])}, sample {i} has {describe(column[i])}"
             )
     return _Rows(structure, list(zip(*(tensors for tensors, _ in flat), strict=True)))
+
+
+def _as_tensors(tree: Any) -> Any:
+    """A pytree whose numpy arrays are tensors, as torch's own collate takes them."""
+    if isinstance(tree, np.ndarray | np.generic):
+        return torch.as_tensor(np.require(tree, requirements=["C", "W"]))
+    if isinstance(tree, dict):
+        return type(tree)(zip(tree, map(_as_tensors, tree.values()), strict=True))
+    if isinstance(tree, tuple | list):
+        children = map(_as_tensors, tree)
+        return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+    return tree
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from unrolled.internals import TorchDispatchMode
 
 __all__ = ["Allocations"]
 

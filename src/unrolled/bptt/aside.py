@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from unrolled.errors import GradientError
+from unrolled.internals import uncached
 
 __all__ = ["Aside", "Unwritten", "held_by", "leaves_beside", "own"]
 
@@ -75,7 +76,8 @@ class Aside:
         before = [(holder, name, holder[name]) for holder, name, _ in swapped]
         _put(swapped)
         try:
-            return run(*given)
+            with uncached():
+                return run(*given)
         finally:
             _put(before)
 

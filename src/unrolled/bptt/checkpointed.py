@@ -24,6 +24,7 @@ from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.slots import Slots
 from unrolled.bptt.unchanged import unchanged
 from unrolled.errors import GradientError
+from unrolled.internals import has_memory
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 __all__ = ["run_checkpointed"]
@@ -288,6 +289,11 @@ class _Checkpointed(torch.autograd.Function):
             raise GradientError(
                 "gradients under a memory budget have no graph of their own; leave create_graph out, or leave memory= "
                 "and checkpoint= out"
+            )
+        if not all(grad is None or has_memory(grad) for grad in grads):
+            raise GradientError(
+                "gradients under a memory budget are taken one at a time; leave is_grads_batched and vectorize out, or "
+                "leave memory= and checkpoint= out"
             )
         token, *_ = ctx.saved_tensors  # asking for them refuses what was changed in place since
         return (None, *held_by(token, "machine").backward(grads))

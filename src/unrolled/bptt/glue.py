@@ -14,6 +14,7 @@ from unrolled.bptt.segment import Stages, over_time
 from unrolled.bptt.stepping import stepped
 from unrolled.bptt.timed import Timed
 from unrolled.bptt.walk import LoopRunner, Request, Walk, ended, shifted
+from unrolled.internals import has_memory
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import PlannedLoop
@@ -161,22 +162,22 @@ class _LoopFunction(torch.autograd.Function):
         given = saved[: len(loop.program.inputs)]
         if all(grad is None for grad in grads):
             return (None,) * (1 + len(given))
-        if torch.is_grad_enabled():
-            return (None, *_differentiable_backward(call, given, grads))
+        if torch.is_grad_enabled() or not all(grad is None or has_memory(grad) for grad in grads):
+            return (None, *_graph_backward(call, given, grads))
         values = dict(zip((*loop.program.inputs, *loop.emitted), saved, strict=False))
         values |= dict(zip(loop.states, saved[len(saved) - len(loop.states) :], strict=True))
         return (None, *call.backward(values, grads))
 
 
-def _differentiable_backward(
-    call: _Call, given: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """The gradients as a graph of their own, for a second derivative: the loop again, by ordinary autograd."""
+def _graph_backward(call: _Call, given: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients by ordinary autograd, for a second derivative, or for many gradients at once: the loop again."""
     loop = call.planned.loop
     a, b, _ = loop.counts
-    # Views of the inputs: the graph of the first forward stays as it is, yet the result still leads to the inputs.
-    inputs = [tensor.view_as(tensor) for tensor in given]
-    outputs = _by_autograd(call, Request(inputs[:a], inputs[a : a + b], inputs[a + b :], call.extent, call.reverse))
+    with torch.enable_grad():
+        # Views of the inputs: the graph of the first forward stays as it is, yet the result still leads to the inputs.
+        inputs = [tensor.view_as(tensor) for tensor in given]
+        request = Request(inputs[:a], inputs[a : a + b], inputs[a + b :], call.extent, call.reverse)
+        outputs = _by_autograd(call, request)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     asked = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
@@ -185,7 +186,7 @@ def _differentiable_backward(
             [o for o, _ in pairs],
             [inputs[i] for i in asked],
             [g for _, g in pairs],
-            create_graph=True,
+            create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )
         for i, grad in zip(asked, results, strict=True):

@@ -16,6 +16,7 @@ from unrolled.bptt.pieces import Whole
 from unrolled.bptt.schedules import segments
 from unrolled.lengths import Extent
 from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.unseen import unseen
 
 __all__ = ["Meter", "twin_sharing"]
 
@@ -50,7 +51,7 @@ class Meter:
         missing = [steps for steps in dict.fromkeys(wanted) if steps not in self._taped]
         if missing:
             # Also for a call without gradients: a budget is one of training, and both go by the same schedule.
-            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+            with unseen(), torch.enable_grad():
                 self._measure(_Sample(whole()), missing)
         curves = [Curve(tuple(sorted(points.items()))) for points in (self._stored, self._taped)]
         return Costs(curves[0], curves[1], _SEGMENTS - 1, self._slot, self._outputs)

@@ -114,7 +114,7 @@ def as_cell(
         )
     if parameters is not None:
         raise OptionError("parameters= goes with a function; a module has its own: leave parameters= out")
-    if step is None and type(module).forward in _TORCH_STEPS:
+    if step is None and getattr(type(module), "forward", None) in _TORCH_STEPS:
         step = _TORCH_STEPS[type(module).forward]
         state = state or _Zeros(module)
     if step is None and state is None and callable(getattr(module, "initial_state", None)):
@@ -229,7 +229,18 @@ def _parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
     """A function's parameters, those of a method without `self`."""
     if isinstance(function, types.MethodType):
         return _parameters_of(function.__func__)[1:]
+    if isinstance(function, torch.ScriptMethod | torch.ScriptFunction):
+        return _of_schema(function.schema, method=isinstance(function, torch.ScriptMethod))
     return _read_signature(function) if isinstance(function, types.FunctionType) else _signature(function)
+
+
+def _of_schema(schema: Any, *, method: bool) -> Sequence[inspect.Parameter]:
+    """The parameters of what torch.jit made, which has a schema in place of a signature."""
+    found = []
+    for argument in schema.arguments[1:] if method else schema.arguments:
+        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        found.append(inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
+    return found
 
 
 def _signature(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from unrolled.cells.adapted import check_state_maker, context_use
+from unrolled.draws import OwnDraws
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
@@ -72,9 +72,15 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
 
 
 def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
-    """The dtype in which a cell makes its state: that of its parameters, else that of the inputs."""
-    candidates = chain(cell.parameters(), inputs)
-    return next((x.dtype for x in candidates if x.is_floating_point()), torch.get_default_dtype())
+    """The dtype in which a cell makes its state: that of its parameters, else that of the inputs.
+
+    It is complex where any of the parameters is: beside them a phase, say, is held in real numbers.
+    """
+    for tensors in (list(cell.parameters()), inputs):
+        dtypes = [x.dtype for x in tensors if x.is_floating_point() or x.is_complex()]
+        if dtypes:
+            return next((dtype for dtype in dtypes if dtype.is_complex), dtypes[0])
+    return torch.get_default_dtype()
 
 
 def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> None:
@@ -87,16 +93,12 @@ def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> 
         StateError: naming the leaf, what it is and what it should be.
     """
     given = _flatten_state(state)
-    random = torch.random.get_rng_state()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), OwnDraws():  # asking only for comparison must not use up random numbers
             wanted = flatten(make_state(cell, inputs, batch_size))
     except StateError:
         _check_rows(given, batch_size, leaves(inputs)[0].device)
         return
-    finally:
-        # Asking only for comparison must not use up random numbers.
-        torch.random.set_rng_state(random)
     if given[1] != wanted[1]:
         raise StateError(
             f"a state of {name_of(cell)} looks like {_kinds(wanted[1])}, got {_kinds(given[1])}; "

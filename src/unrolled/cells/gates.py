@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unrolled.errors import InputError, OptionError
 
-__all__ = ["GatedCell", "check_sizes"]
+__all__ = ["GatedCell", "check_flags", "check_sizes"]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -21,6 +21,17 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise OptionError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_flags(**flags: bool) -> None:
+    """Refuse what is no bool where a yes or no is asked for: 'False' is true.
+
+    Raises:
+        OptionError: naming the argument.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise OptionError(f"{name} must be True or False, a bool, got {flag!r}, of type {type(flag).__name__}")
 
 
 class GatedCell(nn.Module):
@@ -39,7 +50,7 @@ class GatedCell(nn.Module):
         dtype: the parameters' floating dtype.
 
     Raises:
-        OptionError: if a size is not a positive integer.
+        OptionError: if a size is not a positive integer, or a flag no bool.
     """
 
     gates: int
@@ -63,6 +74,7 @@ class GatedCell(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size)
+        check_flags(bias=bias, learn_initial_state=learn_initial_state)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         self.learn_initial_state = learn_initial_state
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unrolled.cells.gates import check_sizes
+from unrolled.cells.gates import check_flags, check_sizes
 from unrolled.errors import InputError
 
 __all__ = ["MinGRUCell"]
@@ -56,6 +56,7 @@ class MinGRUCell(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size)
+        check_flags(bias=bias, learn_initial_state=learn_initial_state)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         self.learn_initial_state = learn_initial_state
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrolled._copies import Copies, Copy
 from unrolled._layered_copies import LayeredCopies
@@ -22,6 +21,7 @@ from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.places import networks_in
 from unrolled.errors import NonFiniteError
+from unrolled.internals import TorchDispatchMode
 from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["first_bad_gradient", "first_bad_value", "is_finite"]

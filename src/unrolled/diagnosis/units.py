@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrolled._copies import Copies, Copy
 from unrolled._families import family_of, recurrent_weights
@@ -20,6 +19,8 @@ from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.quantiles import quartiles
 from unrolled.diagnosis.results import EffectiveMemory, Gate, Missing, SpectralRadius, StateNorm, UnitFigures
 from unrolled.diagnosis.walk import row_norms
+from unrolled.draws import OwnDraws
+from unrolled.internals import TorchDispatchMode
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.twin import twin_of
 from unrolled.trees import flatten, leaves, map_leaves, paths
@@ -118,7 +119,7 @@ def _radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]
 def _gates(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...]]:
     cell = twin_of(copies._network.cell)
     tallies: list[_Tally] = []
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), OwnDraws():
         for copy in copies:
             noticed = _activations(cell, copies, copy)
             kinds = [(operation, value.shape[1]) for operation, value in noticed]

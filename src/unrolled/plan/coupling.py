@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from unrolled.draws import OwnDraws
 from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["couples_rows"]
@@ -40,7 +41,7 @@ def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bo
 
 def _results(cell: nn.Module, given: tuple[Tree, ...]) -> list[Tensor]:
     # The same random numbers every time, for all rows: a dropout inside of a step couples nothing.
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), OwnDraws():
         return [x.detach() for x in leaves(cell(*given))]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from unrolled.internals import decomposition_table
+
 __all__ = ["decomposition"]
 
 _NAMES = """
@@ -26,13 +28,10 @@ _NAMES = """
 
 @cache
 def _table() -> dict[Any, Callable[..., Any]]:
-    try:
-        from torch._decomp import decomposition_table
-    except ImportError:
-        return {}
+    formulas = decomposition_table()
     packets = [getattr(torch.ops.aten, name) for name in _NAMES if hasattr(torch.ops.aten, name)]
     overloads = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    return {overload: decomposition_table[overload] for overload in overloads if overload in decomposition_table}
+    return {overload: formulas[overload] for overload in overloads if overload in formulas}
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:

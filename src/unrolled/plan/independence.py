@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from unrolled.plan.guards import fingerprint
@@ -15,6 +14,7 @@ from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
 from unrolled.trees import Tree
+from unrolled.unseen import unseen
 
 __all__ = ["rows_are_independent"]
 
@@ -57,7 +57,7 @@ def _proved(cell: nn.Module, trees: list[Any]) -> bool:
     batch_size, twin = len(trees[0][0][0]), twin_of(cell)
     samples = [Sample(*(sample_rows(leaves, batch_size, n) for leaves, _ in trees)) for n in ROWS]
     try:
-        with torch.inference_mode(False), surroundings_kept(cell):
+        with unseen(), surroundings_kept(cell):
             recording = record_step(twin, (samples[0], samples[1]), [structure for _, structure in trees])
             return not scratch_of(cell, twin) and _row_by_row(recording)
     except Exception:  # a step that fails with other rows than it was given depends on them

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from unrolled.internals import has_memory, watching
+
 __all__ = ["why_not_recorded"]
 
 
@@ -17,22 +19,16 @@ def why_not_recorded(tensors: Iterable[Tensor]) -> str | None:
     Args:
         tensors: all of inputs, state, context, parameters and buffers.
     """
+    looking_on = watching()
+    if looking_on is not None:
+        return looking_on
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"a tensor is a {type(tensor).__name__}, which may compute in its own way"
         if torch.is_autocast_enabled(tensor.device.type):
             return "under autocast torch chooses the dtype of each operation as it runs"
-        if not _has_memory(tensor):
+        if not has_memory(tensor):
             return "inside of a transform of torch.func"
         if forward_ad.unpack_dual(tensor).tangent is not None:
             return "forward-mode derivatives"
     return None
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is one, and not a stand-in for many as in vmap: those have no memory of their own."""
-    try:
-        tensor.data_ptr()
-    except RuntimeError:
-        return False
-    return True

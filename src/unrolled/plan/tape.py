@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from unrolled.internals import TorchDispatchMode
 from unrolled.plan.decompose import decomposition
 from unrolled.plan.program import Ref, refs_of
 
