@@ -89,7 +89,7 @@ class Budgeted:
         meters: Kept[Meter] = self.__dict__.setdefault("_meters", Kept(_MOST_METERS))
         networks = self.modules() if isinstance(self, nn.Module) else ()
         engines = tuple(getattr(network, "engine", None) for network in networks)
-        return meters.get((engines, _kind(whole)), Meter).costs(again, length)
+        return meters.get(lambda: (engines, _kind(whole)), Meter).costs(again, length)
 
     def schedule(self, checkpointing: Checkpointing, whole: Whole, again: Callable[[], Whole]) -> Schedule:
         """The schedule that a run goes by; takes what `run_whole` does."""

@@ -19,7 +19,7 @@ class Kept(Generic[T]):
 
     Example:
         >>> kept = Kept(2)
-        >>> [kept.get(n, lambda n=n: n * n) for n in (1, 2, 1, 3)], 1 in kept, 2 in kept
+        >>> [kept.get(lambda n=n: n, lambda n=n: n * n) for n in (1, 2, 1, 3)], 1 in kept, 2 in kept
         ([1, 4, 1, 9], True, False)
     """
 
@@ -30,11 +30,22 @@ class Kept(Generic[T]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
 
-    def get(self, key: Hashable, make: Callable[[], T], *, holds: Callable[[T], bool] = lambda _: True) -> T:
-        """What is kept for a key; made if there is nothing, or if it no longer holds."""
-        if key not in self._entries or not holds(self._entries[key]):
-            self._entries[key] = make()
+    def get(
+        self, key: Callable[[], Hashable], make: Callable[[], T], *, holds: Callable[[T], bool] = lambda _: True
+    ) -> T:
+        """What is kept for a key; made if there is nothing, or if it no longer holds.
+
+        Args:
+            key: says the key; asked again after something was made, by which more may be known.
+            make: makes what is missing.
+            holds: whether what is kept is still right.
+        """
+        at = key()
+        if at not in self._entries or not holds(self._entries[at]):
+            made = make()
+            at = key()
+            self._entries[at] = made
             while len(self._entries) > self.most:
                 self._entries.popitem(last=False)
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        self._entries.move_to_end(at)
+        return self._entries[at]

@@ -26,7 +26,8 @@ from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.tape import UnrecordableError
-from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
+from unrolled.plan.twin import observe, scratch_of, twin_of
+from unrolled.plan.watch import watcher_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves
 from unrolled.unseen import unseen
 
@@ -81,13 +82,14 @@ class PlanBook:
             extent: how far the inputs reach.
         """
         sample = map_leaves(lambda x: x[0], _first_steps(inputs, extent))
+
+        def key() -> Any:
+            return (fingerprint(cell), _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1), extent.batch)
+
         try:
-            key: Any = (fingerprint(cell), _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1), extent.batch)
+            return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
         except UnrecordableError:
-            key = None
-        if key is None:
             return _tried(cell, sample, state, context)
-        return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
 
     def look_up(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None
@@ -112,25 +114,30 @@ class PlanBook:
         why = why_not_recorded([*given, *_held(cell)])
         if why is not None:
             return Decision(None, "reference", why)
+        needing = _needing(inputs, context)
+        kind = (_shapes(inputs, 2 - extent.ragged), _shapes(state, 1), _shapes(context, 1), needing)
+
+        def key() -> Any:
+            # A step may do something else for some batch sizes, which a recording at two others does not show.
+            return (fingerprint(cell), kind, extent.batch)
+
         try:
-            guards = (fingerprint(cell), _shapes(inputs, 2 - extent.ragged), _shapes(state, 1), _shapes(context, 1))
-            needing = _needing(inputs, context)
+            return self._entries.get(
+                key,
+                lambda: self._decide(cell, _first_steps(inputs, extent), state, context, needing),
+                holds=lambda decision: _still_fits(decision.plan, cell),
+            )
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
-        # A step may do something else for some batch sizes, which a recording at two others does not show.
-        key = (guards, needing, extent.batch)
-        return self._entries.get(
-            key,
-            lambda: self._decide(cell, _first_steps(inputs, extent), state, context, needing),
-            holds=lambda decision: _still_fits(decision.plan, cell),
-        )
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
         try:
-            with unseen(), surroundings_kept(cell):
+            with unseen():
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
-                plan, slower = self._planned(cell, inputs, state, context, needing)
-                _compare(plan, cell, inputs, state, context, self.runner, needing)
+                observe(cell, map_leaves(lambda x: x[0], inputs), state, context)
+                with watcher_of(cell).kept():
+                    plan, slower = self._planned(cell, inputs, state, context, needing)
+                    _compare(plan, cell, inputs, state, context, self.runner, needing)
         except UnrecordableError as error:
             return self._told(Decision(None, "reference", str(error)))
         except Exception as error:  # a cell that fails is told by the reference, which names the copy
@@ -237,10 +244,9 @@ def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
             twin = twin_of(cell)
         except UnrecordableError:
             return False
-        found: list[bool] = []
-        with contextlib.suppress(UnrecordableError), surroundings_kept(cell):
-            found.append(couples_rows(twin, input, state, context))
-        return found[0] if found else couples_rows(twin, input, state, context)
+        with contextlib.suppress(UnrecordableError):
+            observe(cell, input, state, context)
+        return couples_rows(twin, input, state, context, watcher_of(cell).snapshot())
 
 
 def _first_steps(inputs: Tree, extent: Extent) -> Tree:

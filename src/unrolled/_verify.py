@@ -201,7 +201,7 @@ def _run(
     # An initial state may be drawn at random: every run draws the same one.
     with OwnDraws():
         start = state
-        if state is None and isinstance(network, Unrolled):
+        if state is None and isinstance(network, Unrolled) and any(True for _ in network.parameters()):
             start = _own_state(network, inputs, options, dtype)
         outputs, last = network(inputs, start, **options)
     found = [*_named("outputs", outputs), *_named("state", last)]

@@ -45,7 +45,7 @@ class OwnDraws(TorchDispatchMode):
         drawing = _with_generator(func)
         if drawing is None:
             return self._by_torchs_own(func, args, kwargs)
-        return drawing(*args, **kwargs, generator=self._generator(_device(args, kwargs)))
+        return drawing(*args, **{**kwargs, "generator": self._generator(_device(args, kwargs))})
 
     def _generator(self, device: torch.device) -> Generator:
         if device not in self._generators:

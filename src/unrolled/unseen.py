@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -17,14 +18,23 @@ __all__ = ["unseen"]
 def unseen() -> Iterator[None]:
     """A context for what is tried out before a call: hooks on saved tensors, modes and anomaly mode do not see it.
 
-    It draws no random numbers of torch's, and is not in inference mode even where the call is.
+    Nor does anyone hear its warnings: the call itself warns. It draws no random numbers of torch's, and is not in
+    inference mode even where the call is.
     """
     with (
         unwatched(),
         torch.inference_mode(False),
         saved_hooks_hidden(),
         torch.autograd.set_detect_anomaly(False),
+        _silent(),
         uncached(),
         OwnDraws(),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

@@ -13,7 +13,9 @@ from unrolled.trees import Tree, leaves, map_leaves
 __all__ = ["couples_rows"]
 
 
-def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
+def couples_rows(
+    cell: nn.Module, input: Tree, state: Tree, context: Tree, put_back: Callable[[], object] = lambda: None
+) -> bool:
     """Whether a row of a step's results moves when the others are changed, or is no row of its own.
 
     Args:
@@ -21,17 +23,18 @@ def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bo
         input: `[B, ...]`.
         state: `[B, ...]`.
         context: `[B, ...]`, or None.
+        put_back: called after each trial, so that the next one finds the same around the cell.
     """
     given = (input, state) if context is None else (input, state, context)
     rows = len(leaves(given)[0])
-    before = _results(cell, map_leaves(lambda x: x.detach().clone(), given))
+    before = _results(cell, map_leaves(lambda x: x.detach().clone(), given), put_back)
     if any(x.dim() == 0 or len(x) != rows for x in before):
         return True
     for row in {0, rows - 1} if rows > 1 else ():
         for change in _CHANGES:
             try:
                 changed = map_leaves(lambda x, row=row, change=change: _changed(x, row, change), given)
-                after = _results(cell, changed)
+                after = _results(cell, changed, put_back)
             except (IndexError, RuntimeError):  # integers that index something: the change says nothing
                 continue
             if any(_apart(a[row], b[row]) for a, b in zip(before, after, strict=True)):
@@ -39,10 +42,13 @@ def couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bo
     return False
 
 
-def _results(cell: nn.Module, given: tuple[Tree, ...]) -> list[Tensor]:
+def _results(cell: nn.Module, given: tuple[Tree, ...], put_back: Callable[[], object]) -> list[Tensor]:
     # The same random numbers every time, for all rows: a dropout inside of a step couples nothing.
-    with torch.no_grad(), OwnDraws():
-        return [x.detach() for x in leaves(cell(*given))]
+    try:
+        with torch.no_grad(), OwnDraws():
+            return [x.detach() for x in leaves(cell(*given))]
+    finally:
+        put_back()
 
 
 def _near(x: Tensor) -> Tensor:

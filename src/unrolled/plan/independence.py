@@ -12,7 +12,8 @@ from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, 
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.tape import UnrecordableError
-from unrolled.plan.twin import scratch_of, surroundings_kept, twin_of
+from unrolled.plan.twin import observe, scratch_of, twin_of
+from unrolled.plan.watch import watcher_of
 from unrolled.trees import Tree
 from unrolled.unseen import unseen
 
@@ -45,19 +46,22 @@ def rows_are_independent(cell: nn.Module, input: Tree, state: Tree, context: Tre
     if why_not_recorded([*given, *cell.parameters(), *cell.buffers()]) is not None:
         return False
     try:
-        key = (fingerprint(cell), *((structure, tuple(map(_kind, leaves))) for leaves, structure in trees))
-        if _known.get(cell, (None, False))[0] != key:
-            _known[cell] = (key, _proved(cell, trees))
+        kinds = tuple([(structure, tuple(map(_kind, leaves))) for leaves, structure in trees])
+        if _known.get(cell, (None, False))[0] != (fingerprint(cell), kinds):
+            proved = _proved(cell, trees, (input, state, context))
+            _known[cell] = ((fingerprint(cell), kinds), proved)
     except UnrecordableError:
         return False
     return _known[cell][1]
 
 
-def _proved(cell: nn.Module, trees: list[Any]) -> bool:
-    batch_size, twin = len(trees[0][0][0]), twin_of(cell)
-    samples = [Sample(*(sample_rows(leaves, batch_size, n) for leaves, _ in trees)) for n in ROWS]
+def _proved(cell: nn.Module, trees: list[Any], given: tuple[Tree, Tree, Tree]) -> bool:
     try:
-        with unseen(), surroundings_kept(cell):
+        with unseen():
+            observe(cell, *given)
+        batch_size, twin = len(trees[0][0][0]), twin_of(cell)
+        samples = [Sample(*(sample_rows(leaves, batch_size, n) for leaves, _ in trees)) for n in ROWS]
+        with unseen(), watcher_of(cell).kept():
             recording = record_step(twin, (samples[0], samples[1]), [structure for _, structure in trees])
             return not scratch_of(cell, twin) and _row_by_row(recording)
     except Exception:  # a step that fails with other rows than it was given depends on them

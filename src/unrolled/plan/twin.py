@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unrolled.plan.guards import fingerprint, surroundings
+from unrolled.plan.guards import held_by
 from unrolled.plan.tape import UnrecordableError
+from unrolled.plan.watch import watcher_of
+from unrolled.trees import Tree, leaves, map_leaves
 
-__all__ = ["scratch_of", "surroundings_kept", "twin_of"]
+__all__ = ["observe", "scratch_of", "twin_of"]
 
 
 def twin_of(cell: nn.Module) -> nn.Module:
@@ -23,13 +22,39 @@ def twin_of(cell: nn.Module) -> nn.Module:
     Raises:
         UnrecordableError: if it cannot be copied.
     """
+    return _twin_and_copies(cell)[0]
+
+
+def _twin_and_copies(cell: nn.Module) -> tuple[nn.Module, list[Any]]:
+    """A deep copy, and all the objects that were made for it."""
     # Tensors with a graph, as a step before may have left in an attribute, do not copy themselves.
     held = [t for module in cell.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        copies = {id(tensor): tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in held}
-        return copy.deepcopy(cell, copies)
+        copies: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in held}
+        twin = copy.deepcopy(cell, copies)
     except Exception as error:
         raise UnrecordableError(f"it cannot be copied to be recorded: {error}") from error
+    copies.pop(id(copies), None)  # where what was copied is kept alive
+    return twin, list(copies.values())
+
+
+def observe(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> None:
+    """Run one step of a twin, forward and backward, and learn what it can read outside of the cell.
+
+    Raises:
+        UnrecordableError: if the cell cannot be copied, or changes something outside of itself.
+    """
+    twin, own = _twin_and_copies(cell)
+    given = [tree if tree is None else map_leaves(_leaf, tree) for tree in (input, state, context)]
+    arguments = given[: 2 + (context is not None)]
+
+    by = [x for x in (*leaves(given), *twin.parameters()) if x.requires_grad]
+    with torch.enable_grad():
+        watcher_of(cell).watch(twin, own, lambda: twin(*arguments), by)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
 
 
 def scratch_of(cell: nn.Module, twin: nn.Module) -> list[str]:
@@ -49,7 +74,7 @@ def scratch_of(cell: nn.Module, twin: nn.Module) -> list[str]:
                 vars(after).pop(key)
                 if key in vars(before):
                     vars(after)[key] = old
-    if fingerprint(cell) != fingerprint(twin):
+    if held_by(cell) != held_by(twin):
         raise UnrecordableError("its step leaves something in an attribute for the next one")
     return written
 
@@ -64,51 +89,3 @@ def _refuse_changed(module: str, before: dict[str, Tensor | None], after: dict[s
 def _same(one: Tensor, other: Tensor) -> bool:
     alike = one.shape == other.shape and one.dtype == other.dtype
     return alike and torch.equal(one.detach().nan_to_num(), other.detach().nan_to_num())
-
-
-@contextmanager
-def surroundings_kept(cell: nn.Module) -> Iterator[None]:
-    """Python's random numbers, and what a cell's step reads outside of the cell, as they were before.
-
-    Raises:
-        UnrecordableError: if the step drew random numbers, or left something there for the next one.
-    """
-    numbers, before = random.getstate(), fingerprint(cell)
-    bindings, containers = surroundings(cell)
-    contents = [copy.copy(container) for container in containers]
-    try:
-        yield
-        if random.getstate() != numbers:
-            raise UnrecordableError("it draws random numbers of Python's")
-        if fingerprint(cell) != before:
-            raise UnrecordableError("its step leaves something outside of the cell for the next one")
-    finally:
-        random.setstate(numbers)
-        for binding in bindings:
-            _rebind(*binding)
-        for container, content in zip(containers, contents, strict=True):
-            if not _holds_the_same(container, content):
-                _refill(container, content)
-
-
-def _rebind(owner: Any, name: str, value: Any) -> None:
-    if isinstance(owner, dict):
-        if owner.get(name) is not value:
-            owner[name] = value
-    elif getattr(owner, name, None) is not value:
-        setattr(owner, name, value)
-
-
-def _holds_the_same(container: Any, content: Any) -> bool:
-    if isinstance(container, dict):
-        return _holds_the_same([*container, *container.values()], [*content, *content.values()])
-    return len(container) == len(content) and all(one is other for one, other in zip(container, content, strict=True))
-
-
-def _refill(container: Any, content: Any) -> None:
-    """A list, dict or set with what it held: the same things, in the same order."""
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
