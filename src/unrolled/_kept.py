@@ -30,6 +30,11 @@ class Kept(Generic[T]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
 
+    def drop(self, which: Callable[[T], bool]) -> None:
+        """Let go of what is kept and is such."""
+        for key in [key for key, kept in self._entries.items() if which(kept)]:
+            self._entries.pop(key, None)
+
     def get(
         self, key: Callable[[], Hashable], make: Callable[[], T], *, holds: Callable[[T], bool] = lambda _: True
     ) -> T:

@@ -6,7 +6,6 @@ A user swaps `torch.nn.LSTM` for `unrolled.LSTM` and keeps the checkpoint.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from unrolled.cells.lstm import lstm_step
 from unrolled.cells.rnn import check_nonlinearity, rnn_step
 from unrolled.errors import InputError, OptionError, StateError
 from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.warned import warn_caller
 
 __all__ = ["GRU", "LSTM", "RNN", "TorchLayer"]
 
@@ -79,7 +79,7 @@ class TorchLayer(nn.Module):
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
         self.dropout = checked_dropout(dropout)
         if dropout and num_layers == 1:
-            warnings.warn(f"dropout={dropout} acts between layers, and this is one; leave it out", stacklevel=3)
+            warn_caller(f"dropout={dropout} acts between layers, and this is one; leave it out")
         for number, suffix in enumerate(self.suffixes):
             for name, shape in self._shapes(first=number < self.directions).items():
                 made = bias or not name.startswith("bias")

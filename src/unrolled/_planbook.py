@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled._kept import Kept
-from unrolled.bptt.run import run_plan
-from unrolled.bptt.walk import LoopRunner
-from unrolled.cells.contract import CheckedStep
-from unrolled.engine import reference
+from unrolled._witness import Turns, hold_against_the_cell, steps_at
+from unrolled.cells.contract import name_of
 from unrolled.engine.choice import Runner
 from unrolled.lengths import Extent
 from unrolled.plan.coupling import couples_rows
@@ -27,22 +24,37 @@ from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.twin import observe, scratch_of, twin_of
-from unrolled.plan.watch import watcher_of
+from unrolled.plan.watch import Watcher, watcher_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves
 from unrolled.unseen import unseen
+from unrolled.warned import warn_caller
 
 __all__ = ["Decision", "PlanBook"]
 
 _MOST_PLANS = 128
+_MOST_TRIES = 4
+"""How often in a row a step is recorded anew because of what changes around it, before it is left to the reference."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, or none; the engine that is taken, and why no faster one."""
+    """A plan, or none; the engine that is taken, and why no faster one.
+
+    Attributes:
+        plan: how the step is run.
+        engine: which engine runs it.
+        why: why no faster one.
+        open: what around the cell cannot be followed; empty where everything can.
+        moving: whether there is no plan because what the step reads changes before every call.
+        turns: which of its calls have a witness.
+    """
 
     plan: StepPlan | None
     engine: str
     why: str
+    open: str = ""
+    moving: bool = False
+    turns: Turns = field(default_factory=Turns, compare=False)
 
 
 class PlanBook:
@@ -59,6 +71,9 @@ class PlanBook:
         self._entries: Kept[Decision] = Kept(_MOST_PLANS)
         self._coupling: Kept[bool] = Kept(_MOST_PLANS)
         self._said: set[Decision] = set()
+        self._watchers: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+        self._made: dict[Any, int] = {}
+        self._doubted: dict[Any, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
@@ -69,6 +84,9 @@ class PlanBook:
             "_entries": Kept(_MOST_PLANS),
             "_coupling": Kept(_MOST_PLANS),
             "_said": set(),
+            "_watchers": WeakKeyDictionary(),
+            "_made": {},
+            "_doubted": {},
         }
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
@@ -81,7 +99,8 @@ class PlanBook:
             context: what is the same at every step, or None.
             extent: how far the inputs reach.
         """
-        sample = map_leaves(lambda x: x[0], _first_steps(inputs, extent))
+        self._watch(cell)
+        sample = map_leaves(lambda x: x[0], steps_at(inputs, extent, 0))
 
         def key() -> Any:
             return (fingerprint(cell), _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1), extent.batch)
@@ -103,48 +122,102 @@ class PlanBook:
             context: what is the same at every step, or None.
             extent: how far the inputs reach; None for T and B of their own.
         """
-        decision = self._decision(cell, inputs, state, context, extent or Extent(*leaves(inputs)[0].shape[:2]))
-        if extent is not None and extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
+        self._watch(cell)
+        extent = extent or Extent(*leaves(inputs)[0].shape[:2])
+        decision = self._witnessed(cell, inputs, state, context, extent)
+        if extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
             why = f"rows of different lengths need steps that act row by row: {decision.plan.why_not_ragged}"
             decision = self._told_once(Decision(None, "reference", why))
         return decision
+
+    def _watch(self, cell: nn.Module) -> None:
+        """Keep what is learnt of a cell's surroundings for as long as its network is there."""
+        if cell not in self._watchers:
+            self._watchers[cell] = watcher_of(cell)
+
+    def _witnessed(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
+        """The decision for a call; if it is this call's turn, one that was held against the cell itself."""
+        while True:
+            decision = self._decision(cell, inputs, state, context, extent)
+            t = decision.turns.next(extent.steps, always=bool(decision.open)) if decision.plan is not None else None
+            if t is None or decision.plan is None:
+                return decision
+            kind = _kind(inputs, state, context, extent)
+            rows = extent.sizes[t]
+            first, same_for_all = (_rows(tree, rows, extent) for tree in (state, context))
+            try:
+                with unseen(), watcher_of(cell).kept():
+                    steps = steps_at(inputs, extent, t)
+                    hold_against_the_cell(decision.plan, cell, steps, first, same_for_all, self.runner, kind[-1])
+            except UnrecordableError as error:
+                refused = self._doubt(decision, kind, f"copy {t} of {name_of(cell)}: {error}")
+                if refused is not None:
+                    return refused
+            else:
+                self._doubted.pop(kind, None)
+                return decision
+
+    def _doubt(self, decision: Decision, kind: Any, what: str) -> Decision | None:
+        """What a recording comes to that a witness spoke against: the step is recorded anew, at most a few times."""
+        self._entries.drop(lambda known: known is decision)
+        self._doubted[kind] = self._doubted.get(kind, 0) + 1
+        told = f"{what}; {decision.open or 'something has changed that cannot be seen'}"
+        if self._doubted[kind] < _MOST_TRIES:
+            warn_caller(f"{told}. It is recorded anew; what a step reads is best kept in a buffer of the cell")
+            return None
+        why = f"{told}: its recordings did not hold, {_MOST_TRIES} times one after the other"
+        return self._told_once(Decision(None, "reference", why))
 
     def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
         given = [*leaves(inputs), *leaves(state), *(leaves(context) if context is not None else [])]
         why = why_not_recorded([*given, *_held(cell)])
         if why is not None:
             return Decision(None, "reference", why)
-        needing = _needing(inputs, context)
-        kind = (_shapes(inputs, 2 - extent.ragged), _shapes(state, 1), _shapes(context, 1), needing)
+        kind = _kind(inputs, state, context, extent)
+        made = self._made.get(kind, 0)
 
-        def key() -> Any:
-            # A step may do something else for some batch sizes, which a recording at two others does not show.
-            return (fingerprint(cell), kind, extent.batch)
+        def make() -> Decision:
+            self._made[kind] = made + 1
+            if made >= _MOST_TRIES:
+                return self._moving(cell)
+            return self._decide(cell, steps_at(inputs, extent, 0), state, context, kind[-1])
+
+        def holds(decision: Decision) -> bool:
+            nonlocal made
+            if decision.moving:  # what moved has stood still since the call before
+                made = 0
+                return False
+            return _still_fits(decision.plan, cell)
 
         try:
-            return self._entries.get(
-                key,
-                lambda: self._decide(cell, _first_steps(inputs, extent), state, context, needing),
-                holds=lambda decision: _still_fits(decision.plan, cell),
-            )
+            decision = self._entries.get(lambda: (fingerprint(cell), kind), make, holds=holds)
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
+        if self._made.get(kind) == made:  # nothing was made
+            self._made.pop(kind, None)
+        return decision
+
+    def _moving(self, cell: nn.Module) -> Decision:
+        moved = watcher_of(cell).moved or f"what {name_of(cell)} holds"
+        why = f"{moved} has changed before each of the latest calls; as a buffer of the cell it could, without this"
+        return self._told_once(Decision(None, "reference", why, moving=True))
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
+        watcher = watcher_of(cell)
         try:
             with unseen():
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
                 observe(cell, map_leaves(lambda x: x[0], inputs), state, context)
-                with watcher_of(cell).kept():
+                with watcher.kept():
                     plan, slower = self._planned(cell, inputs, state, context, needing)
-                    _compare(plan, cell, inputs, state, context, self.runner, needing)
+                    hold_against_the_cell(plan, cell, inputs, state, context, self.runner, needing)
         except UnrecordableError as error:
             return self._told(Decision(None, "reference", str(error)))
         except Exception as error:  # a cell that fails is told by the reference, which names the copy
             return self._told(Decision(None, "reference", f"planning it raised {type(error).__name__}: {error}"))
         if slower:
-            return self._told(Decision(plan, "eager", "; ".join(slower)))
-        return Decision(plan, "native", "every loop is emitted as C")
+            return self._told(Decision(plan, "eager", "; ".join(slower), watcher.open))
+        return Decision(plan, "native", "every loop is emitted as C", watcher.open)
 
     def _planned(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]
@@ -178,9 +251,8 @@ class PlanBook:
         if self.engine == "auto" and self.runner.no_compiler and not self.quiet:
             _say_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
         if not self.quiet and self.engine not in ("auto", decision.engine):
-            warnings.warn(
-                f"engine={self.engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}",
-                stacklevel=2,
+            warn_caller(
+                f"engine={self.engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}"
             )
         return decision
 
@@ -192,7 +264,7 @@ class PlanBook:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    warn_caller(message)
 
 
 def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
@@ -229,6 +301,20 @@ def _needing(inputs: Tree, context: Tree) -> tuple[bool, ...]:
     return tuple([leaf.requires_grad for tree in (inputs, context) for leaf in leaves(tree)])
 
 
+def _kind(inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Any, ...]:
+    """What of a call a plan depends on, which leaves need a gradient last.
+
+    A step may do something else for some batch sizes, which a recording at two others does not show.
+    """
+    kinds = _shapes(inputs, 2 - extent.ragged), _shapes(state, 1), _shapes(context, 1)
+    return (*kinds, extent.batch, _needing(inputs, context))
+
+
+def _rows(tree: Tree, rows: int, extent: Extent) -> Tree:
+    """A state's or context's rows that are alive at a step."""
+    return tree if tree is None or not extent.ragged else map_leaves(lambda x: x[:rows] if x.dim() else x, tree)
+
+
 def _shapes(tree: Tree, leading: int) -> Any:
     """What of a tree a program depends on: all but T and B."""
     if tree is None:
@@ -247,73 +333,3 @@ def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
         with contextlib.suppress(UnrecordableError):
             observe(cell, input, state, context)
         return couples_rows(twin, input, state, context, watcher_of(cell).snapshot())
-
-
-def _first_steps(inputs: Tree, extent: Extent) -> Tree:
-    """The first two steps of all rows as `[2, B, ...]`; the first one alone where the second has fewer rows."""
-    return map_leaves(lambda x: x[: extent.batch].unsqueeze(0) if extent.ragged else x[:2], inputs)
-
-
-def _compare(
-    plan: StepPlan,
-    cell: nn.Module,
-    inputs: Tree,
-    state: Tree,
-    context: Tree,
-    runner: LoopRunner,
-    needing: Sequence[bool],
-) -> None:
-    """Two real steps, values and gradients, by the plan and by the cell itself."""
-    twin = twin_of(cell)
-    with torch.enable_grad():
-        needed = iter(needing)
-        sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(needed)), inputs)
-        start = map_leaves(_leaf, state)
-        extent = Extent(2, sequence.sizes(sample)[1])
-        planned = _tensors(run_plan(plan, twin, sample, start, context, runner, extent), twin, sample, start)
-        truth = _tensors(reference.run(CheckedStep(twin, context), sample, start, extent), twin, sample, start)
-    with torch.no_grad():
-        inferred = run_plan(plan, twin, sample, start, context, runner, extent)
-    planned += [*leaves(inferred[0]), *leaves(inferred[1])]
-    truth += truth[: len(leaves(inferred[0])) + len(leaves(inferred[1]))]
-    scratch_of(cell, twin)
-    scale = max([_largest(tensor) for tensor in truth], default=0.0)
-    for ours, theirs in zip(planned, truth, strict=True):
-        if not _close(ours, theirs, scale):
-            raise UnrecordableError("its recording does not give the numbers of the cell itself")
-
-
-def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
-    copy = tensor.detach().clone()
-    return copy.requires_grad_() if needed and copy.is_floating_point() else copy
-
-
-def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tree) -> list[Tensor | None]:
-    """Outputs, states and the gradients of a fixed mixture of them."""
-    found = [*leaves(result[0]), *leaves(result[1])]
-    losses = [
-        (t * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape).to(t.dtype)).sum()
-        for t in found
-        if t.requires_grad
-    ]
-    by = [t for t in (*leaves(inputs), *leaves(state), *cell.parameters()) if t.requires_grad]
-    grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else [None] * len(by)
-    return [*found, *grads]
-
-
-def _largest(tensor: Tensor | None) -> float:
-    if tensor is None or not tensor.numel() or not tensor.is_floating_point():
-        return 0.0
-    return float(tensor.detach().abs().nan_to_num().max())
-
-
-def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
-    """Equal up to rounding, that of the largest numbers included: a fault of recording is far larger."""
-    if ours is None or theirs is None:
-        other = theirs if ours is None else ours
-        return other is None or not other.any()
-    if not ours.is_floating_point():
-        return torch.equal(ours, theirs)
-    eps = torch.finfo(ours.dtype).eps
-    bound = eps**0.5 * _largest(theirs) + 100 * eps * scale
-    return torch.allclose(ours, theirs, rtol=0.0, atol=bound, equal_nan=True)

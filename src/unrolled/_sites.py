@@ -7,6 +7,7 @@ kind, by the plan book as for any call; so a site knows the plan, and with it th
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled._kept import Kept
 from unrolled._planbook import PlanBook
 from unrolled._samples import Asked, apart, call_with, held, real
 from unrolled.bptt.run import run_plan
@@ -164,7 +166,7 @@ def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -
 
 
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
-_OF_BOOK: weakref.WeakKeyDictionary[PlanBook, dict[Any, Site]] = weakref.WeakKeyDictionary()
+_OF_BOOK: weakref.WeakKeyDictionary[PlanBook, Kept[Site]] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
 
 
@@ -193,12 +195,12 @@ def site_of(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int = 4) -> S
         batch: B, if it is known.
     """
     try:
-        key = (fingerprint(cell), weakref.ref(cell), asked, batch)
-        known = _OF_BOOK.setdefault(plans, {})
-        if key not in known:
-            known[key] = apart(lambda: _made(plans, cell, asked, batch))
-            _SITES[known[key].number] = known[key]
-        return known[key]
+        # None is let go while the network is there: a traced program may run it.
+        known = _OF_BOOK.setdefault(plans, Kept(sys.maxsize))
+        return known.get(
+            lambda: (fingerprint(cell), weakref.ref(cell), asked, batch),
+            lambda: apart(lambda: _made(plans, cell, asked, batch)),
+        )
     except Exception:  # the call itself says it, with the numbers that it was given
         return None
 
@@ -213,4 +215,6 @@ def _made(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int) -> Site:
     if plan is None:
         raise OptionError("no plan")
     call_with(cell, tensors, lambda: _refuse_strays(plan, cell, tensors))
-    return Site(next(_numbers), (weakref.ref(plans), weakref.ref(cell)), plan, asked, batch)
+    site = Site(next(_numbers), (weakref.ref(plans), weakref.ref(cell)), plan, asked, batch)
+    _SITES[site.number] = site
+    return site

@@ -11,22 +11,20 @@ import torch
 from unrolled.draws import OwnDraws
 from unrolled.internals import saved_hooks_hidden, uncached, unwatched
 
-__all__ = ["unseen"]
+__all__ = ["silent", "unseen"]
 
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """A context for what is tried out before a call: hooks on saved tensors, modes and anomaly mode do not see it.
 
-    Nor does anyone hear its warnings: the call itself warns. It draws no random numbers of torch's, and is not in
-    inference mode even where the call is.
+    It draws no random numbers of torch's, and is not in inference mode even where the call is.
     """
     with (
         unwatched(),
         torch.inference_mode(False),
         saved_hooks_hidden(),
         torch.autograd.set_detect_anomaly(False),
-        _silent(),
         uncached(),
         OwnDraws(),
     ):
@@ -34,7 +32,8 @@ def unseen() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
+    """A context in which a step is tried out: nobody hears its warnings, which the call itself gives."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

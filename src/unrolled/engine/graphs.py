@@ -7,7 +7,6 @@ what it is given and what it makes; a walk copies a block's inputs there, replay
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ from unrolled.bptt.walk import Request, Walk, shifted
 from unrolled.lengths import Extent
 from unrolled.plan.interpret import compiled
 from unrolled.plan.loops import LoopProgram
+from unrolled.warned import warn_caller
 
 __all__ = ["STEPS", "Block", "block_for", "capturable", "run_in_blocks"]
 
@@ -185,4 +185,4 @@ def run_in_blocks(
 
 @cache
 def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    warn_caller(message)

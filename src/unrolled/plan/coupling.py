@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unrolled.draws import OwnDraws
 from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.unseen import silent
 
 __all__ = ["couples_rows"]
 
@@ -45,7 +46,7 @@ def couples_rows(
 def _results(cell: nn.Module, given: tuple[Tree, ...], put_back: Callable[[], object]) -> list[Tensor]:
     # The same random numbers every time, for all rows: a dropout inside of a step couples nothing.
     try:
-        with torch.no_grad(), OwnDraws():
+        with silent(), torch.no_grad(), OwnDraws():
             return [x.detach() for x in leaves(cell(*given))]
     finally:
         put_back()

@@ -40,7 +40,9 @@ def names_in(code: types.CodeType) -> Names:
         (['SETTINGS'], ['gain', 'rnn'], False)
     """
     globals_, attributes, modules = set[str](), set[str](), set[str]()
+    matches = False
     for instruction in dis.get_instructions(code):
+        matches = matches or instruction.opname == "MATCH_CLASS"
         if instruction.opcode not in dis.hasname or not isinstance(instruction.argval, str):
             continue
         kind = instruction.opname
@@ -57,7 +59,7 @@ def names_in(code: types.CodeType) -> Names:
         frozenset(modules.union(*(names.modules for names in inner))),
         any(names.computed for names in inner) or not _COMPUTED.isdisjoint(globals_ | attributes),
     )
-    return found._replace(attributes=found.attributes | _spelled(code)) if found.computed else found
+    return found._replace(attributes=found.attributes | _spelled(code)) if found.computed or matches else found
 
 
 def _spelled(code: types.CodeType) -> frozenset[str]:

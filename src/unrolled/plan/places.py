@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ __all__ = [
     "named",
     "names_of_class",
     "of_class",
+    "referent",
     "same",
     "type_of",
     "value_of_variable",
@@ -133,6 +135,11 @@ def value_of_variable(variable: ContextVar[Any], _: Any) -> Any:
     return variable.get(MISSING)
 
 
+def referent(reference: weakref.ref[Any], _: Any) -> Any:
+    """What a weak reference leads to."""
+    return reference()
+
+
 def type_of(owner: Any, _: Any) -> Any:
     """An object's class."""
     return type(owner)
@@ -232,4 +239,5 @@ _PUT: dict[Fetch, Callable[[Any, Any, Any], None]] = {
     value_of_variable: _put_variable,
     type_of: lambda owner, _, value: setattr(owner, "__class__", value),
     kind_of: _left,
+    referent: _left,
 }

@@ -7,10 +7,13 @@ are followed alike. What cannot be looked into makes the reach open: its values 
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import re
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -46,6 +49,14 @@ _INERT: tuple[Any, ...] = (
     torch.Size,
 )
 # Builtins that reach where no name leads.
+_HIDING = (
+    type(functools.lru_cache(len)),
+    operator.attrgetter,
+    operator.methodcaller,
+    threading.local,
+    weakref.ProxyType,
+    weakref.CallableProxyType,
+)
 _MODE = re.compile("_?(get|is|are)_")
 _OPENING = frozenset(["eval", "exec", "compile", "open", "input", "globals", "locals", "__import__"])
 
@@ -130,7 +141,7 @@ class Reach:
         """Where the class of a function's first argument finds that function: another may come to stand there."""
         kind = first if isinstance(first, type) else type(first)
         if _is_written_in_python(kind):
-            self._class_entry(kind, code.co_name, names_in(code))
+            self._class_entry(kind, _name_of(code, kind), names_in(code))
 
     def _globals(self, held: dict[str, Any], names: Names) -> None:
         module = held.get("__name__", "")
@@ -185,7 +196,7 @@ class Reach:
             if issubclass(type(value), kinds):
                 follow(value, names, label, outside)
                 return
-        kind = type(value)
+        kind: Any = type(value)
         if hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
             if outside:
                 raise UnrecordableError(f"it reads {label}, an iterator, which moves on outside of the cell")
@@ -195,6 +206,7 @@ class Reach:
             self._opened(f"it reads {label}, a {kind.__name__}, which cannot be looked into")
 
     def _ways(self) -> Iterator[tuple[Any, Callable[..., None]]]:
+        yield _HIDING, self._hidden
         yield types.FunctionType, self._function
         yield type, self._class
         yield types.ModuleType, self._module
@@ -203,6 +215,7 @@ class Reach:
         yield CONTAINERS, self._container
         yield (tuple, frozenset), self._items
         yield types.MethodType, self._bound
+        yield weakref.ref, self._reference
         yield functools.partial, self._partial
         yield (staticmethod, classmethod, property), self._wrapped
         yield _GENERATORS, self._drawn_from
@@ -255,7 +268,9 @@ class Reach:
                 self._at(places.held_in, held, name, f"{module.__name__}.{name}", names)
 
     def _object(self, thing: Any, names: Names, label: str, outside: bool) -> None:
-        kind, held = type(thing), _attributes(thing) or {}
+        kind: Any = type(thing)
+        held = _attributes(thing)
+        held = {} if held is None else held
         label = label or kind.__qualname__
         slots = _slots(kind)
         if outside:
@@ -351,6 +366,14 @@ class Reach:
     def _variable(self, variable: ContextVar[Any], names: Names, label: str, outside: bool) -> None:
         self._at(places.value_of_variable, variable, "", f"the context variable {variable.name}", names)
 
+    def _reference(self, reference: Any, names: Names, label: str, outside: bool) -> None:
+        self._at(places.referent, reference, "", f"what {label} refers to", names)
+
+    def _hidden(self, thing: Any, names: Names, label: str, outside: bool) -> None:
+        """What looks like an object of Python's and keeps what it reads out of sight."""
+        self._opened(f"it reads {label or 'something'}, a {type(thing).__name__}, which cannot be looked into")
+        self._follow(getattr(thing, "__wrapped__", None), names, label, outside=outside)
+
     def _builtin(self, function: Any, names: Names, label: str, outside: bool) -> None:
         owner = getattr(function, "__self__", None)
         if owner is not None and not isinstance(owner, types.ModuleType | type):
@@ -367,6 +390,16 @@ def _attributes(thing: Any) -> dict[str, Any] | None:
     except (AttributeError, TypeError):
         return None
     return held if type(held) is dict else None
+
+
+def _name_of(code: types.CodeType, kind: type) -> str:
+    """By what name a class finds a function with this code; the function's own where it is another one's."""
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+            if getattr(inner, "__code__", None) is code:
+                return name
+    return code.co_name
 
 
 _NOTHING = (lambda: None).__code__

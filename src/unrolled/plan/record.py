@@ -14,6 +14,7 @@ from unrolled.plan.merge import merge
 from unrolled.plan.program import Program
 from unrolled.plan.tape import NumbersStayUnread, Tape, UnrecordableError
 from unrolled.trees import Structure, Tree, flatten, unflatten
+from unrolled.unseen import silent
 
 __all__ = ["External", "Recording", "Sample", "record_step", "sample_rows"]
 
@@ -140,7 +141,7 @@ def _run(
         for structure, leaves in zip(structures, (sample.inputs, sample.state, sample.context), strict=True)
         if structure is not None
     ]
-    with torch.enable_grad(), NumbersStayUnread(), tape:
+    with silent(), torch.enable_grad(), NumbersStayUnread(), tape:
         output, state = cell(*arguments)
     leaves, output_structure = flatten(output)
     outputs = [tape.number(leaf) for leaf in (*leaves, *flatten(state)[0])]

@@ -11,6 +11,7 @@ import functools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from unrolled.plan.places import MISSING, Place, same
 from unrolled.plan.reach import Reach, is_common
 from unrolled.plan.tape import UnrecordableError
 from unrolled.trees import Tree, leaves
+from unrolled.unseen import silent
 
 __all__ = ["Watcher", "watcher_of"]
 
@@ -36,14 +38,22 @@ _CALLS = frozenset([nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.
 
 _OUR_OWN = (__name__, "unrolled.plan.twin")
 
-_watchers: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+_watchers: WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
 def watcher_of(cell: nn.Module) -> Watcher:
-    """What is known of the surroundings of a cell, by all runs that were watched."""
+    """What is known of the surroundings of a cell, by all runs that were watched.
+
+    It goes when nobody keeps it: what surrounds a cell may lead back to the cell, which must be able to go.
+    """
     with _lock:
-        return _watchers.setdefault(cell, Watcher())
+        known = _watchers.get(cell)
+        watcher = known() if known is not None else None
+        if watcher is None:
+            watcher = Watcher()
+            _watchers[cell] = weakref.ref(watcher)
+        return watcher
 
 
 class Watcher:
@@ -209,7 +219,7 @@ class _Watched:
 
     def run(self, step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
         """A step, forward and backward."""
-        with self:
+        with silent(), self:
             results = step()
         ends = [x for x in leaves(results) if x.requires_grad]
         if ends and by:

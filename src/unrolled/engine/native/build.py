@@ -12,8 +12,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
+
+from unrolled.warned import warn_caller
 
 __all__ = ["BuildError", "compiler", "library", "machine_lines"]
 
@@ -100,7 +101,7 @@ def cache_directory() -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        warnings.warn(f"compiled loops are not kept between runs: {error}", stacklevel=2)
+        warn_caller(f"compiled loops are not kept between runs: {error}")
         return Path(tempfile.mkdtemp(prefix="unrolled-"))
 
 
