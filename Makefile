@@ -2,7 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types layers pytest test-browser slow bench fuzz sanitize clean
+# What the project itself is worked on with: the newest torch of which pip takes the CPU build by itself. Later ones are
+# supported too (`make matrix`), and bring gigabytes of CUDA.
+TORCH ?= torch<2.14
+
+.PHONY: train test lint types layers pytest processors matrix test-browser slow bench fuzz sanitize clean
 
 train: .venv/.installed
 	$(BIN)/unrolled train
@@ -22,6 +26,21 @@ layers: .venv/.installed-test
 pytest: .venv/.installed-test
 	$(BIN)/pytest -n 2 -m "not slow and not browser"
 
+# What knows the processor, as on others: torch's kernels and the emitted C for older ones, one thread and two.
+PROCESSORS := tests/test_checkpointed.py tests/test_native_operations.py tests/test_plan.py tests/test_more_cells.py
+processors: .venv/.installed-test
+	ATEN_CPU_CAPABILITY=default UNROLLED_CFLAGS=-march=x86-64-v2 UNROLLED_THREADS=1 $(BIN)/pytest -n 2 $(PROCESSORS)
+	ATEN_CPU_CAPABILITY=avx2 UNROLLED_CFLAGS=-march=x86-64-v3 UNROLLED_THREADS=2 $(BIN)/pytest -n 2 $(PROCESSORS)
+	! grep -qw avx512f /proc/cpuinfo || \
+	UNROLLED_CFLAGS=-march=x86-64-v4 UNROLLED_THREADS=2 $(BIN)/pytest -n 2 $(PROCESSORS)
+
+# The whole suite on the oldest and on the newest torch that are supported, each in an environment of its own.
+matrix: matrix-2.10.0 matrix-2.14.1
+matrix-%:
+	$(PYTHON) -m venv build/torch-$*
+	build/torch-$*/bin/python -m pip install --quiet 'torch==$*' -e '.[test]'
+	build/torch-$*/bin/pytest -n 2 -m "not slow and not browser"
+
 # The page in Debian's chromium; screenshots are left in build/screenshots.
 test-browser: .venv/.installed-test
 	$(BIN)/pytest -m browser tests/browser
@@ -33,9 +52,10 @@ bench: .venv/.installed-test
 	$(BIN)/python -m benchmarks
 
 # 5,000 random cells for each engine, with the flags that users' loops are built with: half an hour of one core, most of
-# it the compiler's. A failing cell is printed as a recipe that `random_cells.assert_recipe_as_reference` takes.
+# it the compiler's; and 20,000 values set anew around cells. A failing cell is printed as a recipe that `random_cells.assert_recipe_as_reference` takes.
 fuzz: .venv/.installed-test
 	UNROLLED_FUZZ=5000 $(BIN)/pytest -n 2 tests/test_random_cells.py
+	UNROLLED_MUTATIONS=20000 $(BIN)/pytest -n 2 tests/test_mutations.py
 
 # The emitted C under AddressSanitizer and UBSan; their libraries have to be there before Python is. Checks do not need
 # optimised code, which takes the compiler several times as long.
@@ -52,10 +72,10 @@ clean:
 # A stamp is newer than pyproject.toml once its requirements are in; until that file changes nothing is installed again.
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[draw]'
 	touch $@
 
 .venv/.installed-test: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[test]'
 	touch $@ .venv/.installed

@@ -8,11 +8,12 @@ from itertools import chain
 
 import torch
 
-from benchmarks import horizon, lengths, memory, networks, preparation, seeing
+from benchmarks import guarding, horizon, lengths, memory, networks, preparation, seeing
 from benchmarks.timing import refuse_busy_machine
 
 ROOMS = {
     "preparation": preparation,
+    "guarding": guarding,
     "networks": networks,
     "lengths": lengths,
     "memory": memory,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
+# `make processors` also asks for two: what a call takes in memory and how it rounds must not depend on it.
+torch.set_num_threads(int(os.environ.get("UNROLLED_THREADS", "1")))
 
 # A test asserts numbers, never how long it takes: the first example of a cell may wait for the compiler.
 settings.register_profile("untimed", deadline=None)

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from unrolled._kept import Kept
 from unrolled._witness import Turns, hold_against_the_cell, steps_at
 from unrolled.cells.contract import name_of
 from unrolled.engine.choice import Runner
+from unrolled.internals import unwatched
 from unrolled.lengths import Extent
 from unrolled.plan.coupling import couples_rows
 from unrolled.plan.guards import fingerprint
@@ -71,7 +71,8 @@ class PlanBook:
         self._entries: Kept[Decision] = Kept(_MOST_PLANS)
         self._coupling: Kept[bool] = Kept(_MOST_PLANS)
         self._said: set[Decision] = set()
-        self._watchers: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+        # What is learnt of cells' surroundings stays for as long as their network is there.
+        self._watchers: set[Watcher] = set()
         self._made: dict[Any, int] = {}
         self._doubted: dict[Any, int] = {}
 
@@ -84,7 +85,7 @@ class PlanBook:
             "_entries": Kept(_MOST_PLANS),
             "_coupling": Kept(_MOST_PLANS),
             "_said": set(),
-            "_watchers": WeakKeyDictionary(),
+            "_watchers": set(),
             "_made": {},
             "_doubted": {},
         }
@@ -99,11 +100,13 @@ class PlanBook:
             context: what is the same at every step, or None.
             extent: how far the inputs reach.
         """
-        self._watch(cell)
+        self._watchers.add(watcher_of(cell))
         sample = map_leaves(lambda x: x[0], steps_at(inputs, extent, 0))
 
         def key() -> Any:
-            return (fingerprint(cell), _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1), extent.batch)
+            with unwatched():
+                shapes = _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1)
+                return fingerprint(cell), shapes, extent.batch
 
         try:
             return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
@@ -122,18 +125,13 @@ class PlanBook:
             context: what is the same at every step, or None.
             extent: how far the inputs reach; None for T and B of their own.
         """
-        self._watch(cell)
+        self._watchers.add(watcher_of(cell))
         extent = extent or Extent(*leaves(inputs)[0].shape[:2])
         decision = self._witnessed(cell, inputs, state, context, extent)
         if extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
             why = f"rows of different lengths need steps that act row by row: {decision.plan.why_not_ragged}"
             decision = self._told_once(Decision(None, "reference", why))
         return decision
-
-    def _watch(self, cell: nn.Module) -> None:
-        """Keep what is learnt of a cell's surroundings for as long as its network is there."""
-        if cell not in self._watchers:
-            self._watchers[cell] = watcher_of(cell)
 
     def _witnessed(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
         """The decision for a call; if it is this call's turn, one that was held against the cell itself."""
@@ -149,7 +147,7 @@ class PlanBook:
                 with unseen(), watcher_of(cell).kept():
                     steps = steps_at(inputs, extent, t)
                     hold_against_the_cell(decision.plan, cell, steps, first, same_for_all, self.runner, kind[-1])
-            except UnrecordableError as error:
+            except Exception as error:  # a cell that fails is told by the reference, which names the copy
                 refused = self._doubt(decision, kind, f"copy {t} of {name_of(cell)}: {error}")
                 if refused is not None:
                     return refused

@@ -267,7 +267,8 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         decision = self._plans.look_up(self.cell, inputs, state, context, extent)
         if decision.plan is None:
             return Plan(*about, decision.engine, decision.why)
-        return report(decision.plan, *about, decision.engine, decision.why)
+        witnessed = f"; every call has a witness, since {decision.open}" if decision.open else ""
+        return report(decision.plan, *about, decision.engine, decision.why + witnessed)
 
     @property
     def _told_name(self) -> str:

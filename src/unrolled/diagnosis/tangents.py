@@ -13,6 +13,7 @@ N. Halko, P. Martinsson and J. Tropp, "Finding structure with randomness", SIAM 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -277,7 +278,10 @@ def _pushed(step: Callable[[Tensor], Tensor], at: Tensor, tangents: Tensor) -> T
     """The step's derivative along tangents `[R, D, m]`."""
 
     def along(tangent: Tensor) -> Tensor:
-        pushed: Tensor = torch.func.jvp(step, (at,), (tangent,))[1]
+        with warnings.catch_warnings():
+            # torch's own formulas for forward-mode derivatives are scripted when they are first used.
+            warnings.filterwarnings("ignore", ".*torch.jit.script")
+            pushed: Tensor = torch.func.jvp(step, (at,), (tangent,))[1]
         return pushed
 
     if tangents.shape[2] == 1:

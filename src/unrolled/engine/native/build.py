@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -75,7 +76,24 @@ def library(source: str) -> ctypes.CDLL:
         BuildError: if the compiler fails.
     """
     key = hashlib.sha256(f"{machine()}\0{source}".encode()).hexdigest()[:40]
-    built, mark = cache_directory() / f"{key}.so", cache_directory() / f"{key}.sha256"
+    if not _unwritable:
+        try:
+            return _library_in(cache_directory(), key, source)
+        except OSError as error:
+            _unwritable.append(error)
+            warn_caller(f"compiled loops are not kept between runs: {error}")
+    try:
+        return _library_in(_of_this_process(), key, source)
+    except OSError as error:
+        raise BuildError(f"{' '.join(compiler())} made no library: {error}") from error
+
+
+# Why the cache cannot be written to, once it was found that it cannot: this process then builds elsewhere.
+_unwritable: list[OSError] = []
+
+
+def _library_in(folder: Path, key: str, source: str) -> ctypes.CDLL:
+    built, mark = folder / f"{key}.so", folder / f"{key}.sha256"
     for _ in range(2):  # another process may forget a file between the look and the load
         if not _intact(built, mark):
             _build(source, built, mark)
@@ -102,7 +120,12 @@ def cache_directory() -> Path:
             return path
     except OSError as error:
         warn_caller(f"compiled loops are not kept between runs: {error}")
-        return Path(tempfile.mkdtemp(prefix="unrolled-"))
+        return _of_this_process()
+
+
+@functools.cache
+def _of_this_process() -> Path:
+    return Path(tempfile.mkdtemp(prefix="unrolled-"))
 
 
 def _intact(built: Path, mark: Path) -> bool:
@@ -113,11 +136,12 @@ def _intact(built: Path, mark: Path) -> bool:
 
 
 def _build(source: str, built: Path, mark: Path) -> None:
-    """Compile into files of our own and move them into place: another process may do the same at the same time."""
-    try:
-        _compile(source, built, mark)
-    except OSError as error:
-        raise BuildError(f"{' '.join(compiler())} made no library: {error}") from error
+    """Compile into files of our own and move them into place: another process may do the same at the same time.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    _compile(source, built, mark)
     with contextlib.suppress(FileNotFoundError):  # another process forgets too
         _forget_oldest(built.parent)
 
@@ -127,6 +151,8 @@ def _compile(source: str, built: Path, mark: Path) -> None:
         made = Path(folder, "loop.so")
         command = [*compiler(), "-x", "c", "-", "-o", str(made), "-lm", "-lpthread"]
         run = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
+        if run.returncode and os.strerror(errno.ENOSPC).encode() in run.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(built.parent))
         if run.returncode:
             raise BuildError(f"{' '.join(command)} failed: {run.stderr.decode(errors='replace')[:2000]}")
         digest = Path(folder, "digest")
