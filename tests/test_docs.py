@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks_of(page: Path) -> list[tuple[int, str]]:
@@ -21,7 +22,8 @@ def blocks_of(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
-def test_a_page_runs_from_top_to_bottom(page: Path) -> None:
+def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where what a page writes is left
     before, names = torch.get_default_dtype(), dict[str, Any](__name__="docs")
     torch.manual_seed(0)
     for line, block in blocks_of(page):

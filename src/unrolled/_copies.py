@@ -119,7 +119,7 @@ class Copy:
         known = self._network.norms
         if self.t not in known:
             shares = self._shares(list(self._network.weights))
-            known[self.t] = {name: torch.linalg.vector_norm(share) for name, share in shares.items()}
+            known[self.t] = {name: _norm(share) for name, share in shares.items()}
         return known[self.t]
 
     def __repr__(self) -> str:
@@ -313,7 +313,7 @@ class Copies(Sequence[Copy]):
 
     @property
     def weight_grad_norm(self) -> Mapping[str, Tensor]:
-        """The Euclidean norm of each copy's share: name -> `[T]`. One copy's shares are held at a time."""
+        """The Euclidean norm of each copy's share: name -> `[T]` float64. One copy's shares are held at a time."""
         return Shares(
             self._network,
             "weight_grad_norm",
@@ -322,7 +322,7 @@ class Copies(Sequence[Copy]):
 
     def _norms(self, name: str) -> Tensor:
         norms = [copy._share_norms()[name] for copy in self]
-        return torch.stack(norms) if norms else self._network.weights[name].new_empty(0)
+        return torch.stack(norms) if norms else self._network.weights[name].new_empty(0, dtype=torch.float64)
 
     @property
     def initial_grad(self) -> Mapping[str, Tensor]:
@@ -365,3 +365,8 @@ def _ended(grad: Tensor, going_on: int) -> Tensor:
     if not going_on:
         return grad
     return torch.cat([torch.zeros_like(grad[:going_on]), grad[going_on:]])
+
+
+def _norm(share: Tensor) -> Tensor:
+    """In float64, since the square of a small float32 is zero: a share that vanishes is to be seen."""
+    return torch.linalg.vector_norm(share.abs(), dtype=torch.float64)

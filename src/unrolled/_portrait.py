@@ -28,7 +28,7 @@ from unrolled.drawing.portrait import MISSING, Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Extent
 from unrolled.plan.report import Plan
-from unrolled.trees import Tree, flatten, map_leaves, paths
+from unrolled.trees import Structure, Tree, flatten, leaves_along, map_leaves, paths
 
 __all__ = ["portrait"]
 
@@ -149,29 +149,25 @@ def _step_plan(run: Copies, network: Unrolled) -> Plan:
 
 def _strips(run: Copies, row: int, *, with_grads: bool) -> Iterator[Strip]:
     """Input, state and output, and their gradients."""
-    roles: list[tuple[str, Callable[[Copy], Tree], list[str]]] = [
-        ("input", lambda copy: copy.input, _names("x", run[0].input)),
-        ("state", lambda copy: copy.state, _state_names(run)),
-        ("output", lambda copy: copy.output, _names("y", run[0].output)),
+    first = run[0]
+    inputs = _names("x", first.input), flatten(first.input)[1]
+    states = _state_names(run), flatten(first.state)[1]
+    outputs = _names("y", first.output), flatten(first.output)[1]
+    roles: list[tuple[str, Callable[[Copy], Tree], tuple[list[str], Structure]]] = [
+        ("input", lambda copy: copy.input, inputs),
+        ("state", lambda copy: copy.state, states),
+        ("output", lambda copy: copy.output, outputs),
     ]
-    grads: list[tuple[str, Callable[[Copy], Tree], list[str]]] = [
-        ("input gradient", lambda copy: copy.input_grad, roles[0][2]),
-        ("state gradient", lambda copy: copy.total_state_grad, roles[1][2]),
-        ("output gradient", lambda copy: copy.output_grad, roles[2][2]),
+    grads: list[tuple[str, Callable[[Copy], Tree], tuple[list[str], Structure]]] = [
+        ("input gradient", lambda copy: copy.input_grad, inputs),
+        ("state gradient", lambda copy: copy.total_state_grad, states),
+        ("output gradient", lambda copy: copy.output_grad, outputs),
     ]
-    for role, of, names in roles + (grads if with_grads else []):
-        columns = zip(*(_leaves(of(copy)) for copy in run), strict=True)
+    for role, of, (names, structure) in roles + (grads if with_grads else []):
+        columns = zip(*(leaves_along(of(copy), structure) for copy in run), strict=True)
         for name, column in zip(names, columns, strict=True):
             if all(leaf is not None for leaf in column):
                 yield _strip(f"dL/d{name}" if "gradient" in role else name, role, run, column, row)
-
-
-def _leaves(tree: Tree) -> list[Tensor | None]:
-    """The leaves of a tree in which an integer leaf's gradient may be None."""
-    if tree is None or isinstance(tree, Tensor):
-        return [tree]
-    members = tree.values() if isinstance(tree, dict) else tree
-    return [leaf for member in members for leaf in _leaves(member)]
 
 
 def _names(letter: str, tree: Tree) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Generator
 
-from unrolled.internals import TorchDispatchMode
+from unrolled.internals import DispatchMode
 
 __all__ = ["OwnDraws"]
 
 
-class OwnDraws(TorchDispatchMode):
+class OwnDraws(DispatchMode):
     """A context in which torch's random numbers come from generators of its own, the same ones each time.
 
     Setting torch's generator back afterwards would hand other threads the numbers again that they have drawn meanwhile.

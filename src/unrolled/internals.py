@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "OUTSIDE",
-    "TorchDispatchMode",
+    "DispatchMode",
     "decomposition_table",
     "has_memory",
     "operable",
@@ -41,6 +41,18 @@ _interpreters = getattr(_functorch, "get_interpreter_stack", None)
 _NAMES = ("_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
 OUTSIDE = tuple(getattr(torch._C, name)() for name in _NAMES if hasattr(torch._C, name))
 """What torch dispatches on where nothing is going on, as it is while this is imported."""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that sees every operation of a thread.
+
+    torch would bring in its compiler when one is first entered, to keep it from looking into the mode, which takes more
+    than a second; no mode of ours is entered where something is compiled.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Structure", "Tree", "describe", "flatten", "leaves", "map_leaves", "paths", "unflatten"]
+__all__ = ["Structure", "Tree", "describe", "flatten", "leaves", "leaves_along", "map_leaves", "paths", "unflatten"]
 
 Tree = Any
 """A pytree of tensors. Python's type system has no name for it."""
@@ -61,6 +61,24 @@ def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Apply a function to each leaf of a tree, along with the leaves of trees of the same structure."""
     tensors, structure = flatten(tree)
     return unflatten(structure, [function(*group) for group in zip(tensors, *map(leaves, others), strict=True)])
+
+
+def leaves_along(tree: Any, structure: Structure) -> list[Any]:
+    """What stands in a tree where a tree of this structure has its leaves; None where there is nothing.
+
+    Example:
+        >>> import torch
+        >>> _, structure = flatten({"b": torch.ones(1), "a": (torch.ones(1), torch.ones(1))})
+        >>> leaves_along({"b": 3, "a": (1, None)}, structure), leaves_along(None, structure)
+        ([1, None, 3], [None, None, None])
+    """
+    if structure.kind is Tensor:
+        return [tree]
+    found: list[Any] = []
+    for key, child in zip(structure.keys, structure.children, strict=True):
+        by_key = tree is not None and (isinstance(key, int) or issubclass(structure.kind, dict))
+        found += leaves_along(tree[key] if by_key else getattr(tree, str(key), None), child)
+    return found
 
 
 def paths(structure: Structure, prefix: str = "") -> list[str]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, UntypedStorage
 
-from unrolled.internals import TorchDispatchMode
+from unrolled.internals import DispatchMode
 
 __all__ = ["Allocations"]
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(DispatchMode):
     """A context that notes what is allocated while it is entered, on every device, the backward pass included.
 
     Memory that was there before is not seen; what is made inside is followed until it goes, also outside.

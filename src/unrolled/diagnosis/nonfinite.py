@@ -21,7 +21,7 @@ from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.places import networks_in
 from unrolled.errors import NonFiniteError
-from unrolled.internals import TorchDispatchMode
+from unrolled.internals import DispatchMode
 from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["first_bad_gradient", "first_bad_value", "is_finite"]
@@ -64,7 +64,7 @@ class _Bad(NamedTuple):
     rows: int
 
 
-class _FirstBad(TorchDispatchMode):
+class _FirstBad(DispatchMode):
     """Notes the first operation that makes something that is not finite of what is."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from unrolled.diagnosis.quantiles import quartiles
 from unrolled.diagnosis.results import EffectiveMemory, Gate, Missing, SpectralRadius, StateNorm, UnitFigures
 from unrolled.diagnosis.walk import row_norms
 from unrolled.draws import OwnDraws
-from unrolled.internals import TorchDispatchMode
+from unrolled.internals import DispatchMode
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.twin import twin_of
 from unrolled.trees import flatten, leaves, map_leaves, paths
@@ -41,7 +41,7 @@ _TENTH = math.sqrt(0.9)  # where a tanh's slope, 1 - y^2, is a tenth; a sigmoid 
 _ENDS = {"sigmoid": ((1 - _TENTH) / 2, (1 + _TENTH) / 2), "tanh": (-_TENTH, _TENTH), "relu": (0.0, math.inf)}
 
 
-class _Noticed(TorchDispatchMode):
+class _Noticed(DispatchMode):
     """Notes the results of activations, in the order in which they are computed.
 
     Attributes:

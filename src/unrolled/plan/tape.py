@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unrolled.internals import TorchDispatchMode
+from unrolled.internals import DispatchMode
 from unrolled.plan.decompose import decomposition
 from unrolled.plan.program import Ref, refs_of
 
@@ -58,7 +58,7 @@ class NumbersStayUnread(TorchFunctionMode):
 _READERS = frozenset(["tolist", "numpy", "item", "__array__", "__repr__", "__format__", "__bool__", "data_ptr"])
 
 
-class Tape(TorchDispatchMode):
+class Tape(DispatchMode):
     """Notes every operation that runs while it is active.
 
     Args:

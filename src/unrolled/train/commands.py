@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -26,10 +27,23 @@ __all__ = ["app", "run_command"]
 
 app = typer.Typer(
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     help="Unroll recurrent networks: train one on text, and use it.",
 )
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the versions of unrolled and torch, and stop")
+    ] = False,
+) -> None:
+    """Unroll recurrent networks: train one on text, and use it."""
+    if version:
+        print(f"unrolled {metadata.version('unrolled')}, torch {metadata.version('torch')}")
+        raise typer.Exit
 
 
 def train(file: Path | None, config: Path | None, **flags: Any) -> None:

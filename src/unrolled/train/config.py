@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,8 @@ class TrainConfig:
         known = [option.name for option in dataclasses.fields(cls)]
         strangers = [str(name) for name in values if name not in known]
         if strangers:
-            raise ConfigError(f"{source} has unknown options: {', '.join(strangers)}; known are {', '.join(known)}")
+            named = f"{', '.join(strangers):.200}"
+            raise ConfigError(f"{source} has unknown options: {named}; known are {', '.join(known)}")
         return cls(**values)
 
 
@@ -105,7 +107,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _check(option: dataclasses.Field[Any], value: Any) -> None:
     def refuse(rule: str) -> None:
-        raise ConfigError(f"{option.name} must be {rule}, got {value!r}")
+        raise ConfigError(f"{option.name} must be {rule}, got {reprlib.repr(value):.200}")
 
     rules = option.metadata
     if not isinstance(value, _TYPES[str(option.type)]) or isinstance(value, bool):

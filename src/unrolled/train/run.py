@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
 from unrolled.errors import ConfigError, RunError
 from unrolled.train.config import TrainConfig
+from unrolled.train.config_file import read_config
 from unrolled.train.model import CharacterModel
 from unrolled.train.text import Vocabulary
 
@@ -20,6 +23,7 @@ __all__ = ["Run", "create_run", "load_run"]
 
 _CONFIG, _METRICS, _MODEL = "config.json", "metrics.jsonl", "model.safetensors"
 _UNFINISHED = ".part"
+_MOST_SAID = 300
 
 
 class Run:
@@ -112,13 +116,32 @@ def load_run(path: Path) -> tuple[TrainConfig, CharacterModel, Vocabulary]:
                 f"{path} is not a finished run: it has no {name}; make one with: unrolled train --out {path}"
             )
     try:
-        values = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        config = TrainConfig.from_mapping({**values, "device": "cpu"}, source=str(path / _CONFIG))
+        config = TrainConfig.from_mapping({**read_config(path / _CONFIG), "device": "cpu"}, source=str(path / _CONFIG))
         with safe_open(path / _MODEL, framework="pt") as file:
-            vocabulary = Vocabulary(file.metadata()["characters"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            vocabulary = Vocabulary(_characters(file.metadata()))
+            _refuse_other_shapes(config, vocabulary, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         model = CharacterModel(config, len(vocabulary))
         model.load_state_dict(tensors)
     except (ConfigError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
-        raise RunError(f"the run {path} cannot be read: {error}") from error
+        raise RunError(f"the run {path} cannot be read: {error!s:.{_MOST_SAID}}") from error
     return config, model.eval(), vocabulary
+
+
+def _characters(metadata: dict[str, str] | None) -> str:
+    if not metadata or "characters" not in metadata:
+        raise ValueError(f"{_MODEL} does not say which characters it knows; it is not one that `unrolled train` wrote")
+    return metadata["characters"]
+
+
+def _refuse_other_shapes(config: TrainConfig, vocabulary: Vocabulary, found: dict[str, list[int]]) -> None:
+    """Before a model of these sizes is given memory: a config may say anything."""
+    with torch.device("meta"):
+        model = CharacterModel(dataclasses.replace(config, memory=None), len(vocabulary))
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in wanted.keys() | found.keys():
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{_CONFIG} and {_MODEL} do not fit together: {name:.80} is {found.get(name, 'not there')} where the "
+                f"options say {wanted.get(name, 'that there is none')}"
+            )
