@@ -41,6 +41,7 @@ def draw(
     loss: Callable[[Any, Any], Tensor] | None = None,
     chart: str | None = None,
     row: int = 0,
+    horizon: int | None = None,
     state: Tree = None,
     lengths: Lengths = None,
     resets: Tensor | None = None,
@@ -61,6 +62,7 @@ def draw(
         chart: for a picture, what is drawn in place of the network: 'flow', 'lag', 'shares', 'saturation', 'states',
             'jacobian', 'schedule' or 'memory'; in a network of several layers 'flow 0', 'flow 1', ...
         row: which row of the batch a page's strips show.
+        horizon: how many copies gradients flow back through in training, for the verdict; by default the network's own.
         state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
         lengths: for a page or a chart how many steps each row has, as `rnn` takes them.
         resets: for a page or a chart the rows that start afresh, as `rnn` takes them.
@@ -89,11 +91,12 @@ def draw(
         _print(_sketches(rnn, inputs, state, context))
         return None
     _refuse_packed(inputs)
+    given: dict[str, Any] = {"state": state, "lengths": lengths, "resets": resets, "context": context}
     if kind == ".html":
-        found = portrait(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context, row=row)
+        found = portrait(rnn, inputs, loss, **given, row=row, horizon=horizon)
         _write(target, webpage(found).encode())
     elif chart is not None:
-        found = portrait(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context)
+        found = portrait(rnn, inputs, loss, **given)
         _write(target, picture(_chart(found, chart), kind))
     elif kind == ".txt":
         _write(target, text(*_sketches(rnn, inputs, state, context)).encode())

@@ -46,6 +46,7 @@ def portrait(
     resets: Tensor | None = None,
     context: Tree = None,
     row: int = 0,
+    horizon: int | None = None,
 ) -> Portrait:
     """Measure what a page shows.
 
@@ -58,6 +59,7 @@ def portrait(
         resets: as the call takes them.
         context: as the call takes it.
         row: which row of the batch strips show.
+        horizon: as `diagnose` takes it.
 
     Raises:
         OptionError: for more copies than a page can hold.
@@ -74,7 +76,9 @@ def portrait(
     found = None
     if loss is not None and T > 1:
         with torch.random.fork_rng():
-            found = diagnose(rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context)
+            found = diagnose(
+                rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context, horizon=horizon
+            )
     parts = _networks(rnn)
     diagnoses: Sequence[LayerDiagnosis | None] = found.layers if found else [None] * len(named)
     layers = tuple(

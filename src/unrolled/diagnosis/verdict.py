@@ -13,7 +13,7 @@ from torch import nn
 
 from unrolled import remedy
 from unrolled._families import family_of
-from unrolled.diagnosis.results import KINDS, Finding, Gate, LayerDiagnosis, Remedy, Verdict
+from unrolled.diagnosis.results import KINDS, Finding, Gate, LayerDiagnosis, Reach, Remedy, Verdict
 
 __all__ = ["verdict_of"]
 
@@ -51,7 +51,7 @@ def verdict_of(layers: Sequence[LayerDiagnosis], cells: Sequence[nn.Module], hor
     """
     found = [finding for layer, cell in zip(layers, cells, strict=True) for finding in _findings(layer, cell, horizon)]
     if not found:
-        found = [_healthy(layers) if any(map(_flows, layers)) else Finding("vanishing", _NO_GRADIENT)]
+        found = [_healthy(layers, horizon) if any(map(_flows, layers)) else Finding("vanishing", _NO_GRADIENT)]
     return Verdict(tuple(sorted(found, key=lambda finding: KINDS.index(finding.kind))))
 
 
@@ -113,7 +113,7 @@ def _exploding(layer: LayerDiagnosis, cell: nn.Module) -> Finding | None:
 def _vanishing(layer: LayerDiagnosis, cell: nn.Module, horizon: int | None) -> Finding | None:
     if layer.lag is None or layer.reach is None:
         return None
-    flows = min(layer.reach.measured, horizon or layer.reach.measured)
+    flows = _flows_back(layer.reach, horizon)
     gone = layer.reach.thousandth
     if gone is None or gone > flows * QUARTER:
         return None
@@ -122,7 +122,8 @@ def _vanishing(layer: LayerDiagnosis, cell: nn.Module, horizon: int | None) -> F
     pace = f"halve every {layer.reach.halving:.3g} steps" if layer.reach.rate < 0 else "fall"
     sentence = (
         f"gradients {pace}: a tenth is left after {layer.reach.tenth} copies, "
-        f"{LEFT:g} after {gone}, of {flows} that they flow back through"
+        f"{LEFT:g} after {gone}, of {flows} that they flow back through; that matters to what is to link steps farther "
+        "apart"
     )
     remedies = [*_memory(cell, flows), _orthogonal(cell), _identity(cell), _gated(cell), _shorter(layer, gone)]
     return Finding("vanishing", sentence, tuple(_remedies(remedies)), layer.name)
@@ -166,15 +167,25 @@ def _cut(layer: LayerDiagnosis, horizon: int | None) -> Finding | None:
     return Finding("cut by truncation", sentence, (Remedy(f"a longer horizon: horizon={farther}"),), layer.name)
 
 
-def _healthy(layers: Sequence[LayerDiagnosis]) -> Finding:
-    reaches = [layer.reach for layer in layers if layer.reach is not None]
-    told = [
-        f"a tenth of the gradient is left after {reach.tenth} copies"
-        if reach.tenth
-        else f"more than a tenth of the gradient is left after all {reach.measured} copies"
-        for reach in reaches
-        if reach.measured > 1
-    ]
+def _flows_back(reach: Reach, horizon: int | None) -> int:
+    """How many copies gradients flow back through in training, as far as was measured."""
+    return min(reach.measured, horizon or reach.measured)
+
+
+def _healthy(layers: Sequence[LayerDiagnosis], horizon: int | None) -> Finding:
+    """What is left of a gradient at the distance over which a vanishing one would be gone, by the same rule."""
+    told = []
+    for reach in (layer.reach for layer in layers if layer.reach is not None and layer.reach.measured > 1):
+        flows = _flows_back(reach, horizon)
+        if reach.tenth and reach.tenth < flows:
+            told.append(
+                f"a tenth of the gradient is left after {reach.tenth} copies, more than {LEFT:g} after a quarter of "
+                f"the {flows} that it flows back through"
+            )
+        else:
+            told.append(
+                f"more than a tenth of the gradient is left after all {flows} copies that it flows back through"
+            )
     return Finding("healthy", "; ".join(dict.fromkeys(told)) or "no rule says otherwise")
 
 

@@ -113,6 +113,8 @@ class Reach:
         """A function written in C is called."""
         owner = getattr(function, "__self__", None)
         name = getattr(function, "__name__", "")
+        if function is print or (id(owner) in self._outside and type(owner).__module__ == "_io"):
+            raise UnrecordableError(f"it calls {name}, which does something outside of the cell at every step")
         if owner is None or isinstance(owner, type):
             module = getattr(function, "__module__", None) or getattr(owner, "__module__", "")
             known = _is_pure(module)
@@ -197,7 +199,7 @@ class Reach:
                 follow(value, names, label, outside)
                 return
         kind: Any = type(value)
-        if hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+        if hasattr(kind, "__next__") and not _is_written_in_python(kind) and kind.__module__ != "_io":
             if outside:
                 raise UnrecordableError(f"it reads {label}, an iterator, which moves on outside of the cell")
         elif _attributes(value) is not None or _slots(kind):

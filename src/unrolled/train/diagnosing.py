@@ -44,9 +44,14 @@ def diagnosis_of(model: CharacterModel, numbers: Tensor, config: TrainConfig) ->
     model.eval()
     try:
         inputs, loss = sample_of(model, numbers, config)
-        return diagnose(model.rnn, inputs, loss, horizon=model.rnn.horizon or config.window)
+        return diagnose(model.rnn, inputs, loss, horizon=horizon_of(model, config))
     finally:
         model.train(training)
+
+
+def horizon_of(model: CharacterModel, config: TrainConfig) -> int:
+    """How many copies gradients flow back through while the model is trained: a window's, unless it is cut within."""
+    return model.rnn.horizon or config.window
 
 
 def sample_of(model: CharacterModel, numbers: Tensor, config: TrainConfig) -> tuple[Tensor, Loss]:
@@ -93,7 +98,8 @@ def drawn(model: CharacterModel, numbers: Tensor, config: TrainConfig, target: P
     """Draw a model's network on a text; see `draw`."""
     inputs, loss = sample_of(model.eval(), numbers, config)
     measured = chart is not None or target.suffix.lower() == ".html"
-    draw(model.rnn, inputs, target, loss=loss if measured else None, chart=chart)
+    # The horizon of the diagnosis: one run has one verdict.
+    draw(model.rnn, inputs, target, loss=loss if measured else None, chart=chart, horizon=horizon_of(model, config))
     return target
 
 

@@ -136,8 +136,11 @@ def _characters(metadata: dict[str, str] | None) -> str:
 
 def _refuse_other_shapes(config: TrainConfig, vocabulary: Vocabulary, found: dict[str, list[int]]) -> None:
     """Before a model of these sizes is given memory: a config may say anything."""
-    with torch.device("meta"):
-        model = CharacterModel(dataclasses.replace(config, memory=None), len(vocabulary))
+    try:
+        with torch.device("meta"):
+            model = CharacterModel(dataclasses.replace(config, memory=None), len(vocabulary))
+    except RuntimeError as error:
+        raise ValueError(f"{_CONFIG} asks for a model that no memory holds: {error}") from error
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in wanted.keys() | found.keys():
         if wanted.get(name) != found.get(name):
