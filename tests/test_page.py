@@ -43,7 +43,10 @@ def data_of(page: str) -> dict[str, Any]:
 
 def values(strip: Any) -> np.ndarray:
     levels = np.frombuffer(base64.b64decode(strip["levels"]), np.uint8).reshape(-1, strip["entries"])
-    return (levels.astype(float) / 127 - 1) * strip["scale"]
+    shares = levels.astype(float) / 127 - 1
+    if strip["decades"]:
+        shares = np.sign(shares) * 10 ** (strip["decades"] * (np.abs(shares) - 1))
+    return shares * strip["scale"]
 
 
 @pytest.fixture
@@ -61,11 +64,11 @@ def test_strips_are_the_copies_tensors_in_eight_bits(network: Any, tmp_path: Pat
         "x": [copy.input for copy in copies],
         "h": [copy.state[0] for copy in copies],
         "c": [copy.state[1] for copy in copies],
-        "y": [copy.output for copy in copies],
+        "o": [copy.output for copy in copies],
         "dL/dx": [copy.input_grad for copy in copies],
         "dL/dh": [copy.total_state_grad[0] for copy in copies],
         "dL/dc": [copy.total_state_grad[1] for copy in copies],
-        "dL/dy": [copy.output_grad for copy in copies],
+        "dL/do": [copy.output_grad for copy in copies],
     }
     strips = data_of((tmp_path / "page.html").read_text())["layers"][0]["strips"]
     assert [strip["name"] for strip in strips] == list(wanted)
@@ -74,7 +77,9 @@ def test_strips_are_the_copies_tensors_in_eight_bits(network: Any, tmp_path: Pat
         assert (strip["of"], strip["entries"]) == (true.shape[1], min(true.shape[1], 64))
         shown = true[:, : strip["entries"]]
         assert strip["scale"] == pytest.approx(float(abs(shown).max()))
-        assert abs(values(strip) - shown).max() <= strip["scale"] / 127 * 0.51
+        assert strip["decades"] == (12 if "gradient" in strip["role"] else 0)
+        near = abs(shown) * 10 ** (12 / 127) - abs(shown) if strip["decades"] else strip["scale"] / 127
+        assert (abs(values(strip) - shown) <= near * 0.52 + 1e-11 * strip["scale"]).all()
 
 
 def test_what_is_not_finite_or_not_there_is_blank() -> None:
@@ -115,7 +120,7 @@ def test_a_row_that_has_ended_is_blank(network: Any, tmp_path: Path) -> None:
     ur.draw(rnn, inputs, tmp_path / "page.html", loss=loss, row=1, **options)
     outputs, _ = rnn(inputs, **options)
     strips = data_of((tmp_path / "page.html").read_text())["layers"][0]["strips"]
-    (shown,) = (strip for strip in strips if strip["name"] == "y")
+    (shown,) = (strip for strip in strips if strip["name"] == "o")
     levels = np.frombuffer(base64.b64decode(shown["levels"]), np.uint8).reshape(T, -1)
     assert (levels[4:] == MISSING).all()
     assert not (levels[:4] == MISSING).any()
@@ -251,8 +256,8 @@ def test_the_inside_of_a_cell_is_what_was_recorded() -> None:
     assert places == {n: f"node {operation.place}" for n, operation in enumerate(plan.operations)}
     names = {n: node[0].text for n, node in nodes.items() if recorded[n] is None}
     made = [name for name, _ in plan.results]
-    assert {"input", "state[0]", "weight_hh"} <= set(names.values())
-    assert list(names.values())[-3:] == made == ["output", "next state[0]", "next state[1]"]
+    assert {"input", "h", "weight_hh"} <= set(names.values())
+    assert list(names.values())[-3:] == made == ["output", "next h", "next c"]
     edges = {(int(e.get("data-from")), int(e.get("data-to"))) for e in root.iter("{http://www.w3.org/2000/svg}path")}
     first = len(names) - len(made)
     at = {name: n for n, name in names.items()} | {n: first + n for n in range(len(plan.operations))}

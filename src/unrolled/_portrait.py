@@ -33,6 +33,9 @@ from unrolled.trees import Structure, Tree, flatten, leaves_along, map_leaves, p
 __all__ = ["portrait"]
 
 _ENTRIES = 64
+_DECADES = 12
+"""How far down a page shows gradients, in powers of ten below the largest one."""
+
 _MOST_COPIES = 4000
 
 
@@ -156,7 +159,7 @@ def _strips(run: Copies, row: int, *, with_grads: bool) -> Iterator[Strip]:
     first = run[0]
     inputs = _names("x", first.input), flatten(first.input)[1]
     states = _state_names(run), flatten(first.state)[1]
-    outputs = _names("y", first.output), flatten(first.output)[1]
+    outputs = _names("o", first.output), flatten(first.output)[1]
     roles: list[tuple[str, Callable[[Copy], Tree], tuple[list[str], Structure]]] = [
         ("input", lambda copy: copy.input, inputs),
         ("state", lambda copy: copy.state, states),
@@ -197,6 +200,16 @@ def _strip(name: str, role: str, run: Copies, column: Sequence[Tensor], row: int
             values[t] = float(leaf)
     finite = np.isfinite(values)
     scale = float(np.abs(values[finite]).max()) if finite.any() else 0.0
+    decades = _DECADES if "gradient" in role else 0
     levels = np.full(values.shape, MISSING, dtype=np.uint8)
-    levels[finite] = np.rint((values[finite] / (scale or 1.0) + 1) * 127).astype(np.uint8)
-    return Strip(name, role, shown, size, scale, levels.tobytes())
+    levels[finite] = np.rint((_scaled(values[finite] / (scale or 1.0), decades) + 1) * 127).astype(np.uint8)
+    return Strip(name, role, shown, size, scale, levels.tobytes(), decades)
+
+
+def _scaled(shares: np.ndarray, decades: int) -> np.ndarray:
+    """Shares of the largest value, from -1 to 1; on a logarithmic scale of each sign, so that what vanishes is seen."""
+    if not decades:
+        return shares
+    sizes = np.abs(shares)
+    logs = np.log10(sizes, where=sizes > 0, out=np.full_like(sizes, -np.inf))
+    return np.sign(shares) * np.maximum(1 + logs / decades, 0)

@@ -268,7 +268,8 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         if decision.plan is None:
             return Plan(*about, decision.engine, decision.why)
         witnessed = f"; every call has a witness, since {decision.open}" if decision.open else ""
-        return report(decision.plan, *about, decision.engine, decision.why + witnessed)
+        names = contract.state_names(self.cell)
+        return report(decision.plan, *about, decision.engine, decision.why + witnessed, names)
 
     @property
     def _told_name(self) -> str:

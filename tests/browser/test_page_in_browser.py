@@ -90,36 +90,50 @@ def see_all_charts(page: Page) -> None:
         plot.locator("svg.marks").wait_for()
 
 
-def test_a_click_unfolds_the_cell_into_copies(opened: Callable[..., Page]) -> None:
+def test_it_opens_unfolded_at_the_last_copy(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
-    assert page.locator("g.copy").count() == 1
-    page.click("g.copy")
+    assert chosen(page)[:3] == [119] * 3
     copies = [int(x) for x in page.locator("g.copy").evaluate_all("all => all.map((copy) => copy.dataset.copy)")]
-    assert copies == list(range(len(copies)))
+    assert copies == list(range(120 - len(copies), 120))
     assert 5 <= len(copies) <= 60
+    assert not page.locator("#operations").is_visible()
+
+
+def test_a_click_folds_and_unfolds(opened: Callable[..., Page]) -> None:
+    page = opened("lstm")
     page.click("#fold")
     assert page.locator("g.copy").count() == 1
+    page.click("g.copy")
+    assert page.locator("g.copy").count() >= 5
+
+
+def test_gradients_that_vanish_are_seen(opened: Callable[..., Page]) -> None:
+    """On their logarithmic scale the strip of a gradient has colour farther back than a thousandth of the largest."""
+    page = opened("lstm")
+    strip = page.evaluate("layer().strips.find((strip) => strip.role === 'state gradient')")
+    assert strip["decades"] == 12
+    film = page.locator(".film", has_text="state gradient").first
+    assert "logarithmic" in film.text_content()
 
 
 def test_copies_are_dragged_through_time(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
-    page.click("#fold")
+    before = int(page.locator("g.copy").first.get_attribute("data-copy"))
     box = page.locator("#lattice").bounding_box()
-    page.mouse.move(box["x"] + 900, box["y"] + 20)
+    page.mouse.move(box["x"] + 100, box["y"] + 20)
     page.mouse.down()
-    page.mouse.move(box["x"] + 100, box["y"] + 20, steps=8)
+    page.mouse.move(box["x"] + 900, box["y"] + 20, steps=8)
     page.mouse.up()
     first = int(page.locator("g.copy").first.get_attribute("data-copy"))
-    assert first == round(800 / 130)
+    assert first == before - round(800 / 130)
     assert page.evaluate("now.unfolded")
 
 
 def test_choosing_a_copy_anywhere_chooses_it_everywhere(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
-    page.click("#fold")
     see_all_charts(page)
-    page.click("g.copy[data-copy='3']")
-    assert chosen(page) == [3] * 4
+    page.click("g.copy[data-copy='117']")
+    assert chosen(page) == [117] * 4
     reel = page.locator(".reel").nth(1).bounding_box()
     page.locator(".reel").nth(1).click(position={"x": reel["width"] * (77.5 / 120), "y": 10})
     assert chosen(page) == [77] * 4
@@ -134,6 +148,7 @@ def test_choosing_a_copy_anywhere_chooses_it_everywhere(opened: Callable[..., Pa
 
 def test_an_operation_is_chosen_in_the_graph_and_in_the_list(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
+    page.click("summary")
     operations = page.locator("#operations li")
     assert page.locator("#inside [data-operation]").count() == operations.count()
     page.locator("#inside g[data-operation='3']").click()
@@ -148,7 +163,7 @@ def test_an_operation_is_chosen_in_the_graph_and_in_the_list(opened: Callable[..
 def test_keys_walk_through_the_copies(opened: Callable[..., Page]) -> None:
     page = opened("lstm")
     page.focus("#lattice")
-    for key, copy in (("+", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 119), ("Home", 0)):
+    for key, copy in (("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 119), ("+", 119)):
         page.keyboard.press(key)
         assert page.evaluate("now.copy") == copy
         assert chosen(page)[:3] == [copy] * 3
@@ -158,7 +173,6 @@ def test_keys_walk_through_the_copies(opened: Callable[..., Page]) -> None:
 
 def test_layers_are_chosen_and_keep_the_copy(opened: Callable[..., Page]) -> None:
     page = opened("long")
-    page.click("#fold")
     page.locator("#time").fill("500")
     page.click("button.layer >> nth=1")
     assert "RNNCell" in page.locator("g.copy title").first.text_content()
@@ -169,7 +183,6 @@ def test_layers_are_chosen_and_keep_the_copy(opened: Callable[..., Page]) -> Non
 def test_a_thousand_copies_are_never_all_in_the_page(opened: Callable[..., Page], pages: dict[str, Path]) -> None:
     page = opened("long")
     assert pages["long"].stat().st_size < 3_000_000
-    page.click("#fold")
     for copy in range(0, 1000, 50):
         page.evaluate("(copy) => choose({ copy })", copy)
         assert page.locator("g.copy").count() <= 60
@@ -180,7 +193,6 @@ def test_a_thousand_copies_are_never_all_in_the_page(opened: Callable[..., Page]
 def test_hostile_names_stay_text(opened: Callable[..., Page]) -> None:
     page = opened("hostile", NARROW)
     assert HOSTILE in page.locator("h1").text_content()
-    page.click("#fold")
     assert page.evaluate("window.hacked") is None
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -189,7 +201,6 @@ def test_one_copy_without_a_loss_says_what_a_loss_would_show(opened: Callable[..
     page = opened("bare")
     assert "need a loss" in page.locator(".note").text_content()
     assert page.locator(".verdict").count() == 0
-    page.click("#fold")
     assert page.locator("g.copy").count() == 1
 
 
@@ -201,7 +212,6 @@ def test_it_is_readable_in_every_size_and_light(
 ) -> None:
     page = opened(name, size, scheme)
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
-    page.click("#fold")
     see_all_charts(page)
     page.evaluate("window.scrollTo(0, 0)")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

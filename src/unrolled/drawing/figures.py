@@ -139,7 +139,8 @@ def memory_chart(plan: Mapping[str, Any]) -> Chart:
     return Chart(
         "memory", "Memory against time, by schedule", "activation memory, bytes", "time over that of full storage",
         tuple(float(option["bytes"]) for option in options),
-        (Series("schedule", tuple(option["time_ratio"] for option in options)),), sentence, log_x=True, points=True,
+        (Series("schedule", tuple(option["time_ratio"] for option in options)),), sentence,
+        log_x=True, log_y=True, points=True,
         labels=tuple(option["schedule"] for option in options), chosen=chosen,
     )  # fmt: skip
 

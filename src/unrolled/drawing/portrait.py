@@ -24,7 +24,9 @@ class Strip:
         role: 'input', 'state', 'output', or one of these with ' gradient' after it.
         entries: how many entries of a copy are shown.
         of: how many there are.
-        scale: the largest absolute value; an entry is `(byte / 127 - 1) * scale`.
+        scale: the largest absolute value.
+        decades: 0 for a linear scale, where an entry is `(byte / 127 - 1) * scale`; otherwise how many powers of ten
+            lie between the largest value and zero: its size is `scale * 10 ** (decades * (|byte / 127 - 1| - 1))`.
         levels: `entries` bytes for each copy, from 0 to 254; `MISSING` for what is not there.
     """
 
@@ -34,6 +36,7 @@ class Strip:
     of: int
     scale: float
     levels: bytes
+    decades: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain text and numbers; the levels in base64."""

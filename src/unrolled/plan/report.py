@@ -103,12 +103,27 @@ def _cells(operation: PlannedOperation) -> tuple[str, str, str, str]:
     return operation.name, operation.result, operation.place, operation.reason
 
 
-def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> Plan:
-    """Say what a plan does, for so many copies and rows."""
-    program, sources = plan.recording.program, _sources(plan.recording)
+def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str, state_names: Sequence[str] = ()) -> Plan:
+    """Say what a plan does, for so many copies and rows.
+
+    Args:
+        plan: the plan.
+        cell: what the cell is called.
+        T: copies.
+        B: rows.
+        engine: which engine runs it.
+        why: why no faster one.
+        state_names: what the cell calls the leaves of its state; without them they go by their place.
+    """
+    names = _StateNames(plan.recording, state_names)
+    program, sources = plan.recording.program, _sources(plan.recording, names)
     operations = tuple(
         PlannedOperation(
-            op.name, _result(program, op), place, _reason(plan, number, place), tuple(sources[v] for v in op.inputs)
+            op.name,
+            _result(program, op),
+            place,
+            _reason(plan, number, place, names),
+            tuple(sources[v] for v in op.inputs),
         )
         for number, (op, place) in enumerate(zip(program.ops, plan.places, strict=True))
     )
@@ -118,20 +133,32 @@ def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str) -> 
     loops = [stage for stage in plan.stages if isinstance(stage, Loop)]
     costs = tuple((place, flops[place]) for place in PLACES if flops[place])
     return Plan(
-        cell, T, B, engine, why, operations, _results(plan.recording, sources), len(loops), _kept(plan, B), costs
+        cell, T, B, engine, why, operations, _results(plan.recording, sources, names), len(loops), _kept(plan, B), costs
     )
 
 
-def _sources(recording: Recording) -> dict[int, int | str]:
+class _StateNames:
+    """What the leaves of a state are called."""
+
+    def __init__(self, recording: Recording, given: Sequence[str]) -> None:
+        places = paths(recording.structures[1])
+        known = len(given) == len(places)
+        self.received = list(given) if known else [f"state{place}" for place in places]
+        self.handed_on = [f"next {name}" for name in self.received]
+
+
+def _sources(recording: Recording, state: _StateNames) -> dict[int, int | str]:
     """For each value the operation that makes it, or the name of what it is in the step's arguments and weights."""
-    trees = zip(("input", "state", "context"), recording.structures, strict=False)
-    names = [name for what, tree in trees if tree is not None for name in paths(tree, what)]
+    inputs, _, context, _ = recording.structures
+    names = [*paths(inputs, "input"), *state.received, *(paths(context, "context") if context is not None else ())]
     names += [external.name for external in recording.externals]
     return {**dict(zip(recording.program.inputs, names, strict=True)), **recording.program.producers()}
 
 
-def _results(recording: Recording, sources: dict[int, int | str]) -> tuple[tuple[str, int | str], ...]:
-    names = [*paths(recording.structures[3], "output"), *paths(recording.structures[1], "next state")]
+def _results(
+    recording: Recording, sources: dict[int, int | str], state: _StateNames
+) -> tuple[tuple[str, int | str], ...]:
+    names = [*paths(recording.structures[3], "output"), *state.handed_on]
     made = zip(names, (*recording.outputs, *recording.next_state), strict=True)
     return tuple((name, sources[v]) for name, v in made if v in sources)
 
@@ -142,7 +169,7 @@ def _result(program: Program, op: Op) -> str:
     return text if len(made) == 1 else f"{len(made)} x {text}"
 
 
-def _reason(plan: StepPlan, number: int, place: str) -> str:
+def _reason(plan: StepPlan, number: int, place: str, state: _StateNames) -> str:
     counting = {plan.recording.next_state[stage.leaf] for stage in plan.stages if isinstance(stage, Counter)}
     if counting.intersection(plan.recording.program.ops[number].outputs):
         return "only counts: what every copy receives of it is known beforehand"
@@ -155,13 +182,8 @@ def _reason(plan: StepPlan, number: int, place: str) -> str:
         return f"no later state needs it{mapped}"
     if number in plan.beside:
         return "light enough to be done in the loop while its operands are at hand"
-    return f"on the way from {_leaves_of(plan, number)} to the next one"
-
-
-def _leaves_of(plan: StepPlan, number: int) -> str:
-    names = paths(plan.recording.structures[1], "state")
-    stage = _loop_of(plan.stages, number)
-    return ", ".join(names[leaf] for leaf in stage.leaves)
+    leaves = _loop_of(plan.stages, number).leaves
+    return f"on the way from {', '.join(state.received[leaf] for leaf in leaves)} to the next one"
 
 
 def _loop_of(stages: Sequence[Stage], number: int) -> Loop:

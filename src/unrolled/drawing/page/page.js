@@ -3,7 +3,8 @@ const told = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const NS = "http://www.w3.org/2000/svg";
 const CELL = 74, GAP = 56, MIDDLE = 128, HEIGHT = 250;
-const now = { layer: 0, unfolded: false, copy: 0, first: 0 };
+/* It opens on its point: unfolded, at the last copy, where gradients come in. */
+const now = { layer: 0, unfolded: true, copy: told.T - 1, first: told.T - 1 };
 const listeners = [];
 
 /* Everything that shows the chosen copy listens; whoever chooses one calls this. */
@@ -48,19 +49,19 @@ function bytes(strip) {
   return levels.get(strip);
 }
 
-function colours() {
+function colours(logarithmic) {
   const dark = document.documentElement.dataset.theme === "dark";
   const zero = dark ? [28, 33, 38] : [247, 247, 247];
   const ends = dark ? [[86, 180, 233], [240, 130, 60]] : [[0, 90, 160], [200, 80, 0]];
   return Array.from({ length: 256 }, (_, level) => {
     if (level === 255) return [0, 0, 0, 0];
-    const value = level / 127 - 1, end = ends[value < 0 ? 0 : 1], share = Math.sqrt(Math.abs(value));
+    const value = level / 127 - 1, end = ends[value < 0 ? 0 : 1], share = logarithmic ? Math.abs(value) : Math.sqrt(Math.abs(value));
     return [...zero.map((z, i) => z + (end[i] - z) * share), 255];
   });
 }
 
 function paint(canvas, strip, from, count, turned) {
-  const data = bytes(strip), table = colours(), wide = turned ? strip.entries : count;
+  const data = bytes(strip), table = colours(strip.decades > 0), wide = turned ? strip.entries : count;
   canvas.width = wide;
   canvas.height = turned ? count : strip.entries;
   const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
@@ -97,7 +98,7 @@ function cellAt(x, label, sub, strips, t) {
   };
   const of = (role) => strips.find((strip) => strip.role === role);
   put(of("input"), MIDDLE + 82, [t < 0 ? "input" : `x ${t}`, MIDDLE + 107]);
-  put(of("output"), MIDDLE - 91, [t < 0 ? "output" : `y ${t}`, MIDDLE - 98]);
+  put(of("output"), MIDDLE - 91, [t < 0 ? "output" : `o ${t}`, MIDDLE - 98]);
   put(of("state"), MIDDLE + 19);
   put(of("state gradient") || of("output gradient"), MIDDLE - 27);
   return copy;
@@ -141,6 +142,11 @@ function markLattice() {
 
 /* -- the chosen copy */
 
+function range(strip) {
+  const most = `±${Number(strip.scale.toPrecision(2))}`;
+  return strip.decades ? `${most}, logarithmic, ${strip.decades} decades` : most;
+}
+
 function drawDetails() {
   byId("time").value = now.copy;
   byId("chosen").value = now.copy;
@@ -148,7 +154,7 @@ function drawDetails() {
     const canvas = html("canvas", { role: "img", "aria-label": `${strip.role} ${strip.name} of copy ${now.copy}` });
     paint(canvas, strip, now.copy, 1, true);
     const left = strip.of > strip.entries ? `${strip.entries} of ${strip.of} entries` : `${strip.of} entries`;
-    const gone = bytes(strip)[now.copy * strip.entries] === 255 ? "not there" : `${left}, ±${Number(strip.scale.toPrecision(2))}`;
+    const gone = bytes(strip)[now.copy * strip.entries] === 255 ? "not there" : `${left}, ${range(strip)}`;
     return html("figure", {}, html("figcaption", {}, html("b", {}, strip.name), html("span", {}, `${strip.role} · ${gone}`)), canvas);
   }));
 }
@@ -164,8 +170,7 @@ function drawFilms() {
       const box = canvas.getBoundingClientRect();
       choose({ copy: Math.floor(((event.clientX - box.left) / box.width) * told.T), unfolded: true });
     });
-    const range = `±${Number(strip.scale.toPrecision(2))}`;
-    return html("figure", { class: "film" }, html("figcaption", {}, html("b", {}, strip.name), html("span", {}, `${strip.role} · ${range}`)), reel);
+    return html("figure", { class: "film" }, html("figcaption", {}, html("b", {}, strip.name), html("span", {}, `${strip.role} · ${range(strip)}`)), reel);
   }));
   markFilms();
 }
@@ -332,4 +337,5 @@ new ResizeObserver(() => {
   width = lattice.clientWidth;
   choose({ first: now.first });
 }).observe(lattice);
+now.first = Math.max(0, told.T - shown());
 dress(dark.matches ? "dark" : "light");
