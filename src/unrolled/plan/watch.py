@@ -203,7 +203,7 @@ class _Watched:
         self.reach, self.states = reach, dict[int, Any]()
         self.hooked = ""
         self._others: set[types.CodeType] = set()
-        self._ours = _codes_of_autograd()
+        self._ours, self._dispatch = _codes_of_autograd(), _codes_of_dispatch()
         self._names = {id(module): name for name, module in twin.named_modules()}
         self._apart: types.FrameType | None = None
         self._refusal: UnrecordableError | None = None
@@ -232,7 +232,7 @@ class _Watched:
             return
         if frame.f_globals.get("__name__") in _OUR_OWN:
             return
-        if event == "call" and _draws_for_us(frame.f_locals):
+        if event == "call" and frame.f_code in self._dispatch:
             self._apart = frame
             return
         try:
@@ -261,11 +261,26 @@ class _Watched:
                 self.hooked = self.hooked or self._names.get(id(module), "") or "it"
 
 
-def _draws_for_us(given: dict[str, Any]) -> bool:
-    """Whether a function is called for the mode under which a step is tried out, which is nothing of the step's."""
-    rest = given.get("args")
-    first = given.get("self"), rest[0] if isinstance(rest, tuple) and rest else None
-    return any(isinstance(value, OwnDraws) for value in first)
+@functools.lru_cache(maxsize=1)
+def _codes_of_dispatch() -> frozenset[types.CodeType]:
+    """What torch enters for every operation under a mode, as a step is tried out: nothing of the step's."""
+    found = set[types.CodeType]()
+
+    def probe() -> None:
+        torch.rand(1) + 1
+
+    def note(frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_back is not None and frame.f_back.f_code is probe.__code__:
+            found.add(frame.f_code)
+
+    before = sys.getprofile()
+    with OwnDraws():
+        sys.setprofile(note)
+        try:
+            probe()
+        finally:
+            _set_profile(before)
+    return frozenset(found)
 
 
 def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
