@@ -7,11 +7,8 @@ are followed alike. What cannot be looked into makes the reach open: its values 
 from __future__ import annotations
 
 import functools
-import operator
-import random
 import re
 import sys
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -19,45 +16,32 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from unrolled.plan import places
+from unrolled.plan.kinds import (
+    GENERATORS,
+    HIDING,
+    INERT,
+    attributes_of,
+    functions_of,
+    is_common,
+    is_pure,
+    is_written_in_python,
+    name_of,
+    slots_of,
+)
 from unrolled.plan.names import Names, names_in
 from unrolled.plan.places import CONTAINERS, MISSING, PLAIN, Fetch, Place
 from unrolled.plan.tape import UnrecordableError
 
-__all__ = ["Reach", "is_common"]
+__all__ = ["Reach"]
 
 _MOST_PLACES, _MOST_ITEMS, _MOST_BYTES = 4096, 1024, 4096
 # A class with more names than these is not looked over as a whole, but name by name.
 _FEW_NAMES = 40
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
-_INERT: tuple[Any, ...] = (
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.MethodWrapperType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-    types.ClassMethodDescriptorType,
-    types.GenericAlias,
-    types.UnionType,
-    types.CodeType,
-    torch.finfo,
-    torch.iinfo,
-    torch.Size,
-)
-# Builtins that reach where no name leads.
-_HIDING = (
-    type(functools.lru_cache(len)),
-    operator.attrgetter,
-    operator.methodcaller,
-    threading.local,
-    weakref.ProxyType,
-    weakref.CallableProxyType,
-)
 _MODE = re.compile("_?(get|is|are)_")
+# Builtins that reach where no name leads.
 _OPENING = frozenset(["eval", "exec", "compile", "open", "input", "globals", "locals", "__import__"])
 
 
@@ -83,7 +67,7 @@ class Reach:
         self._keep: list[Any] = [*own]
         self._own = frozenset(map(id, self._keep))
         self._outside: dict[int, Any] = {}
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, int, bool]] = set()
         self._reader = ""
         self._entered: set[types.CodeType] = set()
         self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
@@ -117,15 +101,15 @@ class Reach:
             raise UnrecordableError(f"it calls {name}, which does something outside of the cell at every step")
         if owner is None or isinstance(owner, type):
             module = getattr(function, "__module__", None) or getattr(owner, "__module__", "")
-            known = _is_pure(module)
+            known = is_pure(module)
         elif isinstance(owner, types.ModuleType):
             if owner.__name__.startswith("torch") and _MODE.match(name):
                 self._mode(name, function)
-            known = _is_pure(owner.__name__) and not (owner.__name__ == "builtins" and name in _OPENING)
+            known = is_pure(owner.__name__) and not (owner.__name__ == "builtins" and name in _OPENING)
         else:
-            known = isinstance(owner, (*PLAIN, *CONTAINERS, tuple, frozenset, Tensor, np.ndarray, *_GENERATORS))
-            known = known or _is_pure(type(owner).__module__) or isinstance(owner, ContextVar)
-            if isinstance(owner, _GENERATORS):
+            known = isinstance(owner, (*PLAIN, *CONTAINERS, tuple, frozenset, Tensor, np.ndarray, *GENERATORS))
+            known = known or is_pure(type(owner).__module__) or isinstance(owner, ContextVar)
+            if isinstance(owner, GENERATORS):
                 self._generator(owner)
         if not known:
             self._opened(f"it calls {getattr(function, '__qualname__', name)}, whose answers may change")
@@ -142,8 +126,8 @@ class Reach:
     def _method(self, code: types.CodeType, first: Any) -> None:
         """Where the class of a function's first argument finds that function: another may come to stand there."""
         kind = first if isinstance(first, type) else type(first)
-        if _is_written_in_python(kind):
-            self._class_entry(kind, _name_of(code, kind), names_in(code))
+        if is_written_in_python(kind):
+            self._class_entry(kind, name_of(code, kind), names_in(code))
 
     def _globals(self, held: dict[str, Any], names: Names) -> None:
         module = held.get("__name__", "")
@@ -186,7 +170,7 @@ class Reach:
             self._outside[id(value)] = value
         else:
             outside = id(value) in self._outside
-        key = (id(value), id(names))
+        key = (id(value), id(names), outside)
         if key in self._seen:
             return
         self._seen.add(key)
@@ -199,16 +183,16 @@ class Reach:
                 follow(value, names, label, outside)
                 return
         kind: Any = type(value)
-        if hasattr(kind, "__next__") and not _is_written_in_python(kind) and kind.__module__ != "_io":
+        if hasattr(kind, "__next__") and not is_written_in_python(kind) and kind.__module__ != "_io":
             if outside:
                 raise UnrecordableError(f"it reads {label}, an iterator, which moves on outside of the cell")
-        elif _attributes(value) is not None or _slots(kind):
+        elif attributes_of(value) is not None or slots_of(kind):
             self._object(value, names, label, outside)
-        elif outside and not _is_pure(kind.__module__):
+        elif outside and not is_pure(kind.__module__):
             self._opened(f"it reads {label}, a {kind.__name__}, which cannot be looked into")
 
     def _ways(self) -> Iterator[tuple[Any, Callable[..., None]]]:
-        yield _HIDING, self._hidden
+        yield HIDING, self._hidden
         yield types.FunctionType, self._function
         yield type, self._class
         yield types.ModuleType, self._module
@@ -220,10 +204,10 @@ class Reach:
         yield weakref.ref, self._reference
         yield functools.partial, self._partial
         yield (staticmethod, classmethod, property), self._wrapped
-        yield _GENERATORS, self._drawn_from
+        yield GENERATORS, self._drawn_from
         yield np.ndarray, self._array
         yield ContextVar, self._variable
-        yield _INERT, self._builtin
+        yield INERT, self._builtin
 
     def _function(self, function: types.FunctionType, names: Names, label: str, outside: bool) -> None:
         """What a function reads matters once it runs; until then it matters only which one it is."""
@@ -241,19 +225,19 @@ class Reach:
             self._follow(value, inside, f"a default of {label}", outside=True)
 
     def _class(self, kind: type, names: Names, label: str, outside: bool) -> None:
-        if _is_written_in_python(kind):
+        if is_written_in_python(kind):
             wanted = set(names.attributes)
             if names.computed:
-                bases = [base for base in kind.__mro__ if not _is_pure(base.__module__)]
+                bases = [base for base in kind.__mro__ if not is_pure(base.__module__)]
                 wanted.update(name for base in bases for name in vars(base) if name[:2] != "__")
             for name in wanted:
                 self._class_entry(kind, name, names)
-        elif not _is_pure(kind.__module__):
+        elif not is_pure(kind.__module__):
             self._opened(f"it uses {label or kind.__qualname__}, a class that cannot be looked into")
 
     def _class_entry(self, kind: type, name: str, names: Names) -> None:
         for base in kind.__mro__:
-            if not _is_written_in_python(base):
+            if not is_written_in_python(base):
                 return
             few = len(vars(base)) <= _FEW_NAMES
             if few:
@@ -271,10 +255,10 @@ class Reach:
 
     def _object(self, thing: Any, names: Names, label: str, outside: bool) -> None:
         kind: Any = type(thing)
-        held = _attributes(thing)
+        held = attributes_of(thing)
         held = {} if held is None else held
         label = label or kind.__qualname__
-        slots = _slots(kind)
+        slots = slots_of(kind)
         if outside:
             self._at(places.type_of, thing, "", f"the class of {label}", names)
         else:
@@ -317,7 +301,7 @@ class Reach:
         if outside:
             self._note(places.content, container, f"what {label} holds")
         self._items(container, names, label, outside)
-        held = _attributes(container)
+        held = attributes_of(container)
         if type(container) not in CONTAINERS and held is not None:
             self._class(type(container), names, label, outside)
             if outside:
@@ -327,6 +311,7 @@ class Reach:
     def _items(self, container: Any, names: Names, label: str, outside: bool) -> None:
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
         for key, value in list(pairs):
+            self._follow(key, names, f"a key of {label}", outside=outside)
             self._follow(value, names, f"{label}[{key!r}]" if isinstance(key, str | int) else label, outside=outside)
 
     def _bound(self, method: types.MethodType, names: Names, label: str, outside: bool) -> None:
@@ -342,10 +327,8 @@ class Reach:
             self._follow(partial.keywords, names, label, outside=True)
 
     def _wrapped(self, wrapper: Any, names: Names, label: str, outside: bool) -> None:
-        for name in ("__func__", "fget", "fset"):
-            inner = getattr(wrapper, name, None)
-            if inner is not None:
-                self._follow(inner, names, label, outside=True)
+        for function in functions_of(wrapper):
+            self._follow(function, names, label, outside=True)
 
     def _tensor(self, tensor: Tensor, names: Names, label: str, outside: bool) -> None:
         if outside:
@@ -385,54 +368,4 @@ class Reach:
         self.open = self.open or why
 
 
-def _attributes(thing: Any) -> dict[str, Any] | None:
-    """An object's `__dict__`, asked for past any `__getattr__` of its own; None if it has none."""
-    try:
-        held = object.__getattribute__(thing, "__dict__")
-    except (AttributeError, TypeError):
-        return None
-    return held if type(held) is dict else None
-
-
-def _name_of(code: types.CodeType, kind: type) -> str:
-    """By what name a class finds a function with this code; the function's own where it is another one's."""
-    for base in kind.__mro__:
-        for name, value in vars(base).items():
-            inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-            if getattr(inner, "__code__", None) is code:
-                return name
-    return code.co_name
-
-
 _NOTHING = (lambda: None).__code__
-
-
-def _is_written_in_python(kind: type) -> bool:
-    """Whether a class can be changed: one written in C cannot."""
-    return bool(kind.__flags__ & (1 << 9)) and not kind.__flags__ & (1 << 8)
-
-
-@functools.lru_cache(maxsize=4096)
-def _slots(kind: Any) -> frozenset[str]:
-    found = (getattr(base, "__slots__", ()) for base in kind.__mro__ if "__slots__" in vars(base))
-    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
-    return frozenset(names) - {"__dict__", "__weakref__"}
-
-
-_PURE = frozenset(
-    """
-    builtins math cmath _operator operator itertools _functools functools collections _collections _abc abc types typing
-    _typing numpy torch torchgen re _sre enum numbers fractions decimal _decimal string copyreg copy _weakref weakref
-    contextlib dataclasses unrolled _thread _contextvars pybind11_builtins _warnings _struct struct opt_einsum sympy
-    """.split()
-)
-
-
-def is_common(module: str) -> bool:
-    """Whether a module is Python's own, or one that holds functions and no settings."""
-    return _is_pure(module) or module.partition(".")[0] in sys.stdlib_module_names
-
-
-def _is_pure(module: Any) -> bool:
-    """Whether what a module holds in C gives the same answers to the same questions."""
-    return isinstance(module, str) and module.partition(".")[0] in _PURE

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from unrolled.draws import OwnDraws
 from unrolled.plan import places
+from unrolled.plan.kinds import is_common
 from unrolled.plan.names import names_in
 from unrolled.plan.places import MISSING, Place, same
-from unrolled.plan.reach import Reach, is_common
+from unrolled.plan.reach import Reach
 from unrolled.plan.tape import UnrecordableError
 from unrolled.trees import Tree, leaves
 from unrolled.unseen import silent
