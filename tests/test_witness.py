@@ -163,9 +163,26 @@ def _latest(x: Tensor) -> Tensor:
     return x * LATEST.gain
 
 
+SUM, TALLY, GRID = torch.zeros(2, H, dtype=torch.float64), np.zeros(4096), np.zeros(3)
+
+
+def _summed(x: Tensor) -> Tensor:
+    SUM[0].add_(1)
+    return x + SUM[1]
+
+
+def _tallied(x: Tensor) -> Tensor:
+    TALLY[7] += 1
+    GRID[0] += 1
+    return x
+
+
 CHANGING: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Any]]] = {
     "list": (_counted, lambda: list(SEEN)),
     "object": (_latest, lambda: LATEST.size),
+    "tensor": (_summed, lambda: int(SUM[0, 0])),
+    "large array": (_tallied, lambda: int(TALLY[7])),
+    "array": (_tallied, lambda: int(GRID[0])),
     "iterator": (lambda x: x * next(ENDLESS), lambda: ENDLESS.__length_hint__()),
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from unrolled.internals import has_memory
 from unrolled.plan import places
 from unrolled.plan.kinds import (
     GENERATORS,
@@ -56,6 +57,8 @@ class Reach:
         places: each with the value that it had when it was first seen, before the code that names it ran.
         generators: of random numbers.
         modes: what torch was asked about itself, by name.
+        memory: what tensors outside lie in, by address, and what they are called.
+        large: arrays that are too large to be looked at in every call, with what they held.
         open: what cannot be followed; empty if everything can.
     """
 
@@ -63,6 +66,8 @@ class Reach:
         self.places: dict[Any, Place] = {}
         self.generators: dict[int, Any] = {}
         self.modes: dict[str, Callable[[], Any]] = {}
+        self.memory: dict[int, str] = {}
+        self.large: list[tuple[np.ndarray, np.ndarray, str]] = []
         self.open = ""
         self._keep: list[Any] = [*own]
         self._own = frozenset(map(id, self._keep))
@@ -333,6 +338,8 @@ class Reach:
     def _tensor(self, tensor: Tensor, names: Names, label: str, outside: bool) -> None:
         if outside:
             self._note(places.kind_of, tensor, label)
+            if has_memory(tensor):
+                self.memory[tensor.untyped_storage().data_ptr()] = label
 
     def _drawn_from(self, generator: Any, names: Names, label: str, outside: bool) -> None:
         self._generator(generator)
@@ -345,6 +352,7 @@ class Reach:
             return
         if values.nbytes > _MOST_BYTES or values.dtype.hasobject:
             self._opened(f"it reads {label}, an array of {values.nbytes} bytes")
+            self.large.append((values, values.copy(), label))
             return
         self._note(places.array, values, label)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.draws import OwnDraws
+from unrolled.internals import DispatchMode, has_memory
 from unrolled.plan import places
 from unrolled.plan.kinds import is_common
 from unrolled.plan.names import names_in
@@ -142,6 +143,7 @@ class Watcher:
                 watched.run(step, by)
         finally:
             why = _put_back(reach.places.values(), [(reach.generators[key], s) for key, s in watched.states.items()])
+            why = _put_back_arrays(reach.large) or why
             self._learn(reach)
         why = why or (f"{watched.hooked} has hooks, which must be called for every copy" if watched.hooked else "")
         if why:
@@ -204,7 +206,8 @@ class _Watched:
         self.reach, self.states = reach, dict[int, Any]()
         self.hooked = ""
         self._others: set[types.CodeType] = set()
-        self._ours, self._dispatch = _codes_of_autograd(), _codes_of_dispatch()
+        self._ours = _codes_of_autograd()
+        self._dispatch = _codes_of_dispatch() | {_Unwritten.__torch_dispatch__.__code__}
         self._names = {id(module): name for name, module in twin.named_modules()}
         self._apart: types.FrameType | None = None
         self._refusal: UnrecordableError | None = None
@@ -220,21 +223,22 @@ class _Watched:
 
     def run(self, step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
         """A step, forward and backward."""
-        with silent(), self:
+        unwritten = _Unwritten(self.reach.memory)
+        with silent(), unwritten, self:
             results = step()
         ends = [x for x in leaves(results) if x.requires_grad]
         if ends and by:
-            with self:
+            with unwritten, self:
                 _go_back(ends, by)
 
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if self._apart is not None:
             self._apart = None if event == "return" and frame is self._apart else self._apart
             return
-        if frame.f_globals.get("__name__") in _OUR_OWN:
-            return
         if event == "call" and frame.f_code in self._dispatch:
             self._apart = frame
+            return
+        if frame.f_globals.get("__name__") in _OUR_OWN:
             return
         try:
             if event == "call":
@@ -260,6 +264,35 @@ class _Watched:
             module = frame.f_locals.get("self")
             if any(getattr(module, hooks, None) for hooks in _HOOKS):
                 self.hooked = self.hooked or self._names.get(id(module), "") or "it"
+
+
+class _Unwritten(DispatchMode):
+    """A context in which nothing is written into tensors that are not the step's: their numbers are not kept.
+
+    Args:
+        memory: what they lie in, by address, and what they are called.
+    """
+
+    def __init__(self, memory: dict[int, str]) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            given = [*zip(func._schema.arguments, args, strict=False)]
+            given += [(argument, (kwargs or {}).get(argument.name)) for argument in func._schema.arguments[len(args) :]]
+            for argument, tensor in given:
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(tensor, Tensor) and has_memory(tensor):
+                    self._refuse(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, tensor: Tensor) -> None:
+        label = self._memory.get(tensor.untyped_storage().data_ptr())
+        if label is not None:
+            raise UnrecordableError(f"its step changes {label}, outside of the cell, for the next one")
 
 
 @functools.lru_cache(maxsize=1)
@@ -323,6 +356,13 @@ def _put_back(known: Iterable[Place], generators: Iterable[tuple[Any, Any]]) -> 
     if drawn:
         return f"it draws random numbers of {_whose(type(drawn[0][0]))}"
     return f"its step changes {changed[0].label}, outside of the cell, for the next one" if changed else ""
+
+
+def _put_back_arrays(arrays: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> str:
+    changed = [(now, before, label) for now, before, label in arrays if now.tobytes() != before.tobytes()]
+    for now, before, _ in changed:
+        now[...] = before
+    return f"its step changes {changed[0][2]}, outside of the cell, for the next one" if changed else ""
 
 
 def _state(generator: Any) -> Any:
