@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from unrolled.plan.guards import fingerprint
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.plan.refusals import why_not_recorded
-from unrolled.plan.tape import UnrecordableError
+from unrolled.plan.tape import IrreversibleError, UnrecordableError
 from unrolled.plan.twin import observe, scratch_of, twin_of
 from unrolled.plan.watch import Watcher, watcher_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves
@@ -322,12 +321,16 @@ def _shapes(tree: Tree, leading: int) -> Any:
 
 
 def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
-    """Whether a step couples rows, found on a copy of the cell; one that cannot be copied is not touched."""
+    """Whether a step couples rows, found on a copy of the cell; what cannot be copied or put back is not touched."""
     with unseen():
         try:
             twin = twin_of(cell)
         except UnrecordableError:
             return False
-        with contextlib.suppress(UnrecordableError):
+        try:
             observe(cell, input, state, context)
+        except IrreversibleError:
+            return False
+        except UnrecordableError:  # it is tried all the same
+            pass
         return couples_rows(twin, input, state, context, watcher_of(cell).snapshot())

@@ -34,7 +34,7 @@ from unrolled.plan.kinds import (
 )
 from unrolled.plan.names import Names, names_in
 from unrolled.plan.places import CONTAINERS, MISSING, PLAIN, Fetch, Place
-from unrolled.plan.tape import UnrecordableError
+from unrolled.plan.tape import IrreversibleError
 
 __all__ = ["Reach"]
 
@@ -103,7 +103,7 @@ class Reach:
         owner = getattr(function, "__self__", None)
         name = getattr(function, "__name__", "")
         if function is print or (id(owner) in self._outside and type(owner).__module__ == "_io"):
-            raise UnrecordableError(f"it calls {name}, which does something outside of the cell at every step")
+            raise IrreversibleError(f"it calls {name}, which does something outside of the cell at every step")
         if owner is None or isinstance(owner, type):
             module = getattr(function, "__module__", None) or getattr(owner, "__module__", "")
             known = is_pure(module)
@@ -190,7 +190,7 @@ class Reach:
         kind: Any = type(value)
         if hasattr(kind, "__next__") and not is_written_in_python(kind) and kind.__module__ != "_io":
             if outside:
-                raise UnrecordableError(f"it reads {label}, an iterator, which moves on outside of the cell")
+                raise IrreversibleError(f"it reads {label}, an iterator, which moves on outside of the cell")
         elif attributes_of(value) is not None or slots_of(kind):
             self._object(value, names, label, outside)
         elif outside and not is_pure(kind.__module__):

@@ -19,13 +19,17 @@ from unrolled.internals import DispatchMode
 from unrolled.plan.decompose import decomposition
 from unrolled.plan.program import Ref, refs_of
 
-__all__ = ["Event", "NumbersStayUnread", "Tape", "UnrecordableError", "tangent_like"]
+__all__ = ["Event", "IrreversibleError", "NumbersStayUnread", "Tape", "UnrecordableError", "tangent_like"]
 
 Place = tuple[Any, ...]
 
 
 class UnrecordableError(Exception):
     """A step that cannot be recorded; the message says why, and ends up in the plan."""
+
+
+class IrreversibleError(UnrecordableError):
+    """A step that does something which cannot be put back: it is not even tried."""
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ from unrolled.plan.kinds import is_common
 from unrolled.plan.names import names_in
 from unrolled.plan.places import MISSING, Place, same
 from unrolled.plan.reach import Reach
-from unrolled.plan.tape import UnrecordableError
+from unrolled.plan.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree, leaves
 from unrolled.unseen import silent
 
@@ -143,8 +143,10 @@ class Watcher:
                 watched.run(step, by)
         finally:
             why = _put_back(reach.places.values(), [(reach.generators[key], s) for key, s in watched.states.items()])
-            why = _put_back_arrays(reach.large) or why
+            lasting = _put_back_arrays(reach.large)
             self._learn(reach)
+        if lasting:
+            raise IrreversibleError(lasting)
         why = why or (f"{watched.hooked} has hooks, which must be called for every copy" if watched.hooked else "")
         if why:
             raise UnrecordableError(why)
@@ -292,7 +294,7 @@ class _Unwritten(DispatchMode):
     def _refuse(self, tensor: Tensor) -> None:
         label = self._memory.get(tensor.untyped_storage().data_ptr())
         if label is not None:
-            raise UnrecordableError(f"its step changes {label}, outside of the cell, for the next one")
+            raise IrreversibleError(f"its step changes {label}, outside of the cell, for the next one")
 
 
 @functools.lru_cache(maxsize=1)
