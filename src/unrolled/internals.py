@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import overrides
+from torch import nn, overrides
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ __all__ = [
     "DispatchMode",
     "decomposition_table",
     "has_memory",
+    "modules_are_patched",
     "operable",
     "outside",
     "saved_hooks_hidden",
@@ -125,6 +126,14 @@ def uncached() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = before
+
+
+_CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
+
+
+def modules_are_patched() -> bool:
+    """Whether a tracer is at work that has put functions of its own into `nn.Module`, for all threads."""
+    return nn.Module.__call__ is not _CALL or nn.Module.__getattr__ is not _GETATTR
 
 
 @lru_cache(maxsize=1)

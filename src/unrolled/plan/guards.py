@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from unrolled.internals import modules_are_patched
 from unrolled.plan.places import PLAIN
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.watch import watcher_of
@@ -47,7 +48,8 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     if any(getattr(nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
         raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
     watcher = watcher_of(cell)
-    return held_by(cell), watcher.version(), tuple([_mode(*asked) for asked in watcher.modes.items()])
+    modes = tuple([_mode(*asked) for asked in watcher.modes.items()])
+    return held_by(cell), watcher.version(), modes, modules_are_patched()
 
 
 def held_by(cell: nn.Module) -> tuple[Any, ...]:

@@ -189,8 +189,10 @@ class Reach:
                 return
         kind: Any = type(value)
         if hasattr(kind, "__next__") and not is_written_in_python(kind) and kind.__module__ != "_io":
-            if outside:
+            if outside and not is_common(self._reader):
                 raise IrreversibleError(f"it reads {label}, an iterator, which moves on outside of the cell")
+            if outside:  # a library keeps it, as a tracer of torch's does that is at work around this
+                self._opened(f"it may read {label}, an iterator")
         elif attributes_of(value) is not None or slots_of(kind):
             self._object(value, names, label, outside)
         elif outside and not is_pure(kind.__module__):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled.internals import modules_are_patched
 from unrolled.plan.guards import held_by
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.watch import watcher_of
@@ -44,6 +45,8 @@ def observe(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> None:
     Raises:
         UnrecordableError: if the cell cannot be copied, or changes something outside of itself.
     """
+    if modules_are_patched():  # a plan for the time of a trace: what is reached now is the tracer's, and goes with it
+        return
     twin, own = _twin_and_copies(cell)
     given = [tree if tree is None else map_leaves(_leaf, tree) for tree in (input, state, context)]
     arguments = given[: 2 + (context is not None)]
