@@ -345,3 +345,19 @@ def test_numpy_rows_make_a_batch():
     assert batch["x"].sum((0, 2)).tolist() == [18.0, 2.0, 8.0]
     packed = ur.collate_packed([(np.arange(4)[::-2],), (np.arange(3),)], sequences=[0])[0]
     assert packed.data.tolist() == [0, 3, 1, 1, 2]
+
+
+# -- compiled around, on every torch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # where a graph is broken, torch looks at what it is given
+@pytest.mark.parametrize("engine", ["reference", "eager", "native"])
+def test_a_compiled_model_has_the_numbers_of_the_call(engine):
+    rnn, head = ur.unroll(ur.GRUCell(I, H), engine=engine).double(), nn.Linear(H, 2).double()
+
+    def model(x: Tensor) -> Tensor:
+        return head(rnn(x)[0])
+
+    for steps in (T, 2 * T):
+        x = torch.randn(steps, B, I, dtype=F64)
+        assert_match(torch.compile(model, backend="eager")(x), model(x))

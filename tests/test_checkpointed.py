@@ -449,6 +449,7 @@ def peak(rnn: nn.Module, inputs: Tensor, loss: Callable[[Tensor], Tensor] = torc
     return noted.peak(without=[outputs, *([] if inputs.grad is None else [inputs.grad])])
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_allocations_are_those_that_the_allocator_reports(engine: str) -> None:
     """In the profiler's trace every allocation of torch's on the CPU is an event, also those inside of an operation."""

@@ -27,6 +27,7 @@ from unrolled.cells.adapted import as_cell
 from unrolled.draws import OwnDraws
 from unrolled.engine import reference
 from unrolled.errors import InputError, OptionError
+from unrolled.internals import CONSTANTS_TAKE_OBJECTS
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.report import Plan, report
@@ -138,6 +139,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         from unrolled._traced import left_alone, run_traced
 
         whole = self.truncation is None and self.checkpointing is None
+        whole = whole and (CONSTANTS_TAKE_OBJECTS or not torch.compiler.is_dynamo_compiling())
         if whole and self.engine != "reference" and is_plain(inputs, lengths, resets):
             found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:

@@ -18,6 +18,7 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "CONSTANTS_TAKE_OBJECTS",
     "OUTSIDE",
     "DispatchMode",
     "decomposition_table",
@@ -127,6 +128,9 @@ def uncached() -> Iterator[None]:
     finally:
         parametrize._cache_enabled, parametrize._cache = before
 
+
+CONSTANTS_TAKE_OBJECTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether what `torch.compile` takes for a constant may be asked of any object; before, a network breaks its graph."""
 
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
 
