@@ -173,3 +173,9 @@ class Twins(nn.Module):
 def test_two_states_that_become_one_value_keep_their_own_beginnings():
     state = torch.randn(B, H), torch.randn(B, H)
     assert ur.verify(ur.unroll(Twins()), torch.randn(T, B, I), state)
+
+
+def test_a_plan_that_took_long_is_told(monkeypatch, caplog):
+    monkeypatch.setattr("unrolled._planbook._LONG", 0.0)
+    ur.unroll(ur.GRUCell(3, 4), engine="eager")(torch.randn(5, 2, 3))
+    assert "a plan for GRUCell took" in caplog.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +31,11 @@ from unrolled.unseen import unseen
 from unrolled.warned import warn_caller
 
 __all__ = ["Decision", "PlanBook"]
+
+_log = logging.getLogger("unrolled")
+
+_LONG = 2.0
+"""Seconds after which a user wants to know what a first call waited for."""
 
 _MOST_PLANS = 128
 _MOST_TRIES = 4
@@ -200,6 +207,16 @@ class PlanBook:
         return self._told_once(Decision(None, "reference", why, moving=True))
 
     def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
+        started = time.perf_counter()
+        decision = self._planned_and_checked(cell, inputs, state, context, needing)
+        seconds = time.perf_counter() - started
+        if seconds > _LONG:
+            _log.warning("a plan for %s took %.1f s; calls like this one now go by it", name_of(cell), seconds)
+        return decision
+
+    def _planned_and_checked(
+        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]
+    ) -> Decision:
         watcher = watcher_of(cell)
         try:
             with unseen():

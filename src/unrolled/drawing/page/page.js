@@ -234,7 +234,7 @@ function theme() {
     background: "transparent", font: "system-ui, sans-serif", axis, view: { stroke: null },
     legend: { labelColor: colour("ink"), labelLimit: 220, columns: 2 }, rule: { color: colour("mark") }, point: { color: colour("accent") },
     line: { color: colour("accent") }, area: { color: colour("accent") },
-    range: { category: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a500"] },
+    range: { category: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8a8a8a", "#d55e00", "#56b4e9", "#b8a500"] },
   };
 }
 
