@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import operator
 import os
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import unrolled as ur
 from matching import assert_match
+from unrolled.plan.watch import Watcher
 
 T, B, H = 5, 2, 3
 
@@ -208,6 +210,17 @@ def test_what_a_step_changes_outside_is_changed_once_for_each_copy(name, engine)
     assert apart == T
     assert rnn.ran == "reference"
     assert "outside of the cell" in rnn.plan(x).why
+
+
+def test_nothing_is_collected_in_the_middle_of_a_watched_step():
+    """Who asks to be called at collections would be taken for a part of the step."""
+
+    def step() -> Tensor:
+        raise RuntimeError(f"collecting: {gc.isenabled()}")
+
+    with pytest.raises(RuntimeError, match="collecting: False"):
+        Watcher().watch(Cell(torch.tanh), [], step, [])
+    assert gc.isenabled()
 
 
 def test_a_witness_that_agrees_costs_nothing_but_time():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 import threading
 import types
@@ -215,11 +216,16 @@ class _Watched:
         self._refusal: UnrecordableError | None = None
 
     def __enter__(self) -> None:
+        # Who asks to be called at collections would be called in the middle of the step.
+        self._collecting = gc.isenabled()
+        gc.disable()
         self._before = sys.getprofile()
         sys.setprofile(self._event)
 
     def __exit__(self, *exc: object) -> None:
         _set_profile(self._before)
+        if self._collecting:
+            gc.enable()
         if self._refusal is not None:
             raise self._refusal
 
