@@ -7,6 +7,7 @@ another one at every call, is also run by the cell itself, forward and backward,
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,13 @@ __all__ = ["Turns", "hold_against_the_cell", "steps_at"]
 
 _LIKE_NOISE = 3
 """How many times the movement under noise in the last digit passes for rounding; a cell that spikes moves by far."""
+
+
+# A forked child has none of the threads that torch waits for: it may do less than its parent, and does no more than
+# it is asked for.
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Turns:
             always: whether every call has one.
         """
         self.calls += 1
-        due = self.calls > 1 and (always or not self.calls & (self.calls - 1))
+        due = self.calls > 1 and (always or (not _forked and not self.calls & (self.calls - 1)))
         return (self.calls - 1) % steps if due else None
 
 
