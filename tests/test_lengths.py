@@ -620,9 +620,9 @@ def test_engines_are_given_no_row_that_has_ended(monkeypatch):
         return run(loop, request)
 
     net, batch = network("LSTM", "native"), batch_for("LSTM", [3, 0, T, 1, 5])
-    for _ in range(2):  # the second call has a witness, on two steps of all rows
-        net(batch.inputs, lengths=batch.lengths)
+    net(batch.inputs, lengths=batch.lengths)
     monkeypatch.setattr(bind.NativeLoop, "__call__", spied)
+    monkeypatch.setattr("unrolled._witness.Turns.next", lambda self, steps, always: None)
     net(batch.inputs, lengths=batch.lengths)[0].sum().backward()
     net.zero_grad()
     assert seen == [15, 15]

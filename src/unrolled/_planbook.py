@@ -229,9 +229,10 @@ class PlanBook:
             return self._told(Decision(None, "reference", str(error)))
         except Exception as error:  # a cell that fails is told by the reference, which names the copy
             return self._told(Decision(None, "reference", f"planning it raised {type(error).__name__}: {error}"))
+        turns = Turns.of(sum(tensor.numel() for tensor in _held(cell)))
         if slower:
-            return self._told(Decision(plan, "eager", "; ".join(slower), watcher.open))
-        return Decision(plan, "native", "every loop is emitted as C", watcher.open)
+            return self._told(Decision(plan, "eager", "; ".join(slower), watcher.open, turns=turns))
+        return Decision(plan, "native", "every loop is emitted as C", watcher.open, turns=turns)
 
     def _planned(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ _LIKE_NOISE = 3
 """How many times the movement under noise in the last digit passes for rounding; a cell that spikes moves by far."""
 
 
+_ENTRIES_A_CALL = 50_000
+"""How many entries of a cell's tensors put its first witness off by a call: at 128 hidden features it is the second."""
+
 # A forked child has none of the threads that torch waits for: it may do less than its parent, and does no more than
 # it is asked for.
 _forked: list[bool] = []
@@ -43,8 +46,12 @@ if hasattr(os, "register_at_fork"):
 class Turns:
     """Which calls of a recording have a witness, and which copy it is.
 
-    A recording whose cell is followed completely has one at its second, fourth, eighth call and so on: their cost goes
-    to nothing.
+    A recording whose cell is followed completely has one at its second, fourth, eighth call and so on, so that their
+    cost goes to nothing; the larger the cell, the later the first of them.
+
+    Attributes:
+        first: the earliest call that has one.
+        calls: how many there were.
 
     Example:
         >>> turns = Turns()
@@ -52,7 +59,13 @@ class Turns:
         [None, 1, None, 0, None, None, None, 1, None]
     """
 
-    calls: int = field(default=0)
+    first: int = 2
+    calls: int = 0
+
+    @classmethod
+    def of(cls, entries: int) -> Turns:
+        """For a cell whose tensors have so many entries, each of which a witness compares."""
+        return cls(max(2, entries // _ENTRIES_A_CALL))
 
     def next(self, steps: int, *, always: bool) -> int | None:
         """The copy that is witnessed at this call; None at most calls, and at the one that the recording is made for.
@@ -62,7 +75,8 @@ class Turns:
             always: whether every call has one.
         """
         self.calls += 1
-        due = self.calls > 1 and (always or (not _forked and not self.calls & (self.calls - 1)))
+        rarely = self.calls >= self.first and not self.calls & (self.calls - 1) and not _forked
+        due = self.calls > 1 and (always or rarely)
         return (self.calls - 1) % steps if due else None
 
 
