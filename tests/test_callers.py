@@ -94,12 +94,13 @@ def test_a_first_call_shows_what_every_call_shows(name, looking_on, engine):
     assert seen[0] == seen[1] == seen[2] > 0
 
 
-def test_flops_are_the_same_whatever_the_engine():
+@pytest.mark.parametrize("lengths", [None, [5, 3, 2]])
+def test_flops_are_the_same_whatever_the_engine(lengths):
     found = set()
     for engine in ("reference", "eager", "native"):
         rnn, x = ur.unroll(ur.LSTMCell(8, 8), engine=engine), torch.randn(T, B, 8)
         with FlopCounterMode(display=False) as counter:
-            rnn(x)
+            rnn(x, lengths=lengths)
         found.add(counter.get_total_flops())
     assert len(found) == 1
 

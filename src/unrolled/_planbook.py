@@ -116,8 +116,8 @@ class PlanBook:
 
         try:
             return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
-        except UnrecordableError:
-            return _tried(cell, sample, state, context)
+        except UnrecordableError:  # hooks on all modules would see the step being watched
+            return _tried(cell, sample, state, context, watched=False)
 
     def look_up(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None
@@ -338,7 +338,7 @@ def _shapes(tree: Tree, leading: int) -> Any:
     return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
 
 
-def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
+def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree, *, watched: bool = True) -> bool:
     """Whether a step couples rows, found on a copy of the cell; what cannot be copied or put back is not touched."""
     with unseen():
         try:
@@ -346,7 +346,8 @@ def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool:
         except UnrecordableError:
             return False
         try:
-            observe(cell, input, state, context)
+            if watched:
+                observe(cell, input, state, context)
         except IrreversibleError:
             return False
         except UnrecordableError:  # it is tried all the same
