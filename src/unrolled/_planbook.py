@@ -84,17 +84,7 @@ class PlanBook:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
-        return {
-            "engine": self.engine,
-            "quiet": self.quiet,
-            "runner": Runner(self.runner.use_native),
-            "_entries": Kept(_MOST_PLANS),
-            "_coupling": Kept(_MOST_PLANS),
-            "_said": set(),
-            "_watchers": set(),
-            "_made": {},
-            "_doubted": {},
-        }
+        return vars(PlanBook(self.engine, quiet=self.quiet))
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
         """Whether a row's results depend on other rows; the step is tried once for each kind of call.

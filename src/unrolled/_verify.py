@@ -16,6 +16,7 @@ from unrolled._given import Lengths, given_as
 from unrolled._layers import TorchLayer
 from unrolled._stack import Layered
 from unrolled._unroll import ENGINES, Unrolled
+from unrolled.digits import neighbours, reals
 from unrolled.draws import OwnDraws
 from unrolled.errors import InputError, OptionError
 from unrolled.told import Told
@@ -171,19 +172,11 @@ def _of_kind(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
-def _reals(tensor: Tensor) -> Tensor:
-    """A tensor's numbers, the two of a complex one side by side."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
 def _nudged(tensor: Tensor) -> Tensor:
     """The next number in every entry, up and down in turn."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
-    values = _reals(tensor.detach())
-    away = torch.full_like(values, float("inf"))
-    away.view(-1)[::2] = float("-inf")
-    nudged = torch.nextafter(values, away)
+    nudged = neighbours(reals(tensor.detach()))
     return (torch.view_as_complex(nudged) if tensor.is_complex() else nudged).requires_grad_()
 
 
@@ -205,7 +198,7 @@ def _run(
             start = _own_state(network, inputs, options, dtype)
         outputs, last = network(inputs, start, **options)
     found = [*_named("outputs", outputs), *_named("state", last)]
-    ends = [_reals(tensor) for _, tensor in found if tensor.requires_grad]
+    ends = [reals(tensor) for _, tensor in found if tensor.requires_grad]
     loss = sum((_weights(tensor) * tensor).sum() for tensor in ends)
     by = [
         *_named("inputs.grad", inputs),
@@ -254,7 +247,7 @@ def _error(found: Tensor, truth: Tensor) -> float:
     """The largest difference over the largest entry; infinite where NaN or infinity stand elsewhere."""
     if not (truth.is_floating_point() or truth.is_complex()):
         return 0.0 if torch.equal(found, truth) else float("inf")
-    found, truth = _reals(found), _reals(truth)
+    found, truth = reals(found), reals(truth)
     if not torch.equal(found.isfinite(), truth.isfinite()):
         return float("inf")
     apart = float((found - truth).nan_to_num(0.0, 0.0, 0.0).abs().max()) if truth.numel() else 0.0

@@ -18,6 +18,7 @@ from unrolled import sequence
 from unrolled.bptt.run import run_plan
 from unrolled.bptt.walk import LoopRunner
 from unrolled.cells.contract import CheckedStep
+from unrolled.digits import neighbours, reals
 from unrolled.engine import reference
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
@@ -145,23 +146,18 @@ def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
 def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tree) -> list[Tensor | None]:
     """Outputs, states and the gradients of a fixed mixture of them."""
     found = [*leaves(result[0]), *leaves(result[1])]
-    ends = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found if t.requires_grad]
+    ends = [reals(t) for t in found if t.requires_grad]
     losses = [(t * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape).to(t.dtype)).sum() for t in ends]
     by = [t for t in (*leaves(inputs), *leaves(state), *cell.parameters()) if t.requires_grad]
     grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else [None] * len(by)
-    return [*found, *grads]
-
-
-def _reals(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return [*(t.detach() for t in found), *grads]
 
 
 def _largest(tensor: Tensor | None) -> float:
     if tensor is None or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return 0.0
-    largest = float(torch.linalg.vector_norm(_reals(tensor), float("inf")))  # one pass, without a copy
-    return largest if math.isfinite(largest) else float(_reals(tensor).abs().nan_to_num().max())
+    largest = float(torch.linalg.vector_norm(reals(tensor), float("inf")))  # one pass, without a copy
+    return largest if math.isfinite(largest) else float(reals(tensor).abs().nan_to_num().max())
 
 
 def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
@@ -173,7 +169,7 @@ def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
         return torch.equal(ours, theirs)
     eps = torch.finfo(ours.dtype).eps
     bound = eps**0.5 * _largest(theirs) + 100 * eps * scale
-    one, other = _reals(ours), _reals(theirs)
+    one, other = reals(ours), reals(theirs)
     if one.shape == other.shape and one.numel() and float(torch.linalg.vector_norm(one - other, float("inf"))) <= bound:
         return True
     return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
@@ -198,9 +194,7 @@ def _like_noise(
 def _nudged(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    away = torch.full_like(tensor, float("inf"))
-    away.view(-1)[::2] = float("-inf")
-    return torch.nextafter(tensor.detach(), away).requires_grad_(tensor.requires_grad)
+    return neighbours(tensor.detach()).requires_grad_(tensor.requires_grad)
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> float:
@@ -208,13 +202,13 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float:
         return _largest(other if one is None else one)
     if not (one.is_floating_point() or one.is_complex()):
         return float((one != other).any())
-    return float((_reals(one) - _reals(other)).abs().nan_to_num(float("inf")).max()) if one.numel() else 0.0
+    return float((reals(one) - reals(other)).abs().nan_to_num(float("inf")).max()) if one.numel() else 0.0
 
 
 def _said(ours: Tensor | None, theirs: Tensor | None) -> str:
     """The two numbers that are farthest apart, in words."""
     if ours is None or theirs is None or not ours.numel():
         return ""
-    one, other = _reals(ours).flatten().double(), _reals(theirs).flatten().double()
+    one, other = reals(ours).flatten().double(), reals(theirs).flatten().double()
     at = int((one - other).abs().nan_to_num(float("inf")).argmax())
     return f": {float(one[at]):.6g} where the cell gives {float(other[at]):.6g}"

@@ -17,13 +17,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from unrolled.internals import modules_are_patched
+from unrolled.plan.kinds import HOOKS
 from unrolled.plan.places import PLAIN
 from unrolled.plan.tape import UnrecordableError
 from unrolled.plan.watch import watcher_of
 
 __all__ = ["fingerprint", "held_by"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 # Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}
@@ -82,7 +82,7 @@ class _Freezer:
         tensors = tuple(
             [(key, self.kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
         )
-        return (name, type(module), plain, tensors, any(held.get(hooks) for hooks in _HOOKS))
+        return (name, type(module), plain, tensors, any(held.get(hooks) for hooks in HOOKS))
 
     def kind(self, tensor: Tensor | None) -> Any:
         """What of a parameter or buffer a program depends on, and which one it is: it may be held by other names."""

@@ -18,6 +18,7 @@ import torch
 __all__ = [
     "GENERATORS",
     "HIDING",
+    "HOOKS",
     "INERT",
     "attributes_of",
     "functions_of",
@@ -30,6 +31,9 @@ __all__ = [
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 """What random numbers come from."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps its hooks, which must be called for every copy."""
 
 INERT: tuple[Any, ...] = (
     types.BuiltinFunctionType,

@@ -75,6 +75,7 @@ class Reach:
         self._seen: set[tuple[int, int, bool]] = set()
         self._reader = ""
         self._entered: set[types.CodeType] = set()
+        self._methods: set[tuple[types.CodeType, type]] = set()
         self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
 
     # -- what runs ----------------------------------------------------------------------------------------------------
@@ -131,7 +132,8 @@ class Reach:
     def _method(self, code: types.CodeType, first: Any) -> None:
         """Where the class of a function's first argument finds that function: another may come to stand there."""
         kind = first if isinstance(first, type) else type(first)
-        if is_written_in_python(kind):
+        if (code, kind) not in self._methods and is_written_in_python(kind):
+            self._methods.add((code, kind))
             self._class_entry(kind, name_of(code, kind), names_in(code))
 
     def _globals(self, held: dict[str, Any], names: Names) -> None:

@@ -6,7 +6,6 @@ is entered. What these can reach is noted before they run, put back afterwards, 
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import sys
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 from unrolled.draws import OwnDraws
 from unrolled.internals import DispatchMode, has_memory
 from unrolled.plan import places
-from unrolled.plan.kinds import is_common
+from unrolled.plan.generators import set_state, state_of, whose
+from unrolled.plan.kinds import HOOKS, is_common
 from unrolled.plan.names import names_in
 from unrolled.plan.places import MISSING, Place, same
 from unrolled.plan.reach import Reach
@@ -36,7 +36,6 @@ from unrolled.unseen import silent
 __all__ = ["Watcher", "watcher_of"]
 
 _MOST_VERSIONS = 8
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLS = frozenset([nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__])
 
 _OUR_OWN = (__name__, "unrolled.plan.twin")
@@ -175,7 +174,7 @@ class Watcher:
         """
         # What libraries keep for themselves, planning fills as well, and nobody else reads.
         known = [place.anew() for place in self._places.values() if not is_common(place.reader)]
-        generators = [(generator, _state(generator)) for generator in self._generators.values()]
+        generators = [(generator, state_of(generator)) for generator in self._generators.values()]
         return lambda: _put_back(known, generators)
 
     @contextmanager
@@ -196,9 +195,13 @@ class Watcher:
             raise UnrecordableError(why)
 
 
+def _changed(known: Iterable[Place]) -> list[Place]:
+    return [place for place in known if not same(place.now(), place.first)]
+
+
 def _only_remembered(known: Iterable[Place]) -> bool:
     """Whether something has changed, and nothing but what libraries keep for themselves."""
-    changed = [place for place in known if not same(place.now(), place.first)]
+    changed = _changed(known)
     return bool(changed) and all(is_common(place.reader) for place in changed)
 
 
@@ -260,7 +263,7 @@ class _Watched:
             raise
         known = self.reach.generators
         if len(known) > len(self.states):
-            self.states |= {key: _state(known[key]) for key in known.keys() - self.states.keys()}
+            self.states |= {key: state_of(known[key]) for key in known.keys() - self.states.keys()}
 
     def _called(self, frame: types.FrameType) -> None:
         code = frame.f_code
@@ -270,7 +273,7 @@ class _Watched:
         self.reach.enter(code, frame)
         if code in _CALLS:
             module = frame.f_locals.get("self")
-            if any(getattr(module, hooks, None) for hooks in _HOOKS):
+            if any(getattr(module, hooks, None) for hooks in HOOKS):
                 self.hooked = self.hooked or self._names.get(id(module), "") or "it"
 
 
@@ -315,13 +318,8 @@ def _codes_of_dispatch() -> frozenset[types.CodeType]:
         if event == "call" and frame.f_back is not None and frame.f_back.f_code is probe.__code__:
             found.add(frame.f_code)
 
-    before = sys.getprofile()
     with OwnDraws():
-        sys.setprofile(note)
-        try:
-            probe()
-        finally:
-            _set_profile(before)
+        _profiled(note, probe)
     return frozenset(found)
 
 
@@ -335,13 +333,17 @@ def _codes_of_autograd() -> frozenset[types.CodeType]:
     found = set[types.CodeType]()
     x = torch.ones(1, requires_grad=True)
     y = x * 2
+    _profiled(lambda frame, *_: found.add(frame.f_code), lambda: _go_back([y], [x]))
+    return frozenset(found)
+
+
+def _profiled(note: Callable[..., None], run: Callable[[], None]) -> None:
     before = sys.getprofile()
-    sys.setprofile(lambda frame, *_: found.add(frame.f_code))
+    sys.setprofile(note)
     try:
-        _go_back([y], [x])
+        run()
     finally:
         _set_profile(before)
-    return frozenset(found)
 
 
 def _set_profile(before: Any) -> None:
@@ -355,14 +357,14 @@ def _set_profile(before: Any) -> None:
 
 def _put_back(known: Iterable[Place], generators: Iterable[tuple[Any, Any]]) -> str:
     """Put back what is not what it was at first; why such a step cannot be recorded, or nothing."""
-    changed = [place for place in known if not same(place.now(), place.first)]
+    changed = _changed(known)
     for place in changed:
         place.put(place.first)
-    drawn = [(generator, state) for generator, state in generators if _state(generator) != state]
+    drawn = [(generator, state) for generator, state in generators if state_of(generator) != state]
     for generator, state in drawn:
-        _set_state(generator, state)
+        set_state(generator, state)
     if drawn:
-        return f"it draws random numbers of {_whose(type(drawn[0][0]))}"
+        return f"it draws random numbers of {whose(type(drawn[0][0]))}"
     return f"its step changes {changed[0].label}, outside of the cell, for the next one" if changed else ""
 
 
@@ -371,47 +373,3 @@ def _put_back_arrays(arrays: Iterable[tuple[np.ndarray, np.ndarray, str]]) -> st
     for now, before, _ in changed:
         now[...] = before
     return f"its step changes {changed[0][2]}, outside of the cell, for the next one" if changed else ""
-
-
-def _state(generator: Any) -> Any:
-    """The state of a generator of random numbers, as plain values."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes()
-    if isinstance(generator, np.random.Generator):
-        generator = generator.bit_generator
-    if isinstance(generator, np.random.BitGenerator):
-        return copy.deepcopy(_plain(generator.state))
-    if isinstance(generator, np.random.RandomState):
-        return _plain(generator.get_state(legacy=False))
-    return generator.getstate()
-
-
-def _plain(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
-    return state.tobytes() if isinstance(state, np.ndarray) else state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = _arrays(state)
-    elif isinstance(generator, np.random.BitGenerator):
-        generator.state = _arrays(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(_arrays(state))
-    else:
-        generator.setstate(state)
-
-
-def _arrays(state: Any) -> Any:
-    """A state with the arrays of 32- or 64-bit words that numpy takes."""
-    if isinstance(state, dict):
-        return {key: _arrays(value) for key, value in state.items()}
-    return np.frombuffer(state, dtype=np.uint32) if isinstance(state, bytes) else state
-
-
-def _whose(kind: type) -> str:
-    module = kind.__module__.partition(".")[0].removeprefix("_")
-    return {"random": "Python's", "numpy": "numpy's", "torch": "a torch.Generator"}.get(module, module)
