@@ -47,13 +47,22 @@ def observe(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> None:
     """
     if modules_are_patched():  # a plan for the time of a trace: what is reached now is the tracer's, and goes with it
         return
+    watcher = watcher_of(cell)
+
+    def kind() -> Any:
+        kinds = [(x.shape, x.dtype, x.device) for tree in (input, state, context) for x in leaves(tree)]
+        return held_by(cell), watcher.version(), tuple(kinds)
+
+    if not watcher.open and kind() in watcher.agreed:  # tried for another reason in the same call
+        return
     twin, own = _twin_and_copies(cell)
     given = [tree if tree is None else map_leaves(_leaf, tree) for tree in (input, state, context)]
     arguments = given[: 2 + (context is not None)]
 
     by = [x for x in (*leaves(given), *twin.parameters()) if x.requires_grad]
     with torch.enable_grad():
-        watcher_of(cell).watch(twin, own, lambda: twin(*arguments), by)
+        watcher.watch(twin, own, lambda: twin(*arguments), by)
+    watcher.agreed.add(kind())
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Watcher:
     Attributes:
         open: what of them cannot be followed; empty if all can.
         modes: what torch is asked about itself, by name.
+        agreed: kinds of steps that were watched, and of which none changes anything.
         moved: the place that was last found changed, in words.
     """
 
@@ -71,6 +72,7 @@ class Watcher:
         self.open = ""
         self.moved = ""
         self.modes: dict[str, Callable[[], Any]] = {}
+        self.agreed: set[Any] = set()
         self._places: dict[Any, Place] = {}
         self._generators: dict[int, Any] = {}
         self._versions: list[tuple[int, list[Any]]] = []
@@ -106,6 +108,7 @@ class Watcher:
 
     def _add(self, values: list[Any]) -> None:
         self._numbers += 1
+        self.agreed.clear()
         self._versions.append((self._numbers, values))
         del self._versions[:-_MOST_VERSIONS]
 
