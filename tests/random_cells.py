@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import unrolled as ur
 from matching import assert_match
 from problems import uneven_loss
-from unrolled._planbook import Decision, PlanBook, _loops_of
 from unrolled.engine import native
+from unrolled.engine.plan_cache import Decision, PlanBook, _loops_of
 from unrolled.plan.loops import LoopProgram
 from unrolled.trees import Tree, leaves, map_leaves
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import unrolled as ur
 from matching import assert_match
 from problems import AttendingCell, CountingCell, H, I, NestedCell, learned, uneven_loss
-from unrolled.bptt import run as bptt_run
+from unrolled.execution import run as bptt_run
 from unrolled.trees import leaves, map_leaves
 
 F64 = torch.float64
@@ -492,5 +492,5 @@ def test_verification_of_a_stack_finds_an_engine_that_is_wrong_in_one_layer(monk
         outputs, state = right(plan, cell, *given, **options)
         return (outputs * 1.001 if isinstance(cell, ur.RNNCell) else outputs), state
 
-    monkeypatch.setattr("unrolled._unroll.run_plan", wrong)
+    monkeypatch.setattr("unrolled.networks.unroll.run_plan", wrong)
     assert not ur.verify(rnn, inputs_of())

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import unrolled as ur
-from unrolled._draw import _sketches, draw
 from unrolled.drawing import Leaf, Parameter, Sketch
+from unrolled.drawing.draw import _sketches, draw
 from unrolled.drawing.lettering import columns, shortened
 from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text

@@ -845,7 +845,7 @@ def test_a_gradient_is_not_added_up_before_a_factor_that_differs_from_step_to_st
 
 @pytest.mark.parametrize("steps", [1, 7, 64])
 def test_gradients_without_a_contraction_are_added_up_in_chunks(steps, monkeypatch):
-    monkeypatch.setattr("unrolled.bptt.batched.CHUNK_BYTES", 300)
+    monkeypatch.setattr("unrolled.execution.batched.CHUNK_BYTES", 300)
     cell, x = Scaled().double(), torch.randn(steps, 3, 4, dtype=F64)
     assert decision(cell, x, "eager").engine == "eager"
     assert_as_reference(cell, x, engine="eager")

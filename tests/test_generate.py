@@ -175,7 +175,7 @@ def ran(monkeypatch) -> list[int]:
             seen.append(len(input))
             return super().__call__(t, input, state)
 
-    monkeypatch.setattr("unrolled._live.CheckedStep", Noting)
+    monkeypatch.setattr("unrolled.generation.live_rows.CheckedStep", Noting)
     return seen
 
 

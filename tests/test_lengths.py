@@ -622,7 +622,7 @@ def test_engines_are_given_no_row_that_has_ended(monkeypatch):
     net, batch = network("LSTM", "native"), batch_for("LSTM", [3, 0, T, 1, 5])
     net(batch.inputs, lengths=batch.lengths)
     monkeypatch.setattr(bind.NativeLoop, "__call__", spied)
-    monkeypatch.setattr("unrolled._witness.Turns.next", lambda self, steps, always: None)
+    monkeypatch.setattr("unrolled.engine.witness.Turns.next", lambda self, steps, always: None)
     net(batch.inputs, lengths=batch.lengths)[0].sum().backward()
     net.zero_grad()
     assert seen == [15, 15]

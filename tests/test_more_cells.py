@@ -16,9 +16,9 @@ from torch.func import functional_call
 import unrolled as ur
 from matching import assert_match
 from problems import B, H, I, T, uneven_loss
-from unrolled._unroll import ENGINES
 from unrolled.cells import LayerNormLSTMCell, MinGRUCell, PeepholeLSTMCell, SLSTMCell, SLSTMState
 from unrolled.errors import InputError, OptionError
+from unrolled.networks.unroll import ENGINES
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 F64 = torch.float64

@@ -255,7 +255,7 @@ def test_sizes_are_checked_before_a_pointer_leaves_python(full_cache):
         """
 import torch
 import unrolled as ur
-from unrolled.bptt.walk import Request
+from unrolled.execution.protocol import Request
 from unrolled.engine import native
 from unrolled.lengths import Extent
 from unrolled.plan.plan import plan_step

@@ -20,9 +20,9 @@ from matplotlib.text import Text
 from torch import Tensor
 
 import unrolled as ur
-from unrolled._portrait import portrait
 from unrolled.drawing.inside import inside
 from unrolled.drawing.layered import placed
+from unrolled.drawing.measuring import portrait
 from unrolled.drawing.paper import figure_of, picture
 from unrolled.drawing.portrait import MISSING, Chart, Series
 from unrolled.drawing.vega import specification

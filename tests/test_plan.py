@@ -8,7 +8,7 @@ from torch import nn
 
 import unrolled as ur
 from problems import PROBLEMS
-from unrolled.bptt import run as bptt_run
+from unrolled.execution import run as bptt_run
 from unrolled.train.commands import run_command
 
 T, B, I, H = 6, 4, 3, 5
@@ -140,7 +140,7 @@ def test_verification_finds_an_engine_that_is_wrong(monkeypatch):
         outputs, state = right(*given, **options)
         return outputs * 1.001, state
 
-    monkeypatch.setattr("unrolled._unroll.run_plan", wrong)
+    monkeypatch.setattr("unrolled.networks.unroll.run_plan", wrong)
     found = ur.verify(ur.unroll(ur.GRUCell(I, H)), torch.randn(T, B, I))
     assert not found
     assert "MISMATCH" in str(found)
@@ -152,7 +152,7 @@ def test_the_command_verifies_a_run_and_ends_with_1_on_a_mismatch(monkeypatch, c
     for name in ("RNNCell", "LSTMCell", "GRUCell", "SLSTMCell"):
         assert name in printed
     right = bptt_run.run_plan
-    monkeypatch.setattr("unrolled._unroll.run_plan", lambda *a, **o: (right(*a, **o)[0] * 2, right(*a, **o)[1]))
+    monkeypatch.setattr("unrolled.networks.unroll.run_plan", lambda *a, **o: (right(*a, **o)[0] * 2, right(*a, **o)[1]))
     assert run_command(["verify"]) == 1
     assert "MISMATCH" in capsys.readouterr().out
 
@@ -176,6 +176,6 @@ def test_two_states_that_become_one_value_keep_their_own_beginnings():
 
 
 def test_a_plan_that_took_long_is_told(monkeypatch, caplog):
-    monkeypatch.setattr("unrolled._planbook._LONG", 0.0)
+    monkeypatch.setattr("unrolled.engine.plan_cache._LONG", 0.0)
     ur.unroll(ur.GRUCell(3, 4), engine="eager")(torch.randn(5, 2, 3))
     assert "a plan for GRUCell took" in caplog.text

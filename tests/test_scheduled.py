@@ -12,7 +12,7 @@ import unrolled as ur
 from matching import assert_match
 from problems import AttendingCell, B, H, S, T, TokenCell, uneven_loss
 from random_cells import ENGINES, assert_as_reference, decision
-from unrolled._unroll import ENGINES as ALL
+from unrolled.networks.unroll import ENGINES as ALL
 from unrolled.trees import Tree
 from unrolled.wrappers.masks import draw, kept
 

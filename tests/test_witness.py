@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import unrolled as ur
 from matching import assert_match
-from unrolled.plan.watch import Watcher
+from unrolled.recording.watch import Watcher
 
 T, B, H = 5, 2, 3
 

@@ -18,8 +18,8 @@ import unrolled as ur
 from matching import assert_match
 from problems import AttendingCell, B, CountingCell, H, I, NestedCell, T, TokenCell, uneven_loss
 from random_cells import assert_as_reference
-from unrolled._unroll import ENGINES
 from unrolled.errors import InputError, OptionError
+from unrolled.networks.unroll import ENGINES
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.wrappers.masks import draw, kept
 

@@ -1,23 +1,9 @@
 """Unroll any recurrent cell into weight-sharing copies: see them, train them, know what each one contributed."""
 
 from unrolled import remedy
-from unrolled._bias import TruncationBias
-from unrolled._convert import from_torch, to_torch
-from unrolled._copies import Copies, Copy
-from unrolled._diagnose import diagnose
-from unrolled._draw import draw
-from unrolled._generate import Step, generate, stream
-from unrolled._guard import guard
-from unrolled._layered_copies import LayeredCopies, copies
-from unrolled._layers import GRU, LSTM, RNN
-from unrolled._memory import plan_memory
-from unrolled._outputs import last_output, pooled, sequence_loss
-from unrolled._stack import Bidirectional, Stack, stack
-from unrolled._unroll import Unrolled, unroll
-from unrolled._verify import Check, Verification, verify
-from unrolled._windows import Window
 from unrolled.batches.buckets import BucketSampler
 from unrolled.batches.collate import collate_packed, collate_padded
+from unrolled.batches.outputs import last_output, pooled, sequence_loss
 from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.bptt.trade_off import MemoryPlan
 from unrolled.cells import (
@@ -31,7 +17,10 @@ from unrolled.cells import (
     SLSTMCell,
     as_cell,
 )
+from unrolled.diagnosis.diagnose import diagnose
+from unrolled.diagnosis.guard import guard
 from unrolled.diagnosis.results import Diagnosis
+from unrolled.drawing.draw import draw
 from unrolled.errors import (
     CellError,
     ConfigError,
@@ -45,6 +34,17 @@ from unrolled.errors import (
     StateError,
     UnrolledError,
 )
+from unrolled.generation.generate import Step, generate, stream
+from unrolled.introspection.bias import TruncationBias
+from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.layered import LayeredCopies, copies
+from unrolled.networks.convert import from_torch, to_torch
+from unrolled.networks.plan_memory import plan_memory
+from unrolled.networks.stack import Bidirectional, Stack, stack
+from unrolled.networks.torch_layers import GRU, LSTM, RNN
+from unrolled.networks.unroll import Unrolled, unroll
+from unrolled.networks.windows import Window
+from unrolled.verification.verify import Check, Verification, verify
 from unrolled.wrappers import (
     DropoutCell,
     FedState,

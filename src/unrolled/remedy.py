@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from unrolled._families import GateSlot, cells_of, family_of, gate_slots, recurrent_weights
 from unrolled.cells.contract import name_of
 from unrolled.errors import OptionError
+from unrolled.networks.families import GateSlot, cells_of, family_of, gate_slots, recurrent_weights
 
 __all__ = ["can_set_keeping_bias", "can_set_recurrent", "chrono", "forget_bias", "identity", "orthogonal"]
 

@@ -22,8 +22,8 @@ from unrolled.bptt.pieces import Span, Whole, handed_back, received, rows_of, sp
 from unrolled.bptt.replay import Surroundings
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.slots import Slots
-from unrolled.bptt.unchanged import unchanged
 from unrolled.errors import GradientError
+from unrolled.execution.unchanged import unchanged
 from unrolled.internals import has_memory
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 

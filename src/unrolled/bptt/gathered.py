@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unrolled.bptt.memory import fresh
 from unrolled.bptt.pieces import Span, refuse_other_kind, starts_at
+from unrolled.execution.memory import fresh
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unrolled.bptt.planning import Option, readable
-from unrolled.told import Told
+from unrolled.results import Told
 
 __all__ = ["MemoryPlan"]
 

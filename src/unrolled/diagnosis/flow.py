@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unrolled._copies import Copies
 from unrolled.diagnosis.quantiles import quartiles
 from unrolled.diagnosis.results import GradientFlow, WeightShares
 from unrolled.diagnosis.walk import row_norms
+from unrolled.introspection.copies import Copies
 from unrolled.trees import leaves
 
 __all__ = ["gradient_flow", "weight_shares"]

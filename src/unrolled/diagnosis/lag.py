@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unrolled._copies import Copy
 from unrolled.diagnosis.quantiles import median, quartiles
 from unrolled.diagnosis.results import LagProfile, Reach
 from unrolled.diagnosis.walk import Walk, row_norms
+from unrolled.introspection.copies import Copy
 from unrolled.trees import leaves
 
 __all__ = ["lag_profile", "reach"]

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unrolled._copies import Copies, Copy
-from unrolled._layered_copies import LayeredCopies
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.places import networks_in
 from unrolled.errors import NonFiniteError
 from unrolled.internals import DispatchMode
+from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.layered import LayeredCopies
 from unrolled.trees import Tree, leaves, map_leaves
 
 __all__ = ["first_bad_gradient", "first_bad_value", "is_finite"]

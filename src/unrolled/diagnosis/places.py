@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from unrolled._copies import Copies
-from unrolled._layered_copies import DirectedCopies, LayeredCopies
+from unrolled.introspection.copies import Copies
+from unrolled.introspection.layered import DirectedCopies, LayeredCopies
 
 __all__ = ["networks_in"]
 

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unrolled._copies import Copy
 from unrolled.cells.contract import name_of
 from unrolled.diagnosis.quantiles import median, quartiles
 from unrolled.diagnosis.results import JacobianProfile, Lyapunov
 from unrolled.diagnosis.walk import Walk
 from unrolled.errors import OptionError
+from unrolled.introspection.copies import Copy
 from unrolled.plan.coupling import couples_rows
-from unrolled.plan.tape import UnrecordableError
-from unrolled.plan.twin import twin_of
+from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.twin import twin_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 __all__ = ["Trajectory", "UnmeasurableError", "measure_tangents", "trajectory_of"]

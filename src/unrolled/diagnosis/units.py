@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unrolled._copies import Copies, Copy
-from unrolled._families import family_of, recurrent_weights
 from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.quantiles import quartiles
 from unrolled.diagnosis.results import EffectiveMemory, Gate, Missing, SpectralRadius, StateNorm, UnitFigures
 from unrolled.diagnosis.walk import row_norms
 from unrolled.draws import OwnDraws
 from unrolled.internals import DispatchMode
-from unrolled.plan.tape import UnrecordableError
-from unrolled.plan.twin import twin_of
+from unrolled.introspection.copies import Copies, Copy
+from unrolled.networks.families import family_of, recurrent_weights
+from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.twin import twin_of
 from unrolled.trees import flatten, leaves, map_leaves, paths
 
 __all__ = ["unit_figures"]

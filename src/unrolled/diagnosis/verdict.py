@@ -12,8 +12,8 @@ from functools import partial
 from torch import nn
 
 from unrolled import remedy
-from unrolled._families import family_of
 from unrolled.diagnosis.results import KINDS, Finding, Gate, LayerDiagnosis, Reach, Remedy, Verdict
+from unrolled.networks.families import family_of
 
 __all__ = ["verdict_of"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unrolled import sequence
-from unrolled._copies import Copies, Copy
-from unrolled._network import Network
+from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.recorded import Network
 
 __all__ = ["Walk", "row_norms"]
 

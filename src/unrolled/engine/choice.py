@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from unrolled.bptt.walk import Request, Walk
 from unrolled.engine import eager, native
+from unrolled.execution.protocol import Request, Walk
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["Runner"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unrolled.bptt.stepping import stepped
-from unrolled.bptt.walk import Request, Walk, ended, shifted
 from unrolled.engine.graphs import block_for, capturable, run_in_blocks
+from unrolled.execution.protocol import Request, Walk, ended, shifted
+from unrolled.execution.stepping import stepped
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["run_loop"]

@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from unrolled.bptt.walk import Request, Walk, shifted
+from unrolled.execution.protocol import Request, Walk, shifted
 from unrolled.lengths import Extent
-from unrolled.plan.interpret import compiled
 from unrolled.plan.loops import LoopProgram
+from unrolled.recording.interpret import compiled
 from unrolled.warned import warn_caller
 
 __all__ = ["STEPS", "Block", "block_for", "capturable", "run_in_blocks"]

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unrolled.plan.colour import Loop, Stage, colour, read_outside, sunk
-from unrolled.plan.functions import RawProgram
 from unrolled.plan.fuse import fused
-from unrolled.plan.interpret import compiled
 from unrolled.plan.keep import made_again
 from unrolled.plan.loops import LoopProgram, cut_loop
-from unrolled.plan.merge import merge
-from unrolled.plan.program import Op, Program
-from unrolled.plan.tape import Tape, tangent_like
+from unrolled.plan.partition import Loop, Stage, colour, read_outside, sunk
+from unrolled.recording.functions import RawProgram
+from unrolled.recording.interpret import compiled
+from unrolled.recording.merge import merge
+from unrolled.recording.program import Op, Program
+from unrolled.recording.tape import Tape, tangent_like
 
 __all__ = ["Backward", "StepBackward", "colour_backward", "derive_backward"]
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from unrolled.plan.colour import Loop, Stage, Steps
 from unrolled.plan.keep import LIGHT
-from unrolled.plan.program import Op, Program, Size
+from unrolled.plan.partition import Loop, Stage, Steps
+from unrolled.recording.program import Op, Program, Size
 
 __all__ = ["fused"]
 

@@ -7,13 +7,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from unrolled.plan.guards import fingerprint
-from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.rows import find_rows, rows_in_front
-from unrolled.plan.tape import UnrecordableError
-from unrolled.plan.twin import observe, scratch_of, twin_of
-from unrolled.plan.watch import watcher_of
+from unrolled.recording.guards import fingerprint
+from unrolled.recording.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
+from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.twin import observe, scratch_of, twin_of
+from unrolled.recording.watch import watcher_of
 from unrolled.trees import Tree
 from unrolled.unseen import unseen
 

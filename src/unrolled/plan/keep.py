@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from unrolled.plan.program import Op
+from unrolled.recording.program import Op
 
 __all__ = ["LIGHT", "made_again"]
 

@@ -10,9 +10,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from unrolled.plan.colour import Loop
-from unrolled.plan.interpret import run_op
-from unrolled.plan.program import Op, Program, Ref
+from unrolled.plan.partition import Loop
+from unrolled.recording.interpret import run_op
+from unrolled.recording.program import Op, Program, Ref
 
 __all__ = ["LoopProgram", "cut_loop", "once_each", "sample_values"]
 

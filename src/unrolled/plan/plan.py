@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.plan.backward import Backward, colour_backward, derive_backward
-from unrolled.plan.colour import Loop, Stage, colour, places, read_outside
 from unrolled.plan.fuse import fused
 from unrolled.plan.loops import LoopProgram, cut_loop, once_each, sample_values
-from unrolled.plan.program import dependents
-from unrolled.plan.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
+from unrolled.plan.partition import Loop, Stage, colour, places, read_outside
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
+from unrolled.recording.program import dependents
+from unrolled.recording.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
 from unrolled.trees import Tree
 
 __all__ = ["PlannedLoop", "StepPlan", "plan_step"]

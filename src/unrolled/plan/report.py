@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from unrolled.plan.colour import Counter, Loop, Stage
+from unrolled.plan.partition import Counter, Loop, Stage
 from unrolled.plan.plan import StepPlan
-from unrolled.plan.program import Op, Program, Ref
-from unrolled.plan.record import Recording
-from unrolled.told import Told
+from unrolled.recording.program import Op, Program, Ref
+from unrolled.recording.record import Recording
+from unrolled.results import Told
 from unrolled.trees import paths
 
 __all__ = ["PLACES", "Plan", "PlannedOperation", "report"]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from unrolled.plan.program import Custom, Op, Program
 from unrolled.plan.rowwise import RULES, Call, CouplesRowsError, Place, pointwise
+from unrolled.recording.program import Custom, Op, Program
 
 __all__ = ["CouplesRowsError", "find_rows", "rows_in_front", "rows_of_outputs"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from unrolled.plan.program import Op, Program, Ref, Size
+from unrolled.recording.program import Op, Program, Ref, Size
 
 __all__ = ["RULES", "Call", "CouplesRowsError", "Place", "pointwise"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from unrolled.plan.program import Op, Program, Ref
+from unrolled.recording.program import Op, Program, Ref
 
 __all__ = ["contracts_rows", "is_multilinear", "summable"]
 

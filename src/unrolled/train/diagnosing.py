@@ -11,9 +11,9 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor
 
-from unrolled._diagnose import diagnose
-from unrolled._draw import draw
+from unrolled.diagnosis.diagnose import diagnose
 from unrolled.diagnosis.results import Diagnosis
+from unrolled.drawing.draw import draw
 from unrolled.errors import DataError, RunError
 from unrolled.train.config import TrainConfig
 from unrolled.train.model import CharacterModel

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from unrolled._memory import plan_memory
-from unrolled._unroll import unroll
+from unrolled.networks.plan_memory import plan_memory
+from unrolled.networks.unroll import unroll
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.trees import Tree
 

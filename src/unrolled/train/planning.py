@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from unrolled._memory import plan_memory
-from unrolled._unroll import unroll
 from unrolled.bptt.trade_off import MemoryPlan
+from unrolled.networks.plan_memory import plan_memory
+from unrolled.networks.unroll import unroll
 from unrolled.train.config import TrainConfig
 from unrolled.train.model import CharacterModel
 from unrolled.train.run import load_run

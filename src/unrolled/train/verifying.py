@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from unrolled import cells
-from unrolled._unroll import unroll
-from unrolled._verify import Verification, verify
+from unrolled.networks.unroll import unroll
 from unrolled.train.run import load_run
+from unrolled.verification.verify import Verification, verify
 
 __all__ = ["verify_cells", "verify_run"]
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
-from unrolled.bptt.walk import Request, Walk
 from unrolled.engine.native.bind import NativeLoop, built
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.nodes import UnsupportedError
 from unrolled.engine.native.products import affine, worthwhile
+from unrolled.execution.protocol import Request, Walk
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["BuildError", "affine", "prepare", "run_loop", "worthwhile"]

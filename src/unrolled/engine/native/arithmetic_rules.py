@@ -6,7 +6,7 @@ import torch
 
 from unrolled.engine.native.nodes import View
 from unrolled.engine.native.rules import Rules
-from unrolled.plan.program import Op
+from unrolled.recording.program import Op
 
 __all__ = ["ArithmeticRules"]
 

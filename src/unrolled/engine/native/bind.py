@@ -12,9 +12,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from unrolled.bptt.memory import fresh, readable
-from unrolled.bptt.unchanged import made_once
-from unrolled.bptt.walk import Request, Walk
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, one_file
 from unrolled.engine.native.layout import Layout
@@ -22,6 +19,9 @@ from unrolled.engine.native.lower import state_homes
 from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.rooms import StateRoom
 from unrolled.engine.native.threads import shares, team
+from unrolled.execution.memory import fresh, readable
+from unrolled.execution.protocol import Request, Walk
+from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 

@@ -11,7 +11,7 @@ from unrolled.engine.native.layout import Layout, UnsupportedError
 from unrolled.engine.native.nodes import Copy, Join, View, contiguous, thick
 from unrolled.engine.native.scalars import Scalar
 from unrolled.engine.native.view_rules import ViewRules
-from unrolled.plan.program import Op
+from unrolled.recording.program import Op
 
 __all__ = ["ConstantRules", "JoinRules"]
 

@@ -13,7 +13,7 @@ from math import prod
 
 from torch import Tensor
 
-from unrolled.plan.program import Size, Value
+from unrolled.recording.program import Size, Value
 
 __all__ = ["Layout", "UnsupportedError"]
 

@@ -11,7 +11,7 @@ from unrolled.engine.native.nodes import Leaf, Lowered, Node, View
 from unrolled.engine.native.product_rules import ProductRules
 from unrolled.engine.native.scalars import ELEMENTWISE
 from unrolled.plan.loops import LoopProgram
-from unrolled.plan.program import Op
+from unrolled.recording.program import Op
 
 __all__ = ["lower", "state_homes"]
 

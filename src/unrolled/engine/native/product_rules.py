@@ -6,7 +6,7 @@ from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.nodes import Compute, Leaf, Product, View, thick
 from unrolled.engine.native.reduction_rules import ReductionRules
 from unrolled.engine.native.scalars import Scalar
-from unrolled.plan.program import Op
+from unrolled.recording.program import Op
 
 __all__ = ["ProductRules"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unrolled.bptt.memory import fresh, readable
 from unrolled.engine.native.build import BuildError, library, machine_lines
 from unrolled.engine.native.threads import team
+from unrolled.execution.memory import fresh, readable
 
 __all__ = ["affine", "packed_matrix", "product_library", "worthwhile"]
 

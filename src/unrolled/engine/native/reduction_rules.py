@@ -11,7 +11,7 @@ import torch
 from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.nodes import Reduce, Scan, View, contiguous
 from unrolled.engine.native.view_rules import ViewRules
-from unrolled.plan.program import Op
+from unrolled.recording.program import Op
 
 __all__ = ["ReductionRules"]
 

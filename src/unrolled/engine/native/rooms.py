@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unrolled.bptt.walk import ended
+from unrolled.execution.protocol import ended
 from unrolled.lengths import Extent
 
 __all__ = ["StateRoom"]

@@ -10,7 +10,7 @@ import torch
 from unrolled.engine.native.layout import Layout, UnsupportedError
 from unrolled.engine.native.nodes import Compute, Leaf, Node, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, Scalar
-from unrolled.plan.program import Op, Ref, Value
+from unrolled.recording.program import Op, Ref, Value
 
 __all__ = ["Rules"]
 

@@ -8,7 +8,7 @@ from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.nodes import Compute, Copy, View, contiguous
 from unrolled.engine.native.rules import Rules
 from unrolled.engine.native.scalars import ELEMENTWISE
-from unrolled.plan.program import Op, Size
+from unrolled.recording.program import Op, Size
 
 __all__ = ["ViewRules"]
 

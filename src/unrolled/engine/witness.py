@@ -1,0 +1,214 @@
+"""Witnesses: a recording is held against the cell itself, when it is made and from time to time afterwards.
+
+What can be followed around a cell is looked at before every call. What cannot be followed is distrusted: then one copy,
+another one at every call, is also run by the cell itself, forward and backward, before anything of the call has left.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unrolled import sequence
+from unrolled.cells.contract import CheckedStep
+from unrolled.digits import neighbours, reals
+from unrolled.engine import reference
+from unrolled.execution.protocol import LoopRunner
+from unrolled.execution.run import run_plan
+from unrolled.lengths import Extent
+from unrolled.plan.plan import StepPlan
+from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.twin import scratch_of, twin_of
+from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.unseen import silent
+
+__all__ = ["Turns", "hold_against_the_cell", "steps_at"]
+
+_LIKE_NOISE = 3
+"""How many times the movement under noise in the last digit passes for rounding; a cell that spikes moves by far."""
+
+
+_ENTRIES_A_CALL = 50_000
+"""How many entries of a cell's tensors put its first witness off by a call: at 128 hidden features it is the second."""
+
+# A forked child has none of the threads that torch waits for: it may do less than its parent, and does no more than
+# it is asked for.
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+@dataclass
+class Turns:
+    """Which calls of a recording have a witness, and which copy it is.
+
+    A recording whose cell is followed completely has one at its second, fourth, eighth call and so on, so that their
+    cost goes to nothing; the larger the cell, the later the first of them.
+
+    Attributes:
+        first: the earliest call that has one.
+        calls: how many there were.
+
+    Example:
+        >>> turns = Turns()
+        >>> [turns.next(steps=3, always=False) for _ in range(9)]
+        [None, 1, None, 0, None, None, None, 1, None]
+    """
+
+    first: int = 2
+    calls: int = 0
+
+    @classmethod
+    def of(cls, entries: int) -> Turns:
+        """For a cell whose tensors have so many entries, each of which a witness compares."""
+        return cls(max(2, entries // _ENTRIES_A_CALL))
+
+    def next(self, steps: int, *, always: bool) -> int | None:
+        """The copy that is witnessed at this call; None at most calls, and at the one that the recording is made for.
+
+        Args:
+            steps: how many copies there are.
+            always: whether every call has one.
+        """
+        self.calls += 1
+        rarely = self.calls >= self.first and not self.calls & (self.calls - 1) and not _forked
+        due = self.calls > 1 and (always or rarely)
+        return (self.calls - 1) % steps if due else None
+
+
+def steps_at(inputs: Tree, extent: Extent, t: int) -> Tree:
+    """Copy t's input and that of the next copy, as `[2, B, ...]`; its own alone where the next one has fewer rows."""
+    if not extent.ragged:
+        return map_leaves(lambda x: x[t : t + 2], inputs)
+    start, rows = sum(extent.sizes[:t]), extent.sizes[t]
+    return map_leaves(lambda x: x[start : start + rows].unsqueeze(0), inputs)
+
+
+def hold_against_the_cell(
+    plan: StepPlan,
+    cell: nn.Module,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    runner: LoopRunner,
+    needing: Sequence[bool],
+) -> None:
+    """Run two real steps, values and gradients, by the plan and by the cell itself.
+
+    Args:
+        plan: the plan.
+        cell: the cell; a twin of it is run.
+        inputs: `[2, B, ...]`, or one step, which is then taken twice.
+        state: what the first of them receives, `[B, ...]`.
+        context: what is the same at every step, or None.
+        runner: the engine's way of running loops.
+        needing: for each leaf of inputs and context whether it requires a gradient.
+
+    Raises:
+        UnrecordableError: if they do not give the same, with the numbers that are farthest apart.
+    """
+    twin = twin_of(cell)
+    with torch.enable_grad():
+        needed = iter(needing)
+        sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(needed)), inputs)
+        start = map_leaves(_leaf, state)
+        extent = Extent(2, sequence.sizes(sample)[1])
+        planned = _tensors(run_plan(plan, twin, sample, start, context, runner, extent), twin, sample, start)
+        truth = _by_the_cell(twin, sample, start, context, extent)
+    with torch.no_grad():
+        inferred = run_plan(plan, twin, sample, start, context, runner, extent)
+    planned += [*leaves(inferred[0]), *leaves(inferred[1])]
+    truth += truth[: len(leaves(inferred[0])) + len(leaves(inferred[1]))]
+    scratch_of(cell, twin)
+    scale = max([_largest(tensor) for tensor in truth], default=0.0)
+    pairs = list(zip(planned, truth, strict=True))
+    apart = [n for n, (ours, theirs) in enumerate(pairs) if not _close(ours, theirs, scale)]
+    if apart and not _like_noise(apart, pairs, twin, sample, start, context, extent):
+        raise UnrecordableError(f"its recording does not give the numbers of the cell itself{_said(*pairs[apart[0]])}")
+
+
+def _by_the_cell(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> list[Tensor | None]:
+    with silent():
+        results = reference.run(CheckedStep(cell, context), inputs, state, extent)
+    return _tensors(results, cell, inputs, state)
+
+
+def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
+    copy = tensor.detach().clone()
+    return copy.requires_grad_() if needed and (copy.is_floating_point() or copy.is_complex()) else copy
+
+
+def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tree) -> list[Tensor | None]:
+    """Outputs, states and the gradients of a fixed mixture of them."""
+    found = [*leaves(result[0]), *leaves(result[1])]
+    ends = [reals(t) for t in found if t.requires_grad]
+    losses = [(t * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape).to(t.dtype)).sum() for t in ends]
+    by = [t for t in (*leaves(inputs), *leaves(state), *cell.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else [None] * len(by)
+    return [*(t.detach() for t in found), *grads]
+
+
+def _largest(tensor: Tensor | None) -> float:
+    if tensor is None or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    largest = float(torch.linalg.vector_norm(reals(tensor), float("inf")))  # one pass, without a copy
+    return largest if math.isfinite(largest) else float(reals(tensor).abs().nan_to_num().max())
+
+
+def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
+    """Equal up to rounding, that of the largest numbers included: a fault of recording is far larger."""
+    if ours is None or theirs is None:
+        other = theirs if ours is None else ours
+        return other is None or not other.any()
+    if not (ours.is_floating_point() or ours.is_complex()):
+        return torch.equal(ours, theirs)
+    eps = torch.finfo(ours.dtype).eps
+    bound = eps**0.5 * _largest(theirs) + 100 * eps * scale
+    one, other = reals(ours), reals(theirs)
+    if one.shape == other.shape and one.numel() and float(torch.linalg.vector_norm(one - other, float("inf"))) <= bound:
+        return True
+    return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
+
+
+def _like_noise(
+    apart: Sequence[int],
+    pairs: Sequence[tuple[Tensor | None, Tensor | None]],
+    twin: nn.Module,
+    inputs: Tree,
+    state: Tree,
+    context: Tree,
+    extent: Extent,
+) -> bool:
+    """Whether the cell itself moves as far when its inputs move in their last digit, as one with a threshold may."""
+    with torch.enable_grad():
+        moved = _by_the_cell(twin, map_leaves(_nudged, inputs), map_leaves(_nudged, state), context, extent)
+    moved += moved[: len(pairs) - len(moved)]
+    return all(_distance(*pairs[n]) <= _LIKE_NOISE * _distance(moved[n], pairs[n][1]) for n in apart)
+
+
+def _nudged(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return neighbours(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float:
+    if one is None or other is None:
+        return _largest(other if one is None else one)
+    if not (one.is_floating_point() or one.is_complex()):
+        return float((one != other).any())
+    return float((reals(one) - reals(other)).abs().nan_to_num(float("inf")).max()) if one.numel() else 0.0
+
+
+def _said(ours: Tensor | None, theirs: Tensor | None) -> str:
+    """The two numbers that are farthest apart, in words."""
+    if ours is None or theirs is None or not ours.numel():
+        return ""
+    one, other = reals(ours).flatten().double(), reals(theirs).flatten().double()
+    at = int((one - other).abs().nan_to_num(float("inf")).argmax())
+    return f": {float(one[at]):.6g} where the cell gives {float(other[at]):.6g}"

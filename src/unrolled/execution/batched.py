@@ -1,0 +1,213 @@
+"""Operations outside of loops, run for all copies of a segment at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from unrolled.execution.timed import Summed, Timed, spread
+from unrolled.lengths import Extent
+from unrolled.plan.sums import contracts_rows, is_multilinear
+from unrolled.recording.interpret import run_op
+from unrolled.recording.program import Custom, Op, Program
+
+__all__ = ["Batched", "Entry"]
+
+Entry: TypeAlias = Tensor | Timed | Summed
+"""What is known of a value over a segment: a tensor where it is the same at every step."""
+
+CHUNK_BYTES = 32 << 20
+"""How much is held of the steps' shares of a gradient that no product contracts, before they are added up."""
+
+Affine: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
+
+
+class Batched:
+    """Runs operations of a step over a segment.
+
+    Args:
+        program: the step.
+        rows: for each value that has rows, in which dimension.
+        coupled: operations that are not proved to act row by row; these are mapped over T.
+        extent: how far the segment reaches.
+        sums: values that are wanted added up over all steps, and may be as soon as the rows are contracted.
+        affine: a product of large matrices, `(x, y, bias) -> x @ y + bias`, if an engine has one of its own; it
+            returns None for those that it leaves to torch.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        rows: Mapping[int, int],
+        coupled: Mapping[int, str],
+        extent: Extent,
+        sums: frozenset[int] = frozenset(),
+        affine: Affine | None = None,
+    ) -> None:
+        self.program, self.rows, self.coupled = program, rows, coupled
+        self.extent, self.sums = extent, sums
+        self.affine = affine
+
+    def run(self, ops: Sequence[int], env: MutableMapping[int, Entry]) -> None:
+        """Run some operations; their results are added to `env`."""
+        for number in ops:
+            op = self.program.ops[number]
+            entries = {v: env[v] for v in op.inputs}
+            env.update(zip(op.outputs, self._results(number, op, entries), strict=False))
+
+    def _results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        kinds = {type(entry) for entry in entries.values()}
+        if Summed in kinds:
+            return self._on_sums(op, entries)
+        if Timed not in kinds:
+            apart = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
+            return self._step_by_step(op, entries) if apart else run_op(op, entries, self.extent.batch)
+        spread_rows = any(v in self.rows and not isinstance(entry, Timed) for v, entry in entries.items())
+        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, Timed)):
+            if number not in self.coupled:
+                return self._folded(op, entries)
+            if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
+                return [Summed(result) for result in self._on_folded(op, entries)]
+        return self._mapped(op, entries)
+
+    def _on_folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Any]:
+        tensors = {v: e.folded(self.rows[v]) if isinstance(e, Timed) else e for v, e in entries.items()}
+        result = self._affine(op, tensors)
+        if result is not None:
+            return (result,)
+        return run_op(op, tensors, self.extent.rows)
+
+    def _affine(self, op: Op, tensors: Mapping[int, Any]) -> Tensor | None:
+        """A product by the engine's own kernel, if it has one and takes it."""
+        if self.affine is None or op.kwargs or op.name not in ("aten.mm", "aten.addmm"):
+            return None
+        given = [tensors[v] for v in op.inputs]
+        bias = given[0] if len(given) == 3 else None
+        if bias is not None and bias.dim() != 1:
+            return None
+        return self.affine(given[-2], given[-1], bias)
+
+    def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        results = zip(op.outputs, self._on_folded(op, entries), strict=False)
+        return [Timed(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
+
+    def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """One operation for each step, by vmap; Functions with a backward of their own one after the other."""
+        if self.extent.ragged:
+            return self._step_by_step(op, entries)
+        given = list(entries)
+        tensors = [
+            entry.stacked() if isinstance(entry, Timed) else entry.tensor if isinstance(entry, Summed) else entry
+            for entry in entries.values()
+        ]
+        dims = tuple(0 if isinstance(entry, Timed) else None for entry in entries.values())
+
+        def once(*values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(
+                r for r in run_op(op, dict(zip(given, values, strict=True)), self.extent.batch) if r is not None
+            )
+
+        run = _one_by_one(once, dims) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
+        if self.sums.issuperset(v for v in op.outputs if v >= 0):
+            return [Summed(total) for total in self._in_chunks(op, run, tensors, dims)]
+        return [Timed(result, self.extent) for result in run(*tensors)]
+
+    def _in_chunks(
+        self, op: Op, run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Sequence[int | None]
+    ) -> list[Tensor]:
+        """The sums over all steps of an operation's results, of which no more than a few are held at a time."""
+        bytes_of_step = sum(self.program.values[v].bytes(self.extent.batch) for v in op.outputs if v >= 0)
+        many = max(1, CHUNK_BYTES // max(bytes_of_step, 1))
+        totals: list[Tensor] = []
+        for start in range(0, self.extent.steps, many):
+            pieces = [
+                tensor[start : start + many] if dim == 0 else tensor for tensor, dim in zip(tensors, dims, strict=True)
+            ]
+            added = [result.sum(0) for result in run(*pieces)]
+            totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
+        return totals
+
+    def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """An operation that is linear in what was summed."""
+        if is_multilinear(op):
+            tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Summed) else e for v, e in entries.items()}
+        else:
+            tensors = {v: self.total(v, entry) for v, entry in entries.items()}
+        return [Summed(result) for result in run_op(op, tensors, self.extent.batch)]
+
+    def _step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """One operation for each step on the rows that are alive, where steps differ in how many that are."""
+        columns = {v: self._each(v, entry) for v, entry in entries.items()}
+        results = (
+            run_op(op, {v: column[t] for v, column in columns.items()}, n) for t, n in enumerate(self.extent.sizes)
+        )
+        if self.sums.issuperset(v for v in op.outputs if v >= 0):
+            return self._added_up(op, results)
+        made = zip(*results, strict=True)
+        return [self._joined(v, column) for v, column in zip(op.outputs, made, strict=False)]
+
+    def _each(self, value: int, entry: Entry) -> Sequence[Tensor]:
+        """An entry at step 0, 1, 2, ...; of what is the same at every step, the rows that are alive."""
+        if isinstance(entry, Timed):
+            return entry.each()
+        rows = self.rows.get(value)
+        if isinstance(entry, Summed) or rows is None:
+            return [entry.tensor if isinstance(entry, Summed) else entry] * self.extent.steps
+        many = entry.shape[rows] // self.extent.batch
+        return [entry.narrow(rows, 0, many * n) for n in self.extent.sizes]
+
+    def _joined(self, value: int, column: Sequence[Any]) -> Timed:
+        rows = self.rows.get(value)
+        if value < 0:  # nobody reads it
+            return Timed(column[0], self.extent)
+        return Timed(torch.stack(column) if rows is None else torch.cat(column, rows), self.extent, rows)
+
+    def _added_up(self, op: Op, results: Iterable[Sequence[Any]]) -> list[Entry]:
+        """The sums of an operation's results over all steps, one step after the other; what has rows keeps them."""
+        totals: list[Any] = []
+        for found in results:
+            if not totals:
+                totals = [None if v < 0 else result.clone() for v, result in zip(op.outputs, found, strict=False)]
+                continue
+            for v, total, result in zip(op.outputs, totals, found, strict=False):
+                if v >= 0:
+                    rows = self.rows.get(v)
+                    part = total if rows is None else total.narrow(rows, 0, result.shape[rows])
+                    part.add_(result)
+        return [Summed(total) for total in totals]
+
+    def total(self, value: int, entry: Entry) -> Tensor:
+        """A value added up over all steps; what has rows keeps them."""
+        rows = self.rows.get(value)
+        if isinstance(entry, Summed):
+            return entry.tensor
+        if isinstance(entry, Timed) and (entry.rows is None or not self.extent.ragged):
+            return entry.stacked().sum(0)
+        if isinstance(entry, Timed) or (self.extent.ragged and rows is not None):
+            timed = entry if isinstance(entry, Timed) else spread(entry, self.extent, rows)
+            return _by_row(timed.tensor, self.extent, timed.rows or 0)
+        return entry * self.extent.steps
+
+
+def _by_row(tensor: Tensor, extent: Extent, rows: int) -> Tensor:
+    """What each row has at all of its steps, added up."""
+    by_row = tensor.unflatten(rows, (extent.rows, -1))
+    shape = list(by_row.shape)
+    shape[rows] = extent.batch
+    return by_row.new_zeros(shape).index_add(rows, extent.row_of.to(tensor.device), by_row).flatten(rows, rows + 1)
+
+
+def _one_by_one(function: Callable[..., tuple[Tensor, ...]], dims: Sequence[int | None]) -> Callable[..., list[Tensor]]:
+    def run(*tensors: Tensor) -> list[Tensor]:
+        steps = next(len(tensor) for tensor, dim in zip(tensors, dims, strict=True) if dim == 0)
+        columns = [
+            tensor.unbind(0) if dim == 0 else [tensor] * steps for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+        return [
+            torch.stack(column) for column in zip(*(function(*row) for row in zip(*columns, strict=True)), strict=True)
+        ]
+
+    return run

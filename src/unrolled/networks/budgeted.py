@@ -1,0 +1,118 @@
+"""Checkpointed BPTT of a network: a schedule that is given, or the fastest one that a memory budget has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.bptt.checkpointed import run_checkpointed
+from unrolled.bptt.checkpointing import Budget, Checkpointing, Scheduled
+from unrolled.bptt.costs import Costs
+from unrolled.bptt.measured import Meter
+from unrolled.bptt.pieces import Whole
+from unrolled.bptt.planning import option, readable
+from unrolled.bptt.schedules import Schedule
+from unrolled.errors import OptionError
+from unrolled.lru import Kept
+from unrolled.networks.layout import Given
+from unrolled.tracing.vmap import transformed
+from unrolled.trees import Tree, flatten
+
+__all__ = ["Budgeted"]
+
+_MOST_METERS = 32
+
+
+class Budgeted:
+    """A network whose memory may be bounded.
+
+    Attributes:
+        checkpointing: the budget or the schedule; None for full storage.
+    """
+
+    checkpointing: Checkpointing | None = None
+    batch_first: bool
+
+    @property
+    def memory(self) -> int | float | str | None:
+        """The memory budget, as it was given."""
+        return self.checkpointing.given if isinstance(self.checkpointing, Budget) else None
+
+    @property
+    def checkpoint(self) -> Schedule | Callable[[int], Schedule] | None:
+        """The schedule, as it was given."""
+        return self.checkpointing.given if isinstance(self.checkpointing, Scheduled) else None
+
+    def runs(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
+        """A run that could be made, and the same on a copy of the network."""
+        raise NotImplementedError
+
+    def run_whole(self, whole: Whole, again: Callable[[], Whole]) -> tuple[Tree, Tree]:
+        """Run a sequence, by a schedule if memory is bounded.
+
+        Args:
+            whole: the run.
+            again: makes the same run on a copy of the network, to measure on.
+
+        Raises:
+            OptionError: for a budget that is too small, or inside of a transform of torch.func.
+        """
+        within = "" if self.checkpointing is None else transformed(whole.tensors)
+        if within:
+            raise OptionError(
+                f"checkpoints are not offered inside of {within}; leave memory= and checkpoint= "
+                "out, or differentiate with backward()"
+            )
+        schedule = None if self.checkpointing is None else self.schedule(self.checkpointing, whole, again)
+        if schedule is None or schedule.segments == 1:
+            return whole.run(whole.inputs, whole.state, whole.context, whole.extent, 0)
+        return run_checkpointed(whole, schedule)
+
+    def schedule_told(self, whole: Whole, again: Callable[[], Whole]) -> str:
+        """What a run goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget."""
+        if self.checkpointing is None:
+            return ""
+        found = self.schedule(self.checkpointing, whole, again)
+        told = option(self.costs(whole, again, found.length), whole.extent, found)
+        return (
+            f"checkpoints by {told.name}: {readable(told.bytes)} promised, {found.extra_advances:,} steps run once "
+            f"more, {told.ratio:.2f} times the time of full storage expected"
+        )
+
+    def costs(self, whole: Whole, again: Callable[[], Whole], length: int) -> Costs:
+        """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""
+        meters: Kept[Meter] = self.__dict__.setdefault("_meters", Kept(_MOST_METERS))
+        networks = self.modules() if isinstance(self, nn.Module) else ()
+        engines = tuple(getattr(network, "engine", None) for network in networks)
+        return meters.get(lambda: (engines, _kind(whole)), Meter).costs(again, length)
+
+    def schedule(self, checkpointing: Checkpointing, whole: Whole, again: Callable[[], Whole]) -> Schedule:
+        """The schedule that a run goes by; takes what `run_whole` does."""
+        return checkpointing.schedule(whole.extent, lambda length: self.costs(whole, again, length))
+
+
+def _kind(whole: Whole) -> tuple[Any, ...]:
+    """All that memory depends on, but for the steps."""
+    modules: nn.Module = whole.module
+    return (
+        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+        whole.extent.batch,
+        whole.reverse,
+        _tensors(whole.inputs, 2 - whole.extent.ragged),
+        _tensors(whole.state, 0),
+        _tensors(whole.context, 0),
+        tuple(module.training for module in modules.modules()),
+        tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in modules.parameters()),
+    )
+
+
+def _tensors(tree: Tree, leading: int) -> tuple[Any, ...]:
+    if tree is None:
+        return ()
+    tensors, structure = flatten(tree)
+    return structure, tuple((x.shape[leading:], x.dtype, x.device, x.requires_grad) for x in tensors)

@@ -1,0 +1,363 @@
+"""Layers and directions: modules made of unrolled networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.bptt.checkpointing import checkpointing_of
+from unrolled.bptt.measured import twin_sharing
+from unrolled.bptt.pieces import Whole
+from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.truncated import run_by_blocks
+from unrolled.bptt.truncation import truncation_of
+from unrolled.cells.adapted import as_cell
+from unrolled.cells.contract import make_state, name_of
+from unrolled.cells.gates import GatedCell
+from unrolled.cells.min_gru import MinGRUCell
+from unrolled.errors import OptionError, UnrolledError
+from unrolled.networks.budgeted import Budgeted
+from unrolled.networks.layered import Layered, Run, named
+from unrolled.networks.layout import Given
+from unrolled.networks.portions import in_portions
+from unrolled.networks.unroll import Unrolled
+from unrolled.networks.windows import Windowed
+from unrolled.trees import Tree, map_leaves
+
+__all__ = ["Bidirectional", "Layered", "Stack", "checked_dropout", "refuse_to_cut", "stack"]
+
+
+class Bidirectional(Layered):
+    """Two unrolled networks over the same inputs, one of them from each row's last step to its first.
+
+    The outputs are those of both, joined along the last dimension; the state is the pair of both. Rows that end early
+    begin, backwards, at their own last step.
+
+    Args:
+        forwards: a cell, or anything `as_cell` makes one of without further arguments.
+        backwards: the cell of the other direction.
+        batch_first: whether inputs and outputs are `[B, T, ...]`.
+        engine: as in `unroll`.
+
+    Source: M. Schuster and K. Paliwal, "Bidirectional recurrent neural networks", IEEE TSP 45 (1997).
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> rnn = ur.Bidirectional(ur.GRUCell(3, 4), ur.GRUCell(3, 4))
+        >>> outputs, (h_forwards, h_backwards) = rnn(torch.randn(5, 2, 3), lengths=[5, 2])
+        >>> outputs.shape, outputs[2:, 1].count_nonzero()
+        (torch.Size([5, 2, 8]), tensor(0))
+    """
+
+    def __init__(
+        self,
+        forwards: nn.Module | Callable[..., Any],
+        backwards: nn.Module | Callable[..., Any],
+        *,
+        batch_first: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(batch_first=batch_first)
+        self.forwards = Unrolled(as_cell(forwards), engine=engine)
+        self.backwards = Unrolled(as_cell(backwards), engine=engine, reverse=True)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Both directions, forwards first."""
+        return [self.forwards, self.backwards]
+
+    def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+        """Run both directions and join their outputs."""
+        found = [run(part, steps, state, context) for part, state in zip(self.parts, states, strict=True)]
+        joined = map_leaves(lambda *leaves: torch.cat(leaves, -1), *(outputs for outputs, _ in found))
+        return joined, tuple(last for _, last in found)
+
+    def _get_name(self) -> str:
+        return f"Bidirectional[{name_of(self.forwards.cell)}]"
+
+
+class Stack(Windowed, Budgeted, Layered):
+    """Layers, each reading what the one before it gives out; made by `stack`.
+
+    Args:
+        layers: unrolled networks, `Bidirectional` ones, or stacks; all time-first.
+        dropout: the probability with which entries between two layers are dropped, in training only.
+        batch_first: whether inputs and outputs are `[B, T, ...]`.
+        horizon: as in `unroll`; all layers are cut at one place.
+        stride: as in `unroll`.
+        memory: as in `unroll`; all layers run within a segment.
+        checkpoint: as in `unroll`.
+
+    Raises:
+        OptionError: for no layer, one that is batch-first, a dropout that is no probability, sizes that do not fit, or
+            a horizon or a memory budget of layers that walk backwards or have one of their own.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> rnn = ur.Stack([ur.unroll(ur.GRUCell(3, 4)), ur.unroll(ur.GRUCell(4, 2))])
+        >>> outputs, (h_0, h_1) = rnn(torch.randn(5, 2, 3))
+        >>> outputs.shape, h_0.shape
+        (torch.Size([5, 2, 2]), torch.Size([2, 4]))
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        dropout: float = 0.0,
+        batch_first: bool = False,
+        horizon: int | None = None,
+        stride: int | None = None,
+        memory: int | float | str | None = None,
+        checkpoint: Schedule | Callable[[int], Schedule] | None = None,
+    ) -> None:
+        super().__init__(batch_first=batch_first)
+        self.truncation = truncation_of(horizon, stride)
+        self.checkpointing = checkpointing_of(memory, checkpoint, horizon)
+        if not layers:
+            raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
+        _refuse_batch_first(layers)
+        _refuse_misfits(layers)
+        if self.truncation is not None or self.checkpointing is not None:
+            refuse_to_cut(layers, "horizon" if self.truncation is not None else "memory budget")
+        self.layers = nn.ModuleList(layers)
+        self.dropout = checked_dropout(dropout)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The layers, the first one first."""
+        return list(self.layers)
+
+    def through(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Tree, Tree]:
+        """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
+        cut, T = self.truncation, given.extent.steps
+        if not T or (self.checkpointing is None and (cut is None or cut.horizon >= T)):
+            return Layered.through(self, given, steps, state, resets, context)
+        first = self.first_state(steps, state, given.batch)
+        whole, again = self._wholes(given, steps, state, first, resets, context)
+        if cut is not None and torch.is_grad_enabled():
+            outputs, last = run_by_blocks(cut, whole)
+        else:
+            outputs, last = self.run_whole(whole, again)
+        return outputs, given.last(last, first)
+
+    def runs(
+        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
+        """A run that could be made, and the same on a copy of the network; takes what `through` does."""
+        first = self.first_state(steps, state, given.batch)
+        return self._wholes(given, steps, state, first, resets, context)
+
+    def _wholes(
+        self, given: Given, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
+    ) -> tuple[Whole, Callable[[], Whole]]:
+        if self.checkpointing is not None:
+            self.checkpointing.check(given.steps)
+        fresh = [] if resets is None else self._fresh(steps, state, first, given.batch)
+
+        def whole(network: Stack) -> Whole:
+            through = partial(Layered.through, network)
+            restarts = dict(zip(network.networks, fresh, strict=False))
+            return in_portions(through, given, steps, first, restarts, resets, context, network)
+
+        return whole(self), lambda: whole(twin_sharing(self))
+
+    def _fresh(self, steps: Tree, state: Tree, first: Tree, batch: int) -> list[Tree]:
+        """For each network the state that its rows start afresh from: the first one, unless that was passed."""
+        states = zip(self.networks, self.each_state(state), self.each_state(first), strict=True)
+        return [begun if given is None else make_state(network.cell, steps, batch) for network, given, begun in states]
+
+    def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+        """Run one layer after the other."""
+        last: list[Tree] = []
+        for number, (layer, state) in enumerate(zip(self.parts, states, strict=True)):
+            if number and self.training and self.dropout:
+                steps = map_leaves(lambda x: nn.functional.dropout(x, self.dropout), steps)
+            try:
+                outputs, final = run(layer, steps, state, context)
+            except UnrolledError as error:
+                if not number or torch.compiler.is_compiling():
+                    raise
+                before = named(self.layers[number - 1])
+                error.args = (
+                    f"layer {number}, {named(layer)}, reads what layer {number - 1}, {before}, gives out: {error}",
+                )
+                raise
+            steps = outputs
+            last.append(final)
+        return steps, tuple(last)
+
+    def extra_repr(self) -> str:
+        """The options that differ from the defaults."""
+        cut = self.truncation
+        shown = [f"dropout={self.dropout}"] if self.dropout else []
+        shown += [f"horizon={cut.horizon}", f"stride={cut.stride}"] if cut else []
+        given = {"memory": self.memory, "checkpoint": self.checkpoint}
+        shown += [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return ", ".join(shown + ([super().extra_repr()] if self.batch_first else []))
+
+
+def stack(
+    cells: Sequence[Any],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    batch_first: bool = False,
+    engine: str = "auto",
+    horizon: int | None = None,
+    stride: int | None = None,
+    memory: int | float | str | None = None,
+    checkpoint: Schedule | Callable[[int], Schedule] | None = None,
+) -> Stack:
+    """Put recurrent layers on top of each other; each reads what the one before it gives out.
+
+    A layer runs over all steps before the next one begins, so that each has its own hoisted products. A cell that is
+    listed twice is one cell in two layers: they share its weights.
+
+    Args:
+        cells: for each layer a cell (or anything `as_cell` makes one of), a pair of cells for the two directions of a
+            bidirectional one, or an unrolled module such as `unroll`, `Bidirectional` and `stack` make.
+        bidirectional: whether every cell gets a second one for the other direction: a copy with parameters of its own,
+            drawn anew. A pair says which it is to be.
+        dropout: the probability with which entries between two layers are dropped, in training only.
+        batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
+        engine: as in `unroll`.
+        horizon: as in `unroll`; all layers are cut at one place.
+        stride: as in `unroll`.
+        memory: as in `unroll`; all layers run within a segment.
+        checkpoint: as in `unroll`.
+
+    Returns:
+        A module: `outputs, states = rnn(inputs, states=None, lengths=None, resets=None, context=None)`; states is a
+        tuple with one entry for each layer, a pair of states for a bidirectional one.
+
+    Raises:
+        OptionError: for layers whose sizes do not fit, naming both, a cell that cannot be copied anew, or a
+            horizon or a memory budget of layers that walk backwards or have one of their own.
+
+    Example:
+        >>> import torch, unrolled as ur
+        >>> rnn = ur.stack([ur.LSTMCell(3, 4), ur.GRUCell(8, 4)], bidirectional=True, dropout=0.1)
+        >>> outputs, states = rnn(torch.randn(5, 2, 3))
+        >>> outputs.shape, len(states)
+        (torch.Size([5, 2, 8]), 2)
+    """
+    layers = [_layer(entry, bidirectional=bidirectional, engine=engine) for entry in cells]
+    return Stack(
+        layers,
+        dropout=dropout,
+        batch_first=batch_first,
+        horizon=horizon,
+        stride=stride,
+        memory=memory,
+        checkpoint=checkpoint,
+    )
+
+
+def checked_dropout(p: float) -> float:
+    """Refuse a dropout that is no probability.
+
+    Raises:
+        OptionError: saying what it is.
+    """
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise OptionError(f"dropout must be a probability from 0 to 1, got {p!r}")
+    return p
+
+
+def _layer(entry: Any, *, bidirectional: bool, engine: str) -> nn.Module:
+    if isinstance(entry, Unrolled | Layered):
+        return entry
+    if isinstance(entry, tuple | list):
+        if len(entry) != 2:
+            raise OptionError(f"a layer is a cell or a pair of cells, one for each direction, got {len(entry)} of them")
+        return Bidirectional(*entry, engine=engine)
+    cell = as_cell(entry)
+    return Bidirectional(cell, _drawn_anew(cell), engine=engine) if bidirectional else Unrolled(cell, engine=engine)
+
+
+def _drawn_anew(cell: nn.Module) -> nn.Module:
+    """A copy of a cell with parameters drawn anew, by every module's own `reset_parameters`."""
+    other = copy.deepcopy(cell)
+    covered: set[int] = set()
+    for module in other.modules():
+        if callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()
+            covered.update(map(id, module.parameters()))
+    left = [name for name, parameter in other.named_parameters() if id(parameter) not in covered]
+    if left:
+        raise OptionError(
+            f"the other direction's {name_of(cell)} needs parameters of its own, but no reset_parameters() draws "
+            f"{left[0]}; pass a pair of cells for the layer, (forwards, backwards)"
+        )
+    return other
+
+
+def refuse_to_cut(layers: Sequence[nn.Module], what: str) -> None:
+    """Refuse layers that cannot all be cut at one place.
+
+    Args:
+        layers: those of a stack.
+        what: for which reason they would be cut, in words.
+
+    Raises:
+        OptionError: naming the layer.
+    """
+    for number, layer in enumerate(layers):
+        for part in layer.modules():
+            if getattr(part, "truncation", None) is not None or getattr(part, "checkpointing", None) is not None:
+                raise OptionError(
+                    f"layer {number}, {named(part)}, has a horizon or a memory budget of its own; give one to the "
+                    "stack or to its layers"
+                )
+            if getattr(part, "reverse", False):
+                raise OptionError(
+                    f"a stack with a {what} walks forwards, but layer {number} has {named(part)} that walks backwards "
+                    f"and begins where the last block ends; leave the {what} out, or stack one direction"
+                )
+
+
+def _refuse_batch_first(layers: Sequence[Any]) -> None:
+    for layer in layers:
+        if not isinstance(layer, Unrolled | Layered):
+            raise OptionError(
+                f"layers of a Stack are unrolled networks, got {type(layer).__name__}; ur.stack takes cells"
+            )
+        if layer.batch_first:
+            raise OptionError(
+                f"layers of a stack are time-first, got {layer._get_name()} with batch_first; pass it to stack"
+            )
+
+
+def _refuse_misfits(layers: Sequence[nn.Module]) -> None:
+    for number, (below, above) in enumerate(pairwise(layers)):
+        made, read = _output_size(below), _input_size(above)
+        if made is not None and read is not None and made != read:
+            raise OptionError(
+                f"layer {number + 1}, {named(above)}, reads inputs of size {read}, but layer {number}, {named(below)}, "
+                f"gives out {made}; make its input_size {made}"
+            )
+
+
+def _input_size(layer: nn.Module) -> int | None:
+    first = layer
+    while isinstance(first, Layered):
+        first = first.parts[0]
+    return first.cell.input_size if isinstance(first.cell, GatedCell | MinGRUCell) else None
+
+
+def _output_size(layer: nn.Module) -> int | None:
+    if isinstance(layer, Stack):
+        return _output_size(layer.parts[-1])
+    if isinstance(layer, Bidirectional):
+        sizes = [_output_size(part) for part in layer.parts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+    return layer.cell.hidden_size if isinstance(layer.cell, GatedCell | MinGRUCell) else None

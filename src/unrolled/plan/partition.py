@@ -1,0 +1,240 @@
+"""Colouring: where in an unrolled sequence each operation of a step runs.
+
+The step's operations and its state's leaves form a graph in which a leaf leads from what computes the next state to
+what reads the state. A cycle in it is a recurrence and has to walk through time: a *loop*. All else can be done for
+many copies at once: *once* what depends on no input and no state, *before* and *after* the rest. If there are several
+loops, they feed each other one way only; what lies between two of them is done for all copies after the one and
+before the other. A cycle that only counts is no loop: what every copy receives of it is known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from unrolled.recording.program import Program, Ref, dependents
+
+__all__ = ["Counter", "Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside", "sunk"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Operations that are run for all copies of a segment at once (once per sequence, if `once`)."""
+
+    ops: tuple[int, ...]
+    once: bool
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Operations on a cycle through time, and the state's leaves that they hand on.
+
+    Totals are operations that add up over the rows what the loop made; it adds their results up over the steps.
+    """
+
+    ops: tuple[int, ...]
+    leaves: tuple[int, ...]
+    totals: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A leaf of the state that is on no cycle: what copy t receives is what copy t-1 computed without it."""
+
+    leaf: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A leaf of the state that every copy hands on as it received it."""
+
+    leaf: int
+
+
+@dataclass(frozen=True)
+class Counter:
+    """An integer leaf of the state that every copy hands on as itself plus a constant."""
+
+    leaf: int
+    step: int
+
+
+Stage = Steps | Loop | Shift | Held | Counter
+
+
+def colour(program: Program, state: Sequence[int], next_state: Sequence[int], inputs: Iterable[int]) -> list[Stage]:
+    """The stages in which a sequence is run, in order.
+
+    Args:
+        program: the step.
+        state: the values of the state's leaves.
+        next_state: the values that replace them.
+        inputs: values that differ from step to step.
+    """
+    graph = _Graph(program, state, next_state)
+    changing = dependents(program.ops, {*inputs, *state})
+    once = [n for n, op in enumerate(program.ops) if not changing.intersection(op.outputs)]
+    stages: list[Stage] = [Steps(tuple(once), once=True)] if once else []
+    done = set(once)
+    components = list(graph.components())
+    waiting = [c for c in components if not done.issuperset(c)]
+    while waiting:
+        easy, waiting = _ready(graph, waiting, done)
+        if easy:
+            stages.append(Steps(tuple(sorted(n for c in easy for n in c)), once=False))
+            continue
+        component = next(c for c in waiting if graph.sources(c) <= done)
+        waiting.remove(component)
+        done.update(component)
+        stages.append(graph.stage(component))
+    return stages
+
+
+def read_outside(program: Program, stages: Sequence[Stage], state: Sequence[int]) -> frozenset[int]:
+    """The states of loops that are read outside of the loop that hands them on."""
+    home = {state[leaf]: stage for stage in stages if isinstance(stage, Loop) for leaf in stage.leaves}
+    found = {v for v in program.outputs if v in home}
+    for stage in stages:
+        for n in stage.ops if isinstance(stage, Steps | Loop) else ():
+            found.update(v for v in program.ops[n].inputs if home.get(v, stage) is not stage)
+    return frozenset(found)
+
+
+def sunk(program: Program, stages: Sequence[Stage], light: Collection[int]) -> list[Stage]:
+    """Move light operations that only one loop reads into it: one more there costs less than memory for all copies.
+
+    Args:
+        program: the step.
+        stages: its stages.
+        light: the operations that may be moved.
+    """
+    home = {n: i for i, stage in enumerate(stages) if isinstance(stage, Steps | Loop) for n in stage.ops}
+    asked = {v for v in program.outputs if v >= 0}
+    for n in sorted(light, reverse=True):
+        op = program.ops[n]
+        readers = {home[m] for m, other in enumerate(program.ops) if not set(op.outputs).isdisjoint(other.inputs)}
+        if len(readers) == 1 and asked.isdisjoint(op.outputs) and isinstance(stages[min(readers)], Loop):
+            (home[n],) = readers
+    moved = [
+        replace(stage, ops=tuple(sorted(n for n in home if home[n] == i))) if isinstance(stage, Steps | Loop) else stage
+        for i, stage in enumerate(stages)
+    ]
+    return [stage for stage in moved if not isinstance(stage, Steps) or stage.ops]
+
+
+def places(program: Program, stages: Sequence[Stage]) -> list[str]:
+    """For each operation once, before, through or after, as the design names them."""
+    found = ["after"] * len(program.ops)
+    needed: set[int] = set()
+    for stage in reversed(stages):
+        if isinstance(stage, Loop):
+            needed.update(v for n in stage.ops for v in program.ops[n].inputs)
+        for n in reversed(stage.ops if isinstance(stage, Steps | Loop) else ()):
+            op = program.ops[n]
+            if isinstance(stage, Loop):
+                found[n] = "through"
+            elif isinstance(stage, Steps) and stage.once:
+                found[n] = "once"
+            elif needed.intersection(op.outputs):
+                found[n] = "before"
+                needed.update(op.inputs)
+    return found
+
+
+class _Graph:
+    """Nodes 0.. are operations, -1, -2, .. the state's leaves 0, 1, .."""
+
+    def __init__(self, program: Program, state: Sequence[int], next_state: Sequence[int]) -> None:
+        producers = program.producers()
+        producers |= {value: -1 - leaf for leaf, value in enumerate(state)}
+        self.before: dict[int, set[int]] = {
+            n: {producers[v] for v in op.inputs if v in producers} for n, op in enumerate(program.ops)
+        }
+        self.counters = _counters(program, state, next_state)
+        for leaf, value in enumerate(next_state):
+            computed = value in producers and leaf not in self.counters
+            self.before[-1 - leaf] = {producers[value]} if computed else set()
+
+    def sources(self, component: frozenset[int]) -> set[int]:
+        """What a component needs of others."""
+        return set().union(*(self.before[n] for n in component)) - component
+
+    def stage(self, component: frozenset[int]) -> Stage:
+        """The stage of a component that is not a single operation."""
+        leaves = tuple(sorted(-1 - n for n in component if n < 0))
+        ops = tuple(sorted(n for n in component if n >= 0))
+        if ops or len(leaves) > 1:
+            return Loop(ops, leaves)
+        if leaves[0] in self.counters:
+            return Counter(leaves[0], self.counters[leaves[0]])
+        return Held(leaves[0]) if -1 - leaves[0] in self.before[-1 - leaves[0]] else Shift(leaves[0])
+
+    def components(self) -> Iterator[frozenset[int]]:
+        """Strongly connected components, sources first (Tarjan 1972, without recursion)."""
+        index: dict[int, int] = {}
+        low: dict[int, int] = {}
+        path: list[int] = []
+        on_path: set[int] = set()
+        for root in self.before:
+            if root in index:
+                continue
+            work = [(root, iter(sorted(self.before[root])))]
+            while work:
+                node, rest = work[-1]
+                if node not in index:
+                    index[node] = low[node] = len(index)
+                    path.append(node)
+                    on_path.add(node)
+                following = next(rest, None)
+                if following is None:
+                    work.pop()
+                    if work:
+                        low[work[-1][0]] = min(low[work[-1][0]], low[node])
+                    if low[node] == index[node]:
+                        yield frozenset(self._popped(path, on_path, node))
+                elif following not in index:
+                    work.append((following, iter(sorted(self.before[following]))))
+                elif following in on_path:
+                    low[node] = min(low[node], index[following])
+
+    @staticmethod
+    def _popped(path: list[int], on_path: set[int], node: int) -> Iterator[int]:
+        while True:
+            popped = path.pop()
+            on_path.discard(popped)
+            yield popped
+            if popped == node:
+                return
+
+
+def _counters(program: Program, state: Sequence[int], next_state: Sequence[int]) -> dict[int, int]:
+    """The leaves that are handed on as themselves plus an integer, and that integer; of integers only, to be exact."""
+    producers, found = program.producers(), {}
+    for leaf, (received, following) in enumerate(zip(state, next_state, strict=True)):
+        op = program.ops[producers[following]] if following in producers else None
+        if op is None or op.name != "aten.add.Tensor" or op.kwargs or op.args[0] != Ref(received):
+            continue
+        dtypes = {program.values[received].dtype, program.values[following].dtype}
+        if type(op.args[1]) is int and len(dtypes) == 1 and dtypes <= _INTEGERS:
+            found[leaf] = op.args[1]
+    return found
+
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def _ready(
+    graph: _Graph, waiting: list[frozenset[int]], done: set[int]
+) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
+    """The single operations that can run now, one after another; marks them done."""
+    easy, hard = [], []
+    for component in waiting:
+        single = len(component) == 1 and next(iter(component)) >= 0
+        if single and graph.sources(component) <= done and not component & graph.before[next(iter(component))]:
+            easy.append(component)
+            done.update(component)
+        else:
+            hard.append(component)
+    return easy, hard

@@ -1,0 +1,116 @@
+"""`torch.autograd.Function`s on a tape: found, recorded with their own backward, and run again.
+
+What such a Function computes is on the tape like everything else, but its gradient is not the one of those operations
+(a spiking network's surrogate). So the operations between its inputs and its results are taken together as one, with
+the recorded backward beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrolled.recording.program import Ref
+from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like, values_behind
+
+__all__ = ["RawCustom", "RawProgram", "fold_functions"]
+
+
+@dataclass
+class RawProgram:
+    """A program as one recording saw it: shapes are still those of that batch size."""
+
+    tensors: Sequence[Tensor]
+    inputs: list[int]
+    events: list[Event]
+    outputs: list[int]
+
+
+@dataclass
+class RawCustom:
+    """A Function as one recording saw it."""
+
+    name: str
+    forward: RawProgram
+    backward: RawProgram
+    saved: list[int]
+
+
+def fold_functions(tape: Tape) -> None:
+    """Replace the events of each Function on the tape by one whose target is a `RawCustom`."""
+    nodes: dict[int, tuple[Any, list[int]]] = {}
+    for value, node in tape.nodes.items():
+        nodes.setdefault(id(node), (node, []))[1].append(value)
+    for node, outputs in nodes.values():
+        _fold(tape, node, sorted(outputs, key=lambda value: tape.tensors[value].output_nr))
+
+
+def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
+    inside = _events_inside(tape.events, outputs)
+    made = {value for event in inside for value in event.outputs}
+    read = list(dict.fromkeys(value for event in inside for value in event.inputs if value not in made))
+    sources = values_behind(node, tape.tensors)
+    backward, saved, tangents, grads = _record_backward(tape, node, outputs, sources)
+    inputs = list(dict.fromkeys([*read, *(source for source in sources if source is not None)]))
+    kept = [value for value in saved if value in made and value not in outputs]
+    strangers = [value for value in saved if value not in made and value not in inputs]
+    forward = RawProgram(tape.tensors, inputs + strangers, inside, outputs + kept)
+    by_input = [grads.get(value, -1) for value in inputs + strangers]
+    custom = RawCustom(
+        type(node).__name__.removesuffix("Backward"),
+        forward,
+        RawProgram(tape.tensors, saved + tangents, backward, by_input),
+        saved,
+    )
+    position = tape.events.index(inside[-1])
+    arguments = tuple(Ref(value) for value in inputs + strangers)
+    folded = Event(custom, arguments, {}, tuple(outputs + kept), differentiable=True)  # type: ignore[arg-type]
+    tape.events[:] = [
+        folded if index == position else event
+        for index, event in enumerate(tape.events)
+        if index == position or event not in inside
+    ]
+
+
+def _events_inside(events: list[Event], outputs: list[int]) -> list[Event]:
+    """The run of events with autograd off that led to these outputs."""
+    wanted, found = set(outputs), []
+    for event in reversed(events):
+        if wanted.intersection(event.outputs) and not event.differentiable:
+            wanted.update(event.inputs)
+            found.append(event)
+    if not found:
+        raise UnrecordableError("it has an autograd.Function whose result is one of its inputs")
+    return list(reversed(found))
+
+
+def _record_backward(
+    tape: Tape, node: Any, outputs: list[int], sources: list[int | None]
+) -> tuple[list[Event], list[int], list[int], dict[int, int]]:
+    """Call the Function's backward with the tape running: its events, what it read, tangents, and gradients."""
+    given = [tangent_like(tape.tensors[value]) for value in outputs]
+    start, tape.in_backward = len(tape.events), True
+    tangents = [tape.add(tensor) for tensor in given]
+    try:
+        with torch.no_grad(), tape:
+            returned = node.apply(*given)
+    except RuntimeError as error:
+        raise UnrecordableError(f"the backward of {type(node).__name__} cannot be run by itself: {error}") from error
+    finally:
+        tape.in_backward = False
+    events = tape.events[start:]
+    del tape.events[start:]
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    grads = {
+        source: tape.number(grad)
+        for source, grad in zip(sources, returned, strict=False)
+        if source is not None and grad is not None
+    }
+    made = {value for event in events for value in event.outputs}
+    read = dict.fromkeys(value for event in events for value in event.inputs if value not in made)
+    saved = [value for value in read if value not in tangents]
+    return events, saved, tangents, grads

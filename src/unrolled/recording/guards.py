@@ -1,0 +1,126 @@
+"""Guards: what a recording holds under. A cell is a Python object, and whatever its step reads may change.
+
+The fingerprint of a cell is a nested tuple of all plain values that its modules hold, of the kinds of its tensors and
+which of them are one, of its modules' types and modes; and a number for everything that its steps were seen to be able
+to read outside of it (`watch`). Tensors' numbers are not in it: a program reads them anew at every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from unrolled.internals import modules_are_patched
+from unrolled.recording.kinds import HOOKS
+from unrolled.recording.places import PLAIN
+from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.watch import watcher_of
+
+__all__ = ["fingerprint", "held_by"]
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+# Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}
+_BY_IDENTITY = (
+    type,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
+_MOST_BYTES = 4096
+# What a recording has on whatever the mode of the call: a step that asks is recorded only for calls that have it too.
+_RECORDED_WITH = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
+
+
+def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
+    """Everything that the step of a cell may depend on, but for its tensors' numbers.
+
+    Raises:
+        UnrecordableError: if the cell holds something that cannot be compared, or there are hooks on all modules.
+    """
+    if any(getattr(nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
+        raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
+    watcher = watcher_of(cell)
+    modes = tuple([_mode(*asked) for asked in watcher.modes.items()])
+    return held_by(cell), watcher.version(), modes, modules_are_patched()
+
+
+def held_by(cell: nn.Module) -> tuple[Any, ...]:
+    """What a cell itself holds.
+
+    Raises:
+        UnrecordableError: if it holds something that cannot be compared.
+    """
+    freezer = _Freezer()
+    return tuple([freezer.module(name, module) for name, module in cell.named_modules()])
+
+
+def _mode(name: str, ask: Callable[[], Any]) -> Any:
+    """A mode of torch's that a step asks for, as it is."""
+    value = ask()
+    if value is not _RECORDED_WITH.get(name, value):
+        raise UnrecordableError(f"its step asks {name}(), which is {value} here")
+    return value
+
+
+class _Freezer:
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.tensors: dict[int, int] = {}
+
+    def module(self, name: str, module: nn.Module) -> tuple[Any, ...]:
+        self.seen.add(id(module))
+        held = vars(module)
+        plain = tuple([(key, self.value(held[key], key)) for key in held if key not in _BOOKKEEPING])
+        tensors = tuple(
+            [(key, self.kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
+        )
+        return (name, type(module), plain, tensors, any(held.get(hooks) for hooks in HOOKS))
+
+    def kind(self, tensor: Tensor | None) -> Any:
+        """What of a parameter or buffer a program depends on, and which one it is: it may be held by other names."""
+        if tensor is None:
+            return None
+        number = self.tensors.setdefault(id(tensor), len(self.tensors))
+        return (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor), number)
+
+    def value(self, value: Any, name: str) -> Any:
+        if isinstance(value, PLAIN):
+            # 1, 1.0 and True are equal, 0.0 and -0.0 too: the type and the digits tell them apart.
+            return (type(value), repr(value)) if isinstance(value, float | int | complex) else value
+        if isinstance(value, Tensor):
+            return ("a tensor", self.tensors.setdefault(id(value), len(self.tensors)))
+        if isinstance(value, types.FunctionType):
+            return value
+        if isinstance(value, np.ndarray | np.generic) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
+            return (str(value.dtype), value.shape, value.tobytes())
+        if isinstance(value, _BY_IDENTITY):
+            return value
+        if not isinstance(value, tuple | frozenset):
+            if id(value) in self.seen:
+                return "seen before"
+            self.seen.add(id(value))
+        return self.thing(value, name)
+
+    def thing(self, value: Any, name: str) -> Any:
+        """Containers and objects, which may lead back to themselves."""
+        if isinstance(value, dict):
+            return (type(value), tuple([(self.value(k, name), self.value(v, name)) for k, v in value.items()]))
+        if isinstance(value, tuple | list | set | frozenset | deque):
+            return (type(value), tuple([self.value(child, name) for child in value]))
+        if isinstance(value, types.MethodType):
+            return (self.value(value.__func__, name), self.value(value.__self__, name))
+        if isinstance(value, functools.partial):
+            return (self.value(value.func, name), self.value(value.args, name), self.value(value.keywords, name))
+        if type(value).__module__.startswith("torch.") and callable(value) and not isinstance(value, nn.Module):
+            return id(value)
+        if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
+            return (type(value), self.value(vars(value), name))
+        raise UnrecordableError(f"its attribute {name} is a {type(value).__name__}, whose changes cannot be seen")

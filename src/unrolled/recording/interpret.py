@@ -1,0 +1,109 @@
+"""Running programs with torch operations: one function made for each program, and Functions with their own backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrolled.recording.program import Custom, Op, Program, Ref, Size, resolved
+
+__all__ = ["compiled", "run_op"]
+
+
+def run_op(op: Op, values: Any, rows: int) -> Sequence[Tensor | None]:
+    """Run one operation on the tensors of its values, for so many rows; its results, one for each output."""
+    arguments = resolved(op.args, values, rows)
+    if isinstance(op.target, Custom):
+        return _apply(op.target, rows, arguments)
+    result = op.target(*arguments, **{name: resolved(arg, values, rows) for name, arg in op.kwargs})
+    return result if isinstance(result, tuple | list) else (result,)
+
+
+@lru_cache(maxsize=512)
+def compiled(program: Program) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A function `(rows, *inputs) -> outputs` that runs a program; None for outputs that it does not have."""
+    writer = _Writer(program)
+    source = writer.source()
+    scope: dict[str, Any] = {"apply": _apply, **writer.held}
+    exec(compile(source, f"<step of {len(program.ops)} operations>", "exec"), scope)
+    function: Callable[..., tuple[Tensor | None, ...]] = scope["step"]
+    return function
+
+
+class _Writer:
+    """Writes a program as the source of a Python function; interpreting it would cost as much as running it."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.held: dict[str, Any] = {}
+        self.last_use: dict[int, int] = {}
+        for number, op in enumerate(program.ops):
+            self.last_use |= dict.fromkeys(op.inputs, number)
+
+    def source(self) -> str:
+        inputs = ", ".join(["rows", *(f"v{v}" for v in self.program.inputs)])
+        lines = [f"def step({inputs}):"]
+        for number, op in enumerate(self.program.ops):
+            lines.append(f"    {self._targets(op)} = {self._call(number, op)}")
+        outputs = ", ".join(f"v{v}" if v >= 0 else "None" for v in self.program.outputs)
+        return "\n".join([*lines, f"    return ({outputs}{',' if outputs else ''})"])
+
+    def _targets(self, op: Op) -> str:
+        names = [f"v{v}" if v >= 0 else "_" for v in op.outputs]
+        several = isinstance(op.target, Custom) or len(names) > 1 or _returns_list(op.target)
+        return f"({', '.join(names)},)" if several else names[0]
+
+    def _call(self, number: int, op: Op) -> str:
+        arguments = [self._argument(arg) for arg in op.args]
+        if isinstance(op.target, Custom):
+            return f"apply({self._hold(op.target)}, rows, [{', '.join(arguments)}])"
+        named = [f"{name}={self._argument(arg)}" for name, arg in op.kwargs]
+        return f"{self._hold(op.target)}({', '.join(arguments + named)})"
+
+    def _argument(self, tree: Any) -> str:
+        if isinstance(tree, Ref):
+            return f"v{tree.value}"
+        if isinstance(tree, Size):
+            return f"({tree.per_row} * rows + {tree.constant})"
+        if isinstance(tree, tuple | list):
+            return f"[{', '.join(map(self._argument, tree))}]"
+        if tree is None or type(tree) in (bool, int):
+            return repr(tree)
+        return self._hold(tree)
+
+    def _hold(self, thing: Any) -> str:
+        name = f"k{len(self.held)}"
+        self.held[name] = thing
+        return name
+
+
+def _returns_list(target: Any) -> bool:
+    returns = target._schema.returns
+    return len(returns) == 1 and str(returns[0].type).startswith("List")
+
+
+def _apply(custom: Custom, rows: int, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Run a Function's operations; its own backward is used where autograd asks for it."""
+    results = _Recorded.apply(custom, rows, *arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, custom: Custom, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.custom, ctx.rows = custom, rows
+        outputs = compiled(custom.forward)(rows, *inputs)
+        ctx.save_for_backward(*inputs, *outputs)
+        return tuple(output for output in outputs if output is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        custom: Custom = ctx.custom
+        known = dict(zip((*custom.forward.inputs, *custom.forward.outputs), ctx.saved_tensors, strict=True))
+        saved = [known[v] for v in custom.saved]
+        tangents = grads[: len(custom.backward.inputs) - len(saved)]
+        return (None, None, *compiled(custom.backward)(ctx.rows, *saved, *tangents))

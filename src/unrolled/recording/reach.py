@@ -1,0 +1,383 @@
+"""Reach: what code that runs can read outside of a cell, followed from the globals, classes and closures it names.
+
+Nothing is exempt by where it was written: a helper of another library's, torch's own Python code and a parametrisation
+are followed alike. What cannot be looked into makes the reach open: its values are distrusted, and witnessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from unrolled.internals import has_memory
+from unrolled.recording import places
+from unrolled.recording.kinds import (
+    GENERATORS,
+    HIDING,
+    INERT,
+    attributes_of,
+    functions_of,
+    is_common,
+    is_pure,
+    is_written_in_python,
+    name_of,
+    slots_of,
+)
+from unrolled.recording.names import Names, names_in
+from unrolled.recording.places import CONTAINERS, MISSING, PLAIN, Fetch, Place
+from unrolled.recording.tape import IrreversibleError
+
+__all__ = ["Reach"]
+
+_MOST_PLACES, _MOST_ITEMS, _MOST_BYTES = 4096, 1024, 4096
+# A class with more names than these is not looked over as a whole, but name by name.
+_FEW_NAMES = 40
+_MODE = re.compile("_?(get|is|are)_")
+# Builtins that reach where no name leads.
+_OPENING = frozenset(["eval", "exec", "compile", "open", "input", "globals", "locals", "__import__"])
+
+
+class Reach:
+    """The places that were found so far.
+
+    Args:
+        own: objects that belong to the cell (to the twin of it that is run): their attributes are not
+            outside, and are compared in another way.
+
+    Attributes:
+        places: each with the value that it had when it was first seen, before the code that names it ran.
+        generators: of random numbers.
+        modes: what torch was asked about itself, by name.
+        memory: what tensors outside lie in, by address, and what they are called.
+        large: arrays that are too large to be looked at in every call, with what they held.
+        open: what cannot be followed; empty if everything can.
+    """
+
+    def __init__(self, own: Iterable[Any] = ()) -> None:
+        self.places: dict[Any, Place] = {}
+        self.generators: dict[int, Any] = {}
+        self.modes: dict[str, Callable[[], Any]] = {}
+        self.memory: dict[int, str] = {}
+        self.large: list[tuple[np.ndarray, np.ndarray, str]] = []
+        self.open = ""
+        self._keep: list[Any] = [*own]
+        self._own = frozenset(map(id, self._keep))
+        self._outside: dict[int, Any] = {}
+        self._seen: set[tuple[int, int, bool]] = set()
+        self._reader = ""
+        self._entered: set[types.CodeType] = set()
+        self._methods: set[tuple[types.CodeType, type]] = set()
+        self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
+
+    # -- what runs ----------------------------------------------------------------------------------------------------
+
+    def enter(self, code: types.CodeType, frame: types.FrameType) -> None:
+        """A function begins: its globals, its arguments and the class it was found in can be read."""
+        names = names_in(code)
+        self._reader = frame.f_globals.get("__name__", "")
+        if code not in self._entered:
+            self._entered.add(code)
+            self._globals(frame.f_globals, names)
+            for function in self._functions.get(code, []):
+                self._defined(function)
+        given = frame.f_locals
+        for value in given.values():
+            self.pass_on(value, names)
+        if code.co_argcount:
+            self._method(code, given.get(code.co_varnames[0]))
+
+    def pass_on(self, value: Any, names: Names) -> None:
+        """A value that was handed to code with these names, or returned to it."""
+        self._follow(value, names, "", outside=id(value) in self._outside)
+
+    def call(self, function: Any) -> None:
+        """A function written in C is called."""
+        owner = getattr(function, "__self__", None)
+        name = getattr(function, "__name__", "")
+        if function is print or (id(owner) in self._outside and type(owner).__module__ == "_io"):
+            raise IrreversibleError(f"it calls {name}, which does something outside of the cell at every step")
+        if owner is None or isinstance(owner, type):
+            module = getattr(function, "__module__", None) or getattr(owner, "__module__", "")
+            known = is_pure(module)
+        elif isinstance(owner, types.ModuleType):
+            if owner.__name__.startswith("torch") and _MODE.match(name):
+                self._mode(name, function)
+            known = is_pure(owner.__name__) and not (owner.__name__ == "builtins" and name in _OPENING)
+        else:
+            known = isinstance(owner, (*PLAIN, *CONTAINERS, tuple, frozenset, Tensor, np.ndarray, *GENERATORS))
+            known = known or is_pure(type(owner).__module__) or isinstance(owner, ContextVar)
+            if isinstance(owner, GENERATORS):
+                self._generator(owner)
+        if not known:
+            self._opened(f"it calls {getattr(function, '__qualname__', name)}, whose answers may change")
+
+    def _mode(self, name: str, ask: Callable[[], Any]) -> None:
+        if name not in self.modes and "()" in (ask.__doc__ or "()"):
+            try:
+                value = ask()
+            except TypeError:  # it is asked about something, and not about a mode
+                return
+            if isinstance(value, PLAIN):
+                self.modes[name] = ask
+
+    def _method(self, code: types.CodeType, first: Any) -> None:
+        """Where the class of a function's first argument finds that function: another may come to stand there."""
+        kind = first if isinstance(first, type) else type(first)
+        if (code, kind) not in self._methods and is_written_in_python(kind):
+            self._methods.add((code, kind))
+            self._class_entry(kind, name_of(code, kind), names_in(code))
+
+    def _globals(self, held: dict[str, Any], names: Names) -> None:
+        module = held.get("__name__", "")
+        for name in names.globals:
+            if name in held:
+                self._at(places.held_in, held, name, f"{module}.{name}", names)
+                if names.computed and isinstance(held[name], types.ModuleType) and not is_common(held[name].__name__):
+                    self._opened(f"it looks up names in {held[name].__name__} that it makes as it runs")
+            else:
+                builtins = held.get("__builtins__", {})
+                builtins = vars(builtins) if isinstance(builtins, types.ModuleType) else builtins
+                self._at(places.held_in, held, name, f"{module}.{name}", names)
+                self._at(places.held_in, builtins, name, name, names)
+        for name in names.modules:
+            self._at(places.held_in, sys.modules, name, name, names)
+
+    # -- what it reaches ----------------------------------------------------------------------------------------------
+
+    def _at(self, fetch: Fetch, owner: Any, name: Any, label: str, names: Names) -> None:
+        """Note a place, and follow what stands there."""
+        key = (fetch, id(owner), name)
+        place = self.places.get(key)
+        if place is None:
+            if len(self.places) >= _MOST_PLACES:
+                self._opened(f"it can read more than {_MOST_PLACES} places")
+                return
+            place = self.places[key] = Place(fetch, owner, name, label, fetch(owner, name), self._reader)
+        self._follow(place.now(), names, label, outside=True)
+
+    def _note(self, fetch: Fetch, owner: Any, label: str) -> None:
+        """Note a place whose content is followed in another way."""
+        key = (fetch, id(owner), "")
+        if key not in self.places:
+            self.places[key] = Place(fetch, owner, "", label, fetch(owner, ""), self._reader)
+
+    def _follow(self, value: Any, names: Names, label: str, *, outside: bool) -> None:
+        if issubclass(type(value), PLAIN) or value is MISSING:
+            return
+        if outside and id(value) not in self._own:
+            self._outside[id(value)] = value
+        else:
+            outside = id(value) in self._outside
+        key = (id(value), id(names), outside)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._keep += (value, names)
+        self._look_into(value, names, label, outside)
+
+    def _look_into(self, value: Any, names: Names, label: str, outside: bool) -> None:
+        for kinds, follow in self._ways():
+            if issubclass(type(value), kinds):
+                follow(value, names, label, outside)
+                return
+        kind: Any = type(value)
+        if hasattr(kind, "__next__") and not is_written_in_python(kind) and kind.__module__ != "_io":
+            if outside and not is_common(self._reader):
+                raise IrreversibleError(f"it reads {label}, an iterator, which moves on outside of the cell")
+            if outside:  # a library keeps it, as a tracer of torch's does that is at work around this
+                self._opened(f"it may read {label}, an iterator")
+        elif attributes_of(value) is not None or slots_of(kind):
+            self._object(value, names, label, outside)
+        elif outside and not is_pure(kind.__module__):
+            self._opened(f"it reads {label}, a {kind.__name__}, which cannot be looked into")
+
+    def _ways(self) -> Iterator[tuple[Any, Callable[..., None]]]:
+        yield HIDING, self._hidden
+        yield types.FunctionType, self._function
+        yield type, self._class
+        yield types.ModuleType, self._module
+        yield nn.Module, self._object
+        yield Tensor, self._tensor
+        yield CONTAINERS, self._container
+        yield (tuple, frozenset), self._items
+        yield types.MethodType, self._bound
+        yield weakref.ref, self._reference
+        yield functools.partial, self._partial
+        yield (staticmethod, classmethod, property), self._wrapped
+        yield GENERATORS, self._drawn_from
+        yield np.ndarray, self._array
+        yield ContextVar, self._variable
+        yield INERT, self._builtin
+
+    def _function(self, function: types.FunctionType, names: Names, label: str, outside: bool) -> None:
+        """What a function reads matters once it runs; until then it matters only which one it is."""
+        self._functions.setdefault(function.__code__, []).append(function)
+        if function.__code__ in self._entered or not names.attributes.isdisjoint(vars(function)):
+            self._defined(function)
+
+    def _defined(self, function: types.FunctionType) -> None:
+        label, inside = function.__qualname__, names_in(function.__code__)
+        self._note(places.definition, function, f"the definition of {label}")
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._at(places.closed_over, cell, "", f"{variable} of {label}", inside)
+        held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values())
+        for value in held:
+            self._follow(value, inside, f"a default of {label}", outside=True)
+
+    def _class(self, kind: type, names: Names, label: str, outside: bool) -> None:
+        if is_written_in_python(kind):
+            wanted = set(names.attributes)
+            if names.computed:
+                bases = [base for base in kind.__mro__ if not is_pure(base.__module__)]
+                wanted.update(name for base in bases for name in vars(base) if name[:2] != "__")
+            for name in wanted:
+                self._class_entry(kind, name, names)
+        elif not is_pure(kind.__module__):
+            self._opened(f"it uses {label or kind.__qualname__}, a class that cannot be looked into")
+
+    def _class_entry(self, kind: type, name: str, names: Names) -> None:
+        for base in kind.__mro__:
+            if not is_written_in_python(base):
+                return
+            few = len(vars(base)) <= _FEW_NAMES
+            if few:
+                self._note(places.names_of_class, base, f"the names of {base.__qualname__}")
+            if name in vars(base) or not few:
+                self._at(places.of_class, base, name, f"{base.__qualname__}.{name}", names)
+            if name in vars(base):
+                return
+
+    def _module(self, module: types.ModuleType, names: Names, label: str, outside: bool) -> None:
+        held = vars(module)
+        for name in names.attributes:
+            if name in held:
+                self._at(places.held_in, held, name, f"{module.__name__}.{name}", names)
+
+    def _object(self, thing: Any, names: Names, label: str, outside: bool) -> None:
+        kind: Any = type(thing)
+        held = attributes_of(thing)
+        held = {} if held is None else held
+        label = label or kind.__qualname__
+        slots = slots_of(kind)
+        if outside:
+            self._at(places.type_of, thing, "", f"the class of {label}", names)
+        else:
+            self._class(kind, names, label, outside)
+        if isinstance(thing, nn.Module):
+            for name in ("_parameters", "_buffers", "_modules"):
+                self._at_or_through(held[name], names, f"{label}.{name}", outside)
+        for name in self._looked_up(names, [*held, *slots]):
+            if name in slots:
+                value = places.named(thing, name)
+                if outside:
+                    self._at(places.named, thing, name, f"{label}.{name}", names)
+                else:
+                    self._follow(value, names, f"{label}.{name}", outside=False)
+            elif outside:
+                self._at(places.held_in, held, name, f"{label}.{name}", names)
+            else:
+                self._follow(held.get(name, MISSING), names, f"{label}.{name}", outside=False)
+        if outside:
+            self._class(kind, names, label, outside)
+        if isinstance(thing, CONTAINERS):
+            self._container(thing, names, label, outside)
+
+    def _at_or_through(self, value: Any, names: Names, label: str, outside: bool) -> None:
+        if outside:
+            self._outside[id(value)] = value
+        self._follow(value, names, label, outside=outside)
+
+    def _looked_up(self, names: Names, held: Iterable[str]) -> Iterable[str]:
+        """Which names are looked up in a thing that holds these: all of them, where code makes names as it runs."""
+        if not names.computed:
+            return names.attributes
+        return dict.fromkeys([*names.attributes, *(name for name in held if name[:2] != "__")])
+
+    def _container(self, container: Any, names: Names, label: str, outside: bool) -> None:
+        if len(container) > _MOST_ITEMS:
+            if outside:
+                self._opened(f"it reads {label}, which holds more than {_MOST_ITEMS} things")
+            return
+        if outside:
+            self._note(places.content, container, f"what {label} holds")
+        self._items(container, names, label, outside)
+        held = attributes_of(container)
+        if type(container) not in CONTAINERS and held is not None:
+            self._class(type(container), names, label, outside)
+            if outside:
+                self._note(places.content, held, f"the attributes of {label}")
+            self._items(held, names, label, outside)
+
+    def _items(self, container: Any, names: Names, label: str, outside: bool) -> None:
+        pairs = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, value in list(pairs):
+            self._follow(key, names, f"a key of {label}", outside=outside)
+            self._follow(value, names, f"{label}[{key!r}]" if isinstance(key, str | int) else label, outside=outside)
+
+    def _bound(self, method: types.MethodType, names: Names, label: str, outside: bool) -> None:
+        self._follow(method.__func__, names, label, outside=True)
+        self._follow(method.__self__, names, label, outside=outside)
+        self._follow(method.__self__, names_in(getattr(method.__func__, "__code__", _NOTHING)), label, outside=outside)
+
+    def _partial(self, partial: Any, names: Names, label: str, outside: bool) -> None:
+        for value in (partial.func, *partial.args, *partial.keywords.values()):
+            self._follow(value, names, label, outside=outside)
+        if outside:
+            self._at(places.named, partial, "keywords", f"{label}.keywords", names)
+            self._follow(partial.keywords, names, label, outside=True)
+
+    def _wrapped(self, wrapper: Any, names: Names, label: str, outside: bool) -> None:
+        for function in functions_of(wrapper):
+            self._follow(function, names, label, outside=True)
+
+    def _tensor(self, tensor: Tensor, names: Names, label: str, outside: bool) -> None:
+        if outside:
+            self._note(places.kind_of, tensor, label)
+            if has_memory(tensor):
+                self.memory[tensor.untyped_storage().data_ptr()] = label
+
+    def _drawn_from(self, generator: Any, names: Names, label: str, outside: bool) -> None:
+        self._generator(generator)
+
+    def _generator(self, generator: Any) -> None:
+        self.generators.setdefault(id(generator), generator)
+
+    def _array(self, values: np.ndarray, names: Names, label: str, outside: bool) -> None:
+        if not outside:
+            return
+        if values.nbytes > _MOST_BYTES or values.dtype.hasobject:
+            self._opened(f"it reads {label}, an array of {values.nbytes} bytes")
+            self.large.append((values, values.copy(), label))
+            return
+        self._note(places.array, values, label)
+
+    def _variable(self, variable: ContextVar[Any], names: Names, label: str, outside: bool) -> None:
+        self._at(places.value_of_variable, variable, "", f"the context variable {variable.name}", names)
+
+    def _reference(self, reference: Any, names: Names, label: str, outside: bool) -> None:
+        self._at(places.referent, reference, "", f"what {label} refers to", names)
+
+    def _hidden(self, thing: Any, names: Names, label: str, outside: bool) -> None:
+        """What looks like an object of Python's and keeps what it reads out of sight."""
+        self._opened(f"it reads {label or 'something'}, a {type(thing).__name__}, which cannot be looked into")
+        self._follow(getattr(thing, "__wrapped__", None), names, label, outside=outside)
+
+    def _builtin(self, function: Any, names: Names, label: str, outside: bool) -> None:
+        owner = getattr(function, "__self__", None)
+        if owner is not None and not isinstance(owner, types.ModuleType | type):
+            self._follow(owner, names, label, outside=outside)
+
+    def _opened(self, why: str) -> None:
+        self.open = self.open or why
+
+
+_NOTHING = (lambda: None).__code__

@@ -1,0 +1,220 @@
+"""Sites: places in a traced program where a network is run, with what the trace must know of it beforehand.
+
+Whoever traces (a compiler, an export, a `vmap`) has tensors without numbers. A site is made on real ones of the same
+kind, by the plan book as for any call; so a site knows the plan, and with it the shapes of all results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.cells.contract import CheckedStep, name_of
+from unrolled.engine import reference
+from unrolled.engine.plan_cache import PlanBook
+from unrolled.errors import CellError, OptionError
+from unrolled.execution.run import run_plan
+from unrolled.lengths import Extent
+from unrolled.lru import Kept
+from unrolled.plan.plan import StepPlan
+from unrolled.recording.guards import fingerprint
+from unrolled.recording.program import Size
+from unrolled.tracing.samples import Asked, apart, call_with, held, real
+from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
+
+__all__ = ["Site", "site_at", "site_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where a network is run by the operator.
+
+    The operator's tensors are the leaves of inputs, state and context, and then the cell's parameters and buffers.
+
+    Attributes:
+        number: what the operator knows it by.
+        network: the plan book and the cell, held weakly.
+        plan: how it was recorded.
+        asked: what the call passes.
+        batch: the B that it was made with.
+    """
+
+    number: int
+    network: tuple[weakref.ref[PlanBook], weakref.ref[nn.Module]]
+    plan: StepPlan
+    asked: Asked
+    batch: int
+    _reached: dict[tuple[bool, ...], Any] = field(default_factory=dict)
+
+    @property
+    def structures(self) -> tuple[Structure, Structure]:
+        """Of the outputs and of the state."""
+        return self.plan.recording.structures[3], self.plan.recording.structures[1]
+
+    @property
+    def outputs(self) -> int:
+        """How many leaves the outputs have."""
+        return len(self.plan.recording.outputs)
+
+    @property
+    def given(self) -> int:
+        """How many of the tensors are leaves of inputs, state and context."""
+        return sum(self.plan.recording.counts)
+
+    @property
+    def folds(self) -> bool:
+        """Whether all that goes in and comes out has rows, and no operation couples them."""
+        recording = self.plan.recording
+        values = recording.program.values
+        ends = (*recording.program.inputs[: self.given], *recording.program.outputs)
+        rows = all(self.plan.rows.get(v) == 0 and values[v].shape[:1] == (Size(1, 0),) for v in ends)
+        return rows and not self.plan.coupled
+
+    def shapes(self, T: int, B: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the leaves of the outputs and of the last state; T and B may be symbols."""
+        recording = self.plan.recording
+        values = recording.program.values
+        found = [((T, *values[v].sizes(B)), values[v].dtype) for v in recording.outputs]
+        return found + [(values[v].sizes(B), values[v].dtype) for v in recording.next_state]
+
+    def run(self, tensors: Sequence[Tensor], *, by_reference: bool = False) -> list[Tensor]:
+        """The network as it is now, with these tensors in place of the cell's own: outputs' and last state's leaves.
+
+        Raises:
+            OptionError: if the network is gone.
+            CellError: if its results are no longer those that the surrounding program was traced with.
+        """
+        plans, cell = self.alive()
+        inputs, state, context = self.trees(tensors)
+        extent = Extent(*leaves(inputs)[0].shape[:2])
+
+        def call() -> tuple[Tree, Tree]:
+            plan = None if by_reference else plans.look_up(cell, inputs, state, context).plan
+            if plan is None:
+                outputs, last = reference.run(CheckedStep(cell, context), inputs, state, extent)
+                return map_leaves(torch.clone, outputs), map_leaves(torch.clone, last)
+            _refuse_strays(plan, cell, tensors)
+            return run_plan(plan, cell, inputs, state, context, plans.runner, extent)
+
+        results = leaves(call_with(cell, tensors[self.given :], call))
+        if not by_reference and [(tuple(x.shape), x.dtype) for x in results] != self.shapes(extent.steps, extent.batch):
+            raise self.outdated("other shapes of its results")
+        return results
+
+    def alive(self) -> tuple[PlanBook, nn.Module]:
+        """The plan book and the cell."""
+        plans, cell = (found() for found in self.network)
+        if plans is None or cell is None:
+            raise OptionError(
+                "a traced program runs the unrolled network that it was traced with, and that one is gone; "
+                "keep the network as long as the program"
+            )
+        return plans, cell
+
+    def outdated(self, what: str) -> CellError:
+        """The error for a cell that has changed since the surrounding program was traced, in what the trace knows."""
+        name = name_of(self.alive()[1])
+        return CellError(
+            f"a cell must stay what the program around it was traced with, but {name} has come to have {what}; "
+            "trace it again: torch.compiler.reset(), or export it anew"
+        )
+
+    def trees(self, tensors: Sequence[Tensor]) -> tuple[Tree, Tree, Tree]:
+        """Inputs, state and context of the operator's tensors."""
+        remaining = iter(tensors)
+        structures, counts = self.plan.recording.structures[:3], self.plan.recording.counts
+        parts = [list(itertools.islice(remaining, count)) for count in counts]
+        inputs, state, context = (
+            unflatten(s, part) if s is not None else None for s, part in zip(structures, parts, strict=True)
+        )
+        return inputs, state, context
+
+    def reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which tensors get a gradient where some want one, and which results have one; found on a sample."""
+        if wanted not in self._reached:
+            self._reached[wanted] = apart(lambda: self._reach(wanted))
+        return self._reached[wanted]
+
+    def _reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        _, cell = self.alive()
+        given = [leaf for tree in self.asked.sample(cell, self.batch) for leaf in leaves(tree)]
+        given = [real(t).requires_grad_(w) for t, w in zip([*given, *held(cell)], wanted, strict=True)]
+        results = self.run(given)
+        ends = [x for x in results if x.requires_grad]
+        by = [x for x in given if x.requires_grad]
+        grads = torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True) if ends else ()
+        reached = {id(x) for x, grad in zip(by, grads, strict=False) if grad is not None}
+        return tuple([id(x) in reached for x in given]), tuple([x.requires_grad for x in results])
+
+
+def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -> None:
+    handed = {id(tensor) for tensor in tensors}
+    for external in plan.recording.externals:
+        tensor = external.fetch(cell)
+        if tensor.requires_grad and id(tensor) not in handed:
+            raise CellError(
+                f"a traced program gives gradients to parameters only, but {external.name} of {name_of(cell)} is "
+                "a plain tensor that needs one; make it an nn.Parameter"
+            )
+
+
+_SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_OF_BOOK: weakref.WeakKeyDictionary[PlanBook, Kept[Site]] = weakref.WeakKeyDictionary()
+_numbers = itertools.count(1)
+
+
+def site_at(number: int) -> Site:
+    """The site of a number.
+
+    Raises:
+        OptionError: if it is of another process, or its network is gone.
+    """
+    try:
+        return _SITES[number]
+    except KeyError:
+        raise OptionError(
+            f"a traced program runs the unrolled network that it was traced with, in the same process, and there is "
+            f"none of number {number}; keep the network as long as the program, and export it anew elsewhere"
+        ) from None
+
+
+def site_of(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int = 4) -> Site | None:
+    """The site for a call; None where the call has no plan, or is refused: it is then left as it is.
+
+    Args:
+        plans: the network's plan book.
+        cell: its cell.
+        asked: what the call passes.
+        batch: B, if it is known.
+    """
+    try:
+        # None is let go while the network is there: a traced program may run it.
+        known = _OF_BOOK.setdefault(plans, Kept(sys.maxsize))
+        return known.get(
+            lambda: (fingerprint(cell), weakref.ref(cell), asked, batch),
+            lambda: apart(lambda: _made(plans, cell, asked, batch)),
+        )
+    except Exception:  # the call itself says it, with the numbers that it was given
+        return None
+
+
+def _made(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int) -> Site:
+    def look_up() -> StepPlan | None:
+        trees = asked.sample(cell, batch)
+        return plans.look_up(cell, *trees).plan
+
+    tensors = [real(tensor).requires_grad_(tensor.requires_grad) for tensor in held(cell)]
+    plan = call_with(cell, tensors, look_up)
+    if plan is None:
+        raise OptionError("no plan")
+    call_with(cell, tensors, lambda: _refuse_strays(plan, cell, tensors))
+    site = Site(next(_numbers), (weakref.ref(plans), weakref.ref(cell)), plan, asked, batch)
+    _SITES[site.number] = site
+    return site

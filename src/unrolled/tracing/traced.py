@@ -1,0 +1,109 @@
+"""What a compiler or an export sees of an unrolled network: one operator.
+
+All of `run_traced` is traced; what it asks of plans is a constant to the trace, guarded by which cell it is. Whatever
+else may change in the cell is looked at when the operator runs, as in any call. A call that has no plan, or that
+would be refused, breaks the graph and is made as it is, outside of it; `rnn.plan(inputs)` says why there is no plan.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled import sequence
+from unrolled.cells.contract import floating_dtype
+from unrolled.engine.plan_cache import PlanBook
+from unrolled.internals import operable, transforms
+from unrolled.tracing.operator import call
+from unrolled.tracing.samples import Asked, Kind, apart, held
+from unrolled.tracing.sites import site_of
+from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
+
+__all__ = ["left_alone", "run_traced"]
+
+
+def run_traced(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
+    """Put an unrolled network into the program that is being traced, as one operator.
+
+    Args:
+        plans: the network's plan book.
+        cell: its cell.
+        inputs: `[T, B, ...]`.
+        state: what copy 0 receives; None for the cell's own initial state.
+        context: what is the same at every step, or None.
+
+    Returns:
+        The outputs, `[T, B, ...]`, and the last state; None where there is no plan or the call would be refused.
+    """
+    _, B = sequence.sizes(inputs)
+    site = _site(plans, cell, _plain(inputs, 2), _plain(state, 1), _plain(context, 1))
+    if site is None:
+        return None
+    given = leaves(inputs)
+    if state is None:
+        state = cell.initial_state(B, device=given[0].device, dtype=floating_dtype(cell, given))
+    rows = [*leaves(state), *leaves(context)]
+    if any(leaf.dim() > 0 and leaf.shape[0] != B for leaf in rows):
+        return None
+    *results, _ = call(site, [*given, *rows, *held(cell)])
+    start, structure = flatten(state)
+    outputs = len(results) - len(start)
+    return unflatten(getattr(_OUTPUTS, f"of_{site}"), results[:outputs]), unflatten(structure, results[outputs:])
+
+
+_OUTPUTS = SimpleNamespace()
+"""The structure of each site's outputs. A trace reads it here: a constant that is no number, it could not guard.
+
+An attribute for each: of a dict a trace has only what stood in it when it was first read.
+"""
+
+
+@torch.compiler.disable
+def left_alone(call: Callable[..., tuple[Tree, Tree]], *given: Any) -> tuple[Tree, Tree]:
+    """Call what no compiler is to look into: it breaks its graph here."""
+    return call(*given)
+
+
+def _plain(tree: Tree, leading: int) -> tuple[Any, Any]:
+    """A tree's structure and the kinds of its leaves out of plain tuples, which a trace can hold as constants."""
+    tensors, structure = flatten(tree)
+    return _taken_apart(structure), tuple([_kind(tensor, leading) for tensor in tensors])
+
+
+def _kind(tensor: Tensor, leading: int) -> tuple[Any, ...]:
+    # A symbol among the sizes, other than T and B, is made a number by counting to it: the plan depends on it.
+    sizes = tuple([len(range(size)) for size in tensor.shape[leading:]])
+    needs = torch.is_grad_enabled() and tensor.requires_grad
+    return min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device, needs
+
+
+def _taken_apart(structure: Structure) -> tuple[Any, ...]:
+    children = tuple([_taken_apart(child) for child in structure.children])
+    return structure.kind, structure.keys, children, structure.order
+
+
+def _put_together(plain: tuple[Any, ...]) -> Structure:
+    kind, keys, children, order = plain
+    structure = Structure(kind, keys, tuple(map(_put_together, children)))
+    if order is not None:
+        structure.order = order
+    return structure
+
+
+@torch.compiler.assume_constant_result
+def _site(plans: PlanBook, cell: nn.Module, *trees: tuple[Any, Any]) -> int | None:
+    inputs, state, context = ((_put_together(s), tuple([Kind(*k) for k in kinds])) for s, kinds in trees)
+    # Inside of a transform the operator would have to be differentiated or mapped below autograd, which it is not.
+    site = site_of(plans, cell, Asked(inputs, state, context)) if apart(operable) and not transforms() else None
+    if site is None:
+        return None
+    name = f"of_{site.number}"
+    if not hasattr(_OUTPUTS, name):
+        setattr(_OUTPUTS, name, site.structures[0])
+        weakref.finalize(site, vars(_OUTPUTS).pop, name, None).atexit = False
+    return site.number
