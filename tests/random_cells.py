@@ -16,7 +16,7 @@ import unrolled as ur
 from matching import assert_match
 from problems import uneven_loss
 from unrolled.engine import native
-from unrolled.engine.plan_cache import Decision, PlanBook, _loops_of
+from unrolled.engine.plan_cache import Decision, PlanCache, _loops_of
 from unrolled.plan.loops import LoopProgram
 from unrolled.trees import Tree, leaves, map_leaves
 
@@ -403,7 +403,7 @@ def _build_together(recipes: Iterable[Recipe]) -> None:
         cell, inputs = _made(recipe)
         given = (cell, inputs, cell.initial_state(recipe.batch), None, (recipe.asked,))
         with suppress(Exception):
-            loops += _loops_of(PlanBook("native")._recorded(*given, fuse=True))
+            loops += _loops_of(PlanCache("native")._recorded(*given, fuse=True))
     with suppress(native.BuildError):
         native.prepare(loops)
 

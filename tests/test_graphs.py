@@ -67,11 +67,11 @@ def test_a_block_begins_each_walk_afresh():
     values = loop.program.values
     extent = Extent(len(x), B)
 
-    def request(scale: float) -> graphs.Request:
+    def request(scale: float) -> graphs.LoopInputs:
         sequences = [torch.randn(len(x), *values[v].sizes(B)) * scale for v in loop.sequences]
         fixed = [torch.randn(values[v].sizes(B)) * scale for v in loop.fixed]
         states = [torch.randn(values[v].sizes(B)) * scale for v in loop.states]
-        return graphs.Request(sequences, fixed, states, extent, False)
+        return graphs.LoopInputs(sequences, fixed, states, extent, False)
 
     first, second = request(1.0), request(0.5)
     block = graphs.Block(loop, first, called_again)
@@ -91,7 +91,7 @@ def test_what_cannot_be_captured_is_run_step_by_step_and_said_once():
     plan = ur.unroll(cell, engine="eager")._plans.look_up(cell, x, cell.initial_state(B), None).plan
     (loop,) = [loop for loop in plan.loops if loop is not None]
     values = loop.program.values
-    given = graphs.Request(
+    given = graphs.LoopInputs(
         [torch.zeros(len(x), *values[v].sizes(B)) for v in loop.sequences],
         [torch.zeros(values[v].sizes(B)) for v in loop.fixed],
         [torch.zeros(values[v].sizes(B)) for v in loop.states],

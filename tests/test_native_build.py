@@ -255,7 +255,7 @@ def test_sizes_are_checked_before_a_pointer_leaves_python(full_cache):
         """
 import torch
 import unrolled as ur
-from unrolled.execution.protocol import Request
+from unrolled.execution.protocol import LoopInputs
 from unrolled.engine import native
 from unrolled.lengths import Extent
 from unrolled.plan.plan import plan_step
@@ -268,7 +268,7 @@ values = loop.program.values
 sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]
 fixed = [torch.zeros(values[v].sizes(2)) for v in loop.fixed]
 states = [torch.zeros(values[v].sizes(2)) for v in loop.states]
-run = lambda s, f, h, T=4, B=2: native.run_loop(loop, Request(s, f, h, Extent(T, B), False))
+run = lambda s, f, h, T=4, B=2: native.run_loop(loop, LoopInputs(s, f, h, Extent(T, B), False))
 native.prepare([loop])
 run(sequences, fixed, states)
 wrong = [

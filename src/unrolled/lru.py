@@ -6,19 +6,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-__all__ = ["Kept"]
+__all__ = ["LRUCache"]
 
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class LRUCache(Generic[T]):
     """A mapping with a most: what was asked for longest ago goes.
 
     Args:
         most: how many are kept.
 
     Example:
-        >>> kept = Kept(2)
+        >>> kept = LRUCache(2)
         >>> [kept.get(lambda n=n: n, lambda n=n: n * n) for n in (1, 2, 1, 3)], 1 in kept, 2 in kept
         ([1, 4, 1, 9], True, False)
     """

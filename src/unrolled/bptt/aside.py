@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from unrolled.errors import GradientError
 from unrolled.internals import uncached
 
-__all__ = ["Aside", "Unwritten", "held_by", "leaves_beside", "own"]
+__all__ = ["ParameterAliases", "VersionCheck", "held_by", "leaves_beside", "own"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -30,7 +30,7 @@ def _lock_of(module: nn.Module) -> threading.RLock:
         return _locks.setdefault(module, threading.RLock())
 
 
-class Aside:
+class ParameterAliases:
     """A module's tensors as they are now, and aliases of its parameters to run on.
 
     Args:
@@ -99,7 +99,7 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad and not torch.is_inference_mode_enabled())
 
 
-class Unwritten:
+class VersionCheck:
     """Tensors that must not be written into until a backward pass: autograd itself looks after those with a gradient.
 
     Args:

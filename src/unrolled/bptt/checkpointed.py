@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape
-from unrolled.bptt.aside import Aside, Unwritten, held_by, leaves_beside, own
+from unrolled.bptt.aside import ParameterAliases, VersionCheck, held_by, leaves_beside, own
 from unrolled.bptt.gathered import GradientSums, Results
 from unrolled.bptt.marks import Mark, mark_of, same
-from unrolled.bptt.pieces import Span, Whole, handed_back, received, rows_of, spans, starts_at
+from unrolled.bptt.pieces import Segment, Whole, handed_back, received, rows_of, spans, starts_at
 from unrolled.bptt.replay import Surroundings
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.slots import Slots
@@ -57,7 +57,7 @@ def run_checkpointed(whole: Whole, schedule: Schedule) -> tuple[Tree, Tree]:
 class _Tape(NamedTuple):
     """A piece that has run with a graph of its own: what it read, and what came out of it."""
 
-    span: Span
+    span: Segment
     inputs: list[Tensor]
     entry: list[Tensor]
     context: list[Tensor]
@@ -76,14 +76,14 @@ class _Machine:
     def __init__(self, whole: Whole, schedule: Schedule) -> None:
         self.run, self.schedule, self.extent = whole.run, schedule, whole.extent
         self.inputs, self.state, self.context = whole.inputs, whole.state, whole.context
-        self.aside = Aside(whole.module)
+        self.aside = ParameterAliases(whole.module)
         self.beside: list[Tensor] = []
         self.walk = spans(self.extent, [*range(0, schedule.T, schedule.length), schedule.T], reverse=whole.reverse)
         self.surroundings = Surroundings([*leaves(self.inputs), *leaves(self.state)])
         self.marks: list[Mark | None] = [None] * len(self.walk)
-        self.steady, self.measured = whole.steady, whole.measured
+        self.pure, self.measured = whole.pure, whole.measured
         self.differentiable: list[bool] = []
-        self.constants = Unwritten(self.aside.constants)
+        self.constants = VersionCheck(self.aside.constants)
         self._begin()
 
     @property
@@ -119,7 +119,7 @@ class _Machine:
 
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Carry out the rest of the schedule: the gradients of what was given and of the weights."""
-        if self.steady:  # of any other step the results are compared
+        if self.pure:  # of any other step the results are compared
             self.constants.check()
         with self.surroundings.restored(), unchanged(self.aside.weights):
             if self.walked:  # by an earlier backward pass, to its end or until it was interrupted
@@ -161,7 +161,7 @@ class _Machine:
     def _segment(self, step: int) -> int:
         return -(-step // self.schedule.length)
 
-    def _advance(self, span: Span, results: Results | None) -> None:
+    def _advance(self, span: Segment, results: Results | None) -> None:
         steps, context = self._steps(span), rows_of(self.context, span.extent)
         given = steps, self.hand, context, span.extent, span.start
         with torch.no_grad():
@@ -170,7 +170,7 @@ class _Machine:
         if results is not None:
             results.write(span, outputs, last)
 
-    def _store_tape(self, span: Span, results: Results | None) -> None:
+    def _store_tape(self, span: Segment, results: Results | None) -> None:
         steps, context = self._steps(span), map_leaves(own, self.context)
         entry = map_leaves(_needing, self.hand) if span.begin else map_leaves(own, rows_of(self.state, span.extent))
         with torch.enable_grad():  # which the narrowing of the context is part of
@@ -181,7 +181,7 @@ class _Machine:
             self._handed(span, outputs, last)
         if results is not None:
             results.write(span, outputs, last)
-        elif not self.steady:
+        elif not self.pure:
             self._refuse_strangers(tape)
         self.tape = tape
 
@@ -197,21 +197,21 @@ class _Machine:
     def _known(self, tape: _Tape) -> list[Tensor]:
         return [*tape.inputs, *tape.entry, *tape.context, *self.aside.aliases]
 
-    def _steps(self, span: Span) -> Tree:
+    def _steps(self, span: Segment) -> Tree:
         place = starts_at(self.extent, span)
         return map_leaves(
             lambda x: x.detach().narrow(0, place, span.count).requires_grad_(x.requires_grad), self.inputs
         )
 
-    def _handed(self, span: Span, outputs: Tree, last: Tree) -> None:
+    def _handed(self, span: Segment, outputs: Tree, last: Tree) -> None:
         """The state at hand is what the next segment receives."""
         number = self._segment(span.begin)
-        if not (self.steady or self.measured):
+        if not (self.pure or self.measured):
             self._refuse_others(span, number, (outputs, last))
         if number + 1 < len(self.walk):
             self.hand = received(self.state, map_leaves(Tensor.detach, last), self.walk[number + 1])
 
-    def _refuse_others(self, span: Span, number: int, made: Tree) -> None:
+    def _refuse_others(self, span: Segment, number: int, made: Tree) -> None:
         """Outputs and a state that were there before must be the same again."""
         mark, before = mark_of(made), self.marks[number]
         if before is None:
@@ -256,7 +256,7 @@ class _Machine:
         return entry
 
 
-def _steps(span: Span) -> str:
+def _steps(span: Segment) -> str:
     return f"steps {span.start} to {span.start + span.extent.steps - 1}"
 
 

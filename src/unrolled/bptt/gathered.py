@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unrolled.bptt.pieces import Span, refuse_other_kind, starts_at
+from unrolled.bptt.pieces import Segment, refuse_other_kind, starts_at
 from unrolled.execution.memory import fresh
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
@@ -23,7 +23,7 @@ class Results:
         extent: of the whole run.
     """
 
-    def __init__(self, walk: Sequence[Span], extent: Extent) -> None:
+    def __init__(self, walk: Sequence[Segment], extent: Extent) -> None:
         self.walk, self.extent = walk, extent
         self._kind: tuple[Structure, list[Tensor]] | None = None
         self._last: Tree = None
@@ -40,7 +40,7 @@ class Results:
         return self._last
 
     @torch.no_grad()
-    def write(self, span: Span, outputs: Tree, last: Tree) -> None:
+    def write(self, span: Segment, outputs: Tree, last: Tree) -> None:
         """Put a piece's results where they belong.
 
         Raises:
@@ -90,7 +90,7 @@ class GradientSums:
     @torch.no_grad()
     def add(
         self,
-        span: Span,
+        span: Segment,
         inputs: Sequence[Tensor | None],
         entry: Sequence[Tensor | None],
         others: Sequence[Tensor | None],

@@ -16,7 +16,7 @@ from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, unflatt
 
 __all__ = [
     "Run",
-    "Span",
+    "Segment",
     "Whole",
     "final",
     "handed_back",
@@ -46,7 +46,7 @@ class Whole:
         extent: how far the sequence reaches.
         reverse: whether the last copy comes first.
         module: what is run, whose parameters get gradients.
-        steady: whether each step is known to compute from what it reads alone, and to read the same tensors.
+        pure: whether each step is known to compute from what it reads alone, and to read the same tensors.
         measured: whether only its memory counts, and numbers that differ when steps run again are nobody's loss.
     """
 
@@ -57,7 +57,7 @@ class Whole:
     extent: Extent
     reverse: bool
     module: nn.Module
-    steady: bool = False
+    pure: bool = False
     measured: bool = False
 
     @property
@@ -68,7 +68,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Span:
+class Segment:
     """Consecutive copies of a longer run, as they are walked.
 
     Attributes:
@@ -91,7 +91,7 @@ class Span:
         return self.extent.rows if self.extent.ragged else self.extent.steps
 
 
-def spans(extent: Extent, bounds: Iterable[int], *, reverse: bool) -> list[Span]:
+def spans(extent: Extent, bounds: Iterable[int], *, reverse: bool) -> list[Segment]:
     """The pieces of a run, in the order in which they are walked.
 
     Args:
@@ -104,7 +104,7 @@ def spans(extent: Extent, bounds: Iterable[int], *, reverse: bool) -> list[Span]
     reaches = [_part(extent, start, end - begin) for start, (begin, end) in zip(starts, pairs, strict=True)]
     shared = [0, *(min(a.batch, b.batch) for a, b in pairwise(reaches)), 0]
     rows = zip(starts, reaches, shared, shared[1:], strict=False)
-    return [Span(begin, *found) for (begin, _), found in zip(pairs, rows, strict=True)]
+    return [Segment(begin, *found) for (begin, _), found in zip(pairs, rows, strict=True)]
 
 
 def _part(extent: Extent, start: int, steps: int) -> Extent:
@@ -114,7 +114,7 @@ def _part(extent: Extent, start: int, steps: int) -> Extent:
     return Extent(steps, alive[0], alive)
 
 
-def split(inputs: Tree, walk: Sequence[Span], *, reverse: bool) -> list[Tree]:
+def split(inputs: Tree, walk: Sequence[Segment], *, reverse: bool) -> list[Tree]:
     """The inputs of each piece; one backward for all of them, which indexing would not have."""
     tensors, structure = flatten(inputs)
     counts = [span.count for span in walk]
@@ -123,7 +123,7 @@ def split(inputs: Tree, walk: Sequence[Span], *, reverse: bool) -> list[Tree]:
     return pieces[::-1] if reverse else pieces
 
 
-def received(first: Tree, before: Tree, span: Span) -> Tree:
+def received(first: Tree, before: Tree, span: Segment) -> Tree:
     """The state that a piece receives: what the one before it handed on, and the first state of rows that begin."""
     if not span.begin:
         return rows_of(first, span.extent)
@@ -141,7 +141,7 @@ def rows_of(tree: Tree, extent: Extent) -> Tree:
     return map_leaves(lambda leaf: leaf[: extent.batch], tree) if extent.ragged else tree
 
 
-def final(lasts: Sequence[Tree], walk: Sequence[Span]) -> Tree:
+def final(lasts: Sequence[Tree], walk: Sequence[Segment]) -> Tree:
     """The state that each row's last copy hands on, given that of each piece."""
     if not walk[0].extent.ragged:
         return lasts[-1]
@@ -150,7 +150,7 @@ def final(lasts: Sequence[Tree], walk: Sequence[Span]) -> Tree:
     return map_leaves(lambda *leaves: torch.cat(leaves), *parts)
 
 
-def joined(outputs: Sequence[Tree], walk: Sequence[Span], *, reverse: bool) -> Tree:
+def joined(outputs: Sequence[Tree], walk: Sequence[Segment], *, reverse: bool) -> Tree:
     """The outputs of pieces put together.
 
     Raises:
@@ -164,7 +164,7 @@ def joined(outputs: Sequence[Tree], walk: Sequence[Span], *, reverse: bool) -> T
 
 
 def refuse_other_kind(
-    span: Span, found: tuple[Sequence[Tensor], Structure], first: tuple[Sequence[Tensor], Structure]
+    span: Segment, found: tuple[Sequence[Tensor], Structure], first: tuple[Sequence[Tensor], Structure]
 ) -> None:
     """Refuse outputs of a piece that are not like those of another.
 
@@ -182,12 +182,12 @@ def _kind(tensors: Sequence[Tensor], structure: Structure) -> object:
     return structure, [(tensor.shape[1:], tensor.dtype) for tensor in tensors]
 
 
-def starts_at(extent: Extent, span: Span) -> int:
+def starts_at(extent: Extent, span: Segment) -> int:
     """Where a piece begins in the sequences of the whole run."""
     return extent.offsets[span.start] if extent.ragged else span.start
 
 
-def handed_back(span: Span, last: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
+def handed_back(span: Segment, last: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """The gradient of what a piece hands on: some rows go on to the next piece, others have ended.
 
     Args:

@@ -17,8 +17,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from unrolled.bptt.aside import Aside, held_by, leaves_beside, own
-from unrolled.bptt.pieces import Run, Span, Whole, final, handed_back, joined, received, rows_of, run_cut, spans, split
+from unrolled.bptt.aside import ParameterAliases, held_by, leaves_beside, own
+from unrolled.bptt.pieces import (
+    Run,
+    Segment,
+    Whole,
+    final,
+    handed_back,
+    joined,
+    received,
+    rows_of,
+    run_cut,
+    spans,
+    split,
+)
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
@@ -51,7 +63,7 @@ class Standing:
 class _Piece:
     """A piece that has run, with leaves of its own: what it read, and what came out of it."""
 
-    span: Span
+    span: Segment
     inputs: list[Tensor]
     entry: list[Tensor]
     outputs: list[Tensor]
@@ -75,7 +87,7 @@ class Tape:
         self.blocks, self.reverse, self.standing = blocks, whole.reverse, Standing(tape=weakref.ref(self))
         edges = {edge for block in blocks for edge in (block.begin, block.end, block.cut)}
         walk = spans(whole.extent, {0, *edges, *bounds}, reverse=self.reverse)
-        aside = Aside(whole.module)
+        aside = ParameterAliases(whole.module)
         outputs, lasts = self._walked(partial(aside, whole.run), whole, walk)
         beside = self._read_beside(aside.aliases)
         self.weights = [*aside.aliases, *beside]
@@ -86,7 +98,7 @@ class Tape:
             self._results = told, map_leaves(Tensor.clone, final(lasts, walk))
         self.states = [map_leaves(Tensor.detach, last) for last in lasts]
 
-    def _walked(self, run: Run, whole: Whole, walk: Sequence[Span]) -> tuple[list[Tree], list[Tree]]:
+    def _walked(self, run: Run, whole: Whole, walk: Sequence[Segment]) -> tuple[list[Tree], list[Tree]]:
         outputs, lasts, before, place = list[Tree](), list[Tree](), None, 0
         self.pieces: list[_Piece] = []
         around = map_leaves(own, whole.context)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unrolled import sequence
 from unrolled.introspection.copies import Copies, Copy
-from unrolled.introspection.recorded import Network
+from unrolled.introspection.recorded import RecordedRun
 
 __all__ = ["Walk", "row_norms"]
 
@@ -31,7 +31,7 @@ class Walk:
     """
 
     def __init__(self, copies: Copies, resets: Tensor | None) -> None:
-        self.network: Network = copies._network
+        self.network: RecordedRun = copies._network
         given, reverse = self.network.given, self.network.reverse
         self.copies: Sequence[Copy] = list(copies)[:: -1 if reverse else 1]
         self.sizes = [given.extent.sizes[copy.t] for copy in self.copies]

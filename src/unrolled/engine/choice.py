@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unrolled.engine import eager, native
-from unrolled.execution.protocol import Request, Walk
+from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["Runner"]
@@ -56,8 +56,8 @@ class Runner:
         """`x @ y + bias` by the native kernel; None where torch is left to do it."""
         return native.affine(x, y, bias) if self.use_native and native.worthwhile(x, y) else None
 
-    def __call__(self, loop: LoopProgram, request: Request) -> Walk:
-        """Walk through time; see `bptt.walk.LoopRunner`."""
+    def __call__(self, loop: LoopProgram, request: LoopInputs) -> LoopResult:
+        """Walk through time; see `execution.protocol.LoopRunner`."""
         on_cpu = request.states[0].device.type == "cpu"
         run = native.run_loop if self.use_native and on_cpu and self._emits(loop) else eager.run_loop
         return run(loop, request)

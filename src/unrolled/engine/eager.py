@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from unrolled.engine.graphs import block_for, capturable, run_in_blocks
-from unrolled.execution.protocol import Request, Walk, ended, shifted
+from unrolled.execution.protocol import LoopInputs, LoopResult, ended, shifted
 from unrolled.execution.stepping import stepped
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["run_loop"]
 
 
-def run_loop(loop: LoopProgram, request: Request) -> Walk:
-    """Walk through time; see `bptt.walk.LoopRunner`. On CUDA long walks are replays of captured graphs."""
+def run_loop(loop: LoopProgram, request: LoopInputs) -> LoopResult:
+    """Walk through time; see `execution.protocol.LoopRunner`. On CUDA long walks are replays of captured graphs."""
     if capturable(request):
         with torch.no_grad():
             block = block_for(loop, request)
@@ -25,7 +25,7 @@ def run_loop(loop: LoopProgram, request: Request) -> Walk:
     return _run_steps(loop, request)
 
 
-def _run_steps(loop: LoopProgram, request: Request) -> Walk:
+def _run_steps(loop: LoopProgram, request: LoopInputs) -> LoopResult:
     """One step of the loop's program after another."""
     extent, reverse = request.extent, request.reverse
     many, added = len(loop.emitted), len(loop.totals)
@@ -43,13 +43,13 @@ def _run_steps(loop: LoopProgram, request: Request) -> Walk:
     def received(state: int) -> Tensor:
         return shifted(request.states[state], following[state], extent, reverse=reverse)
 
-    return Walk(kept.tensors, last, received, totals)
+    return LoopResult(kept.tensors, last, received, totals)
 
 
 class _Kept:
     """Memory for what every step emits, made when the first step has."""
 
-    def __init__(self, loop: LoopProgram, request: Request) -> None:
+    def __init__(self, loop: LoopProgram, request: LoopInputs) -> None:
         self.extent = request.extent
         self.rows = [loop.program.values[v].rows if self.extent.ragged else None for v in loop.emitted]
         self.tensors: list[Tensor] = []

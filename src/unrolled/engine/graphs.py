@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from unrolled.execution.protocol import Request, Walk, shifted
+from unrolled.execution.protocol import LoopInputs, LoopResult, shifted
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
@@ -32,7 +32,7 @@ Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Makes a function of another one that does the same each time it is called, on the same memory."""
 
 
-def capturable(request: Request) -> bool:
+def capturable(request: LoopInputs) -> bool:
     """Whether a walk is one for graphs: on CUDA, all rows as long as each other, and not inside of another capture."""
     on_cuda = request.states[0].device.type == "cuda"
     long = request.extent.steps >= STEPS and not request.extent.ragged
@@ -73,7 +73,7 @@ class Block:
         totals: sums over all rows and steps of all replays since they were zeroed.
     """
 
-    def __init__(self, loop: LoopProgram, request: Request, capture: Capture = captured) -> None:
+    def __init__(self, loop: LoopProgram, request: LoopInputs, capture: Capture = captured) -> None:
         self.sequences = [torch.empty_like(x[:STEPS]) for x in request.sequences]
         self.fixed = [torch.empty_like(x) for x in request.fixed]
         self.states = [torch.empty_like(x) for x in request.states]
@@ -85,21 +85,21 @@ class Block:
         self.totals = [torch.zeros_like(x.sum(0)) for x in totals]
         self.replay = capture(self._body)
 
-    def start(self, request: Request) -> None:
+    def start(self, request: LoopInputs) -> None:
         """Begin a walk."""
         for own, given in zip((*self.fixed, *self.states), (*request.fixed, *request.states), strict=True):
             own.copy_(given)
         for total in self.totals:
             total.zero_()
 
-    def run(self, request: Request, first: int, kept: Sequence[Tensor]) -> None:
+    def run(self, request: LoopInputs, first: int, kept: Sequence[Tensor]) -> None:
         """Run the steps from `first` on, and write what they emit into its place."""
         self._take(request, first)
         self.replay()
         for place, made in zip(kept, self.emitted, strict=True):
             place[first : first + STEPS].copy_(made)
 
-    def _take(self, request: Request, first: int) -> None:
+    def _take(self, request: LoopInputs, first: int) -> None:
         for own, given in zip(self.sequences, request.sequences, strict=True):
             own.copy_(given[first : first + STEPS])
 
@@ -126,7 +126,7 @@ class Block:
 _BLOCKS: OrderedDict[Any, Block | None] = OrderedDict()
 
 
-def block_for(loop: LoopProgram, request: Request, capture: Capture = captured) -> Block | None:
+def block_for(loop: LoopProgram, request: LoopInputs, capture: Capture = captured) -> Block | None:
     """The block for a walk, captured now if there is none yet; None, said once, where its steps cannot be captured."""
     kinds = tuple((x.shape[i < len(request.sequences) :], x.dtype, x.device) for i, x in enumerate(request.given))
     # A block's memory is one walk's at a time: walks on other streams, and of other threads, have blocks of their own.
@@ -147,8 +147,8 @@ def block_for(loop: LoopProgram, request: Request, capture: Capture = captured) 
 
 
 def run_in_blocks(
-    loop: LoopProgram, request: Request, block: Block, rest: Callable[[LoopProgram, Request], Walk]
-) -> Walk:
+    loop: LoopProgram, request: LoopInputs, block: Block, rest: Callable[[LoopProgram, LoopInputs], LoopResult]
+) -> LoopResult:
     """Walk through time block by block; steps that are left over come last.
 
     Args:
@@ -171,7 +171,7 @@ def run_in_blocks(
     if over:
         sequences = [x[over.start : over.stop] for x in request.sequences]
         extent = Extent(len(over), B)
-        walk = rest(loop, Request(sequences, request.fixed, last, extent, request.reverse))
+        walk = rest(loop, LoopInputs(sequences, request.fixed, last, extent, request.reverse))
         for place, made in zip(kept, walk.emitted, strict=True):
             place[over.start : over.stop].copy_(made)
         last, totals = list(walk.last), [a + b for a, b in zip(totals, walk.totals, strict=True)]
@@ -180,7 +180,7 @@ def run_in_blocks(
     def received(state: int) -> Tensor:
         return shifted(request.states[state], following[state], request.extent, reverse=request.reverse)
 
-    return Walk(kept, last, received, totals)
+    return LoopResult(kept, last, received, totals)
 
 
 @cache

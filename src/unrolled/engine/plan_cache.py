@@ -1,4 +1,4 @@
-"""The plan book: which plan holds for a call. Plans are made on first use, checked, and kept under their guards."""
+"""The plan cache: which plan holds for a call. Plans are made on first use, checked, and kept under their guards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unrolled.engine.choice import Runner
 from unrolled.engine.witness import Turns, hold_against_the_cell, steps_at
 from unrolled.internals import unwatched
 from unrolled.lengths import Extent
-from unrolled.lru import Kept
+from unrolled.lru import LRUCache
 from unrolled.plan.coupling import couples_rows
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
@@ -30,7 +30,7 @@ from unrolled.trees import Tree, flatten, leaves, map_leaves
 from unrolled.unseen import unseen
 from unrolled.warned import warn_caller
 
-__all__ = ["Decision", "PlanBook"]
+__all__ = ["Decision", "PlanCache"]
 
 _log = logging.getLogger("unrolled")
 
@@ -63,7 +63,7 @@ class Decision:
     turns: Turns = field(default_factory=Turns, compare=False)
 
 
-class PlanBook:
+class PlanCache:
     """The plans of one unrolled network.
 
     Args:
@@ -74,8 +74,8 @@ class PlanBook:
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
         self.engine, self.quiet = engine, quiet
         self.runner = Runner(use_native=engine in ("auto", "native"))
-        self._entries: Kept[Decision] = Kept(_MOST_PLANS)
-        self._coupling: Kept[bool] = Kept(_MOST_PLANS)
+        self._entries: LRUCache[Decision] = LRUCache(_MOST_PLANS)
+        self._coupling: LRUCache[bool] = LRUCache(_MOST_PLANS)
         self._said: set[Decision] = set()
         # What is learnt of cells' surroundings stays for as long as their network is there.
         self._watchers: set[Watcher] = set()
@@ -84,7 +84,7 @@ class PlanBook:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
-        return vars(PlanBook(self.engine, quiet=self.quiet))
+        return vars(PlanCache(self.engine, quiet=self.quiet))
 
     def couples(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> bool:
         """Whether a row's results depend on other rows; the step is tried once for each kind of call.

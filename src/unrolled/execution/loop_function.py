@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unrolled.execution.batched import Batched, Entry
-from unrolled.execution.protocol import LoopRunner, Request, Walk, ended, shifted
+from unrolled.execution.protocol import LoopInputs, LoopResult, LoopRunner, ended, shifted
 from unrolled.execution.segment import Stages, over_time
 from unrolled.execution.stepping import stepped
 from unrolled.execution.timed import Timed
@@ -38,18 +38,18 @@ class LoopUnderAutograd:
         """A product, as the runner does it."""
         return self.runner.affine(x, y, bias)
 
-    def __call__(self, loop: LoopProgram, request: Request) -> Walk:
+    def __call__(self, loop: LoopProgram, request: LoopInputs) -> LoopResult:
         """Run a loop; see `LoopRunner`."""
         given, states = request.given, request.states
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
             planned = self.planned[loop]
             walk = self.runner(planned.inference, request)
-            return Walk([walk.emitted[place] for place in planned.shared], walk.last, walk.received)
+            return LoopResult([walk.emitted[place] for place in planned.shared], walk.last, walk.received)
         call = _Call(self.planned[loop], self.runner, request.extent, request.reverse)
         results = _LoopFunction.apply(call, *given)
         emitted = results[: len(loop.emitted)]
         places = [loop.emitted.index(value) for value in loop.next_states]
-        return Walk(
+        return LoopResult(
             emitted,
             results[len(loop.emitted) :],
             lambda state: shifted(states[state], emitted[places[state]], request.extent, reverse=request.reverse),
@@ -63,10 +63,10 @@ class _Call:
     extent: Extent
     reverse: bool
 
-    def forward(self, given: Sequence[Tensor]) -> Walk:
+    def forward(self, given: Sequence[Tensor]) -> LoopResult:
         loop = self.planned.loop
         a, b, _ = loop.counts
-        return self.runner(loop, Request(given[:a], given[a : a + b], given[a + b :], self.extent, self.reverse))
+        return self.runner(loop, LoopInputs(given[:a], given[a : a + b], given[a + b :], self.extent, self.reverse))
 
     def backward(self, values: dict[int, Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the loop's inputs, from the values it kept and the gradients of its results."""
@@ -176,7 +176,7 @@ def _graph_backward(call: _Call, given: Sequence[Tensor], grads: Sequence[Tensor
     with torch.enable_grad():
         # Views of the inputs: the graph of the first forward stays as it is, yet the result still leads to the inputs.
         inputs = [tensor.view_as(tensor) for tensor in given]
-        request = Request(inputs[:a], inputs[a : a + b], inputs[a + b :], call.extent, call.reverse)
+        request = LoopInputs(inputs[:a], inputs[a : a + b], inputs[a + b :], call.extent, call.reverse)
         outputs = _by_autograd(call, request)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     asked = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
@@ -194,7 +194,7 @@ def _graph_backward(call: _Call, given: Sequence[Tensor], grads: Sequence[Tensor
     return found
 
 
-def _by_autograd(call: _Call, request: Request) -> list[Tensor]:
+def _by_autograd(call: _Call, request: LoopInputs) -> list[Tensor]:
     """A loop's results, step by step under ordinary autograd."""
     loop, extent = call.planned.loop, call.extent
     found = dict(stepped(loop, request))

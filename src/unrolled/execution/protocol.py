@@ -12,11 +12,11 @@ from torch import Tensor
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["LoopRunner", "Request", "Walk", "counted", "ended", "shifted"]
+__all__ = ["LoopInputs", "LoopResult", "LoopRunner", "counted", "ended", "shifted"]
 
 
 @dataclass(frozen=True)
-class Request:
+class LoopInputs:
     """What an engine gets for a walk: values for a loop's inputs, in the order of its program.
 
     Attributes:
@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Walk:
+class LoopResult:
     """A loop's results.
 
     Attributes:
@@ -63,7 +63,7 @@ class LoopRunner(Protocol):
         """`x @ y + bias` for `[M, K]`, `[K, N]`, `[N]`; None for those that are left to torch."""
         ...
 
-    def __call__(self, loop: LoopProgram, request: Request) -> Walk:
+    def __call__(self, loop: LoopProgram, request: LoopInputs) -> LoopResult:
         """Walk through time."""
         ...
 

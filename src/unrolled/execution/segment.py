@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unrolled.execution.batched import Batched, Entry
-from unrolled.execution.protocol import LoopRunner, Request, counted, ended, shifted
+from unrolled.execution.protocol import LoopInputs, LoopRunner, counted, ended, shifted
 from unrolled.execution.timed import Summed, Timed, spread
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
@@ -101,7 +101,7 @@ class Stages:
         self, stage: Loop, loop: LoopProgram, env: MutableMapping[int, Entry], initial: Sequence[Tensor]
     ) -> dict[int, Tensor]:
         extent, rows = self.batched.extent, self.batched.rows
-        request = Request(
+        request = LoopInputs(
             [over_time(env[v], extent, rows.get(v)) for v in loop.sequences],
             [env[v] for v in loop.fixed],
             [initial[leaf] for leaf in stage.leaves],

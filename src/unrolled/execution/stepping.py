@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, cat
 
-from unrolled.execution.protocol import Request
+from unrolled.execution.protocol import LoopInputs
 from unrolled.execution.timed import Timed
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
@@ -16,7 +16,7 @@ __all__ = ["stepped"]
 Results = Sequence[Tensor]
 
 
-def stepped(loop: LoopProgram, request: Request) -> Iterator[tuple[int, Results]]:
+def stepped(loop: LoopProgram, request: LoopInputs) -> Iterator[tuple[int, Results]]:
     """Every step's number and what it returns, in the order in which they are walked.
 
     Args:
@@ -34,7 +34,7 @@ def stepped(loop: LoopProgram, request: Request) -> Iterator[tuple[int, Results]
         states = results[first:]
 
 
-def _given(loop: LoopProgram, request: Request) -> Callable[[int], list[Tensor]]:
+def _given(loop: LoopProgram, request: LoopInputs) -> Callable[[int], list[Tensor]]:
     """For step t the entries of all sequences, and what is the same at every step."""
     extent, values = request.extent, loop.program.values
     folds = [values[v].rows if extent.ragged else None for v in (*loop.sequences, *loop.fixed)]

@@ -12,8 +12,8 @@ from unrolled import sequence
 from unrolled.cells.contract import name_of
 from unrolled.errors import OptionError
 from unrolled.introspection.bias import StepGrads, TruncationBias, asked_truncation, truncation_bias
-from unrolled.introspection.recorded import Network, Received, Shares, backward_through
-from unrolled.introspection.taps import Passage, derivative
+from unrolled.introspection.recorded import Received, RecordedRun, Shares, backward_through
+from unrolled.introspection.taps import TappedTree, derivative
 from unrolled.trees import Tree, describe, map_leaves
 
 __all__ = ["Copies", "Copy"]
@@ -32,11 +32,11 @@ class Copy:
 
     def __init__(
         self,
-        network: Network,
+        network: RecordedRun,
         t: int,
         received: Received,
-        entered: Sequence[Passage],
-        left: Sequence[Passage],
+        entered: Sequence[TappedTree],
+        left: Sequence[TappedTree],
         input: Tree,
         state: Tree,
         seen: Tree,
@@ -104,7 +104,7 @@ class Copy:
         """The parameters as this copy alone reads them."""
         return dict(zip(self._network.weights, self._weights_in.passed, strict=True))
 
-    def _grads(self, passage: Passage) -> Tree:
+    def _grads(self, passage: TappedTree) -> Tree:
         self._network.listener.require_backward()
         return passage.grad_tree
 
@@ -146,7 +146,7 @@ class Copies(Sequence[Copy]):
         ([2, 3], tensor([1]))
     """
 
-    def __init__(self, network: Network, members: Sequence[Copy], run: Sequence[Copy]) -> None:
+    def __init__(self, network: RecordedRun, members: Sequence[Copy], run: Sequence[Copy]) -> None:
         self._network = network
         self._members, self._run = tuple(members), tuple(run)
 

@@ -13,8 +13,8 @@ from unrolled.introspection.bias import StepGrads, TruncationBias, asked_truncat
 from unrolled.introspection.copies import Copies
 from unrolled.introspection.recorded import backward_through
 from unrolled.introspection.recording import recorded
-from unrolled.introspection.taps import Listener
-from unrolled.networks.layout import Given, Lengths, given_as
+from unrolled.introspection.taps import GradientTap
+from unrolled.networks.layout import BatchLayout, Lengths, given_as
 from unrolled.networks.stack import Bidirectional, Layered
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
@@ -47,7 +47,7 @@ class LayeredCopies(Sequence[Part]):
     def __init__(
         self,
         name: str,
-        listener: Listener,
+        listener: GradientTap,
         parts: Sequence[Part],
         outputs: Tree,
         state: Tree,
@@ -174,7 +174,7 @@ def copies(
         >>> torch.allclose(copies.weight_grad["weight_hh"].sum(0), rnn.cell.weight_hh.grad, atol=1e-6)
         True
     """
-    listener, layer = Listener(), rnn
+    listener, layer = GradientTap(), rnn
     if isinstance(layer, TorchLayer):
         asked = inputs
         rnn, inputs, state = layer.prepared(inputs, state)
@@ -190,7 +190,13 @@ def copies(
 
 
 def _recorded(
-    part: nn.Module, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree, listener: Listener
+    part: nn.Module,
+    given: BatchLayout,
+    steps: Tree,
+    state: Tree,
+    resets: Tensor | None,
+    context: Tree,
+    listener: GradientTap,
 ) -> tuple[Part, Tree, Tree]:
     """The copies of a network or of one of its parts, its outputs as engines return them, and its last state."""
     if isinstance(part, Unrolled):

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import parameter_names
 from unrolled.errors import GradientError
-from unrolled.introspection.taps import Listener, Passage, leads_to, leaves_behind, pass_through
-from unrolled.networks.layout import Given
+from unrolled.introspection.taps import GradientTap, TappedTree, leads_to, leaves_behind, pass_through
+from unrolled.networks.layout import BatchLayout
 from unrolled.trees import Tree, unflatten
 
-__all__ = ["Network", "Received", "Shares", "backward_through", "observe"]
+__all__ = ["Received", "RecordedRun", "Shares", "backward_through", "observe"]
 
 
-class Network:
+class RecordedRun:
     """What all the copies of one unrolled network share.
 
     Args:
@@ -41,8 +41,8 @@ class Network:
     def __init__(
         self,
         cell: nn.Module,
-        given: Given,
-        listener: Listener,
+        given: BatchLayout,
+        listener: GradientTap,
         state: Tree,
         fresh: Tree,
         context: Tree,
@@ -73,7 +73,7 @@ class Network:
             self._norms, self._norms_of = {}, self.listener.backwards
         return self._norms
 
-    def through_door(self, *trees: Tree) -> list[Passage]:
+    def through_door(self, *trees: Tree) -> list[TappedTree]:
         """Lead trees through one door."""
         return pass_through(self.listener, *trees)
 
@@ -85,7 +85,7 @@ class Received:
         parts: where the rows come from, and which ones they are there; None for all.
     """
 
-    def __init__(self, *parts: tuple[Passage, Tensor | slice | None]) -> None:
+    def __init__(self, *parts: tuple[TappedTree, Tensor | slice | None]) -> None:
         self._parts = parts
 
     @property
@@ -104,7 +104,7 @@ def _joined(column: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(column) if len(column) > 1 else column[0]
 
 
-def backward_through(listener: Listener, loss: Tensor, gradient: Tensor | None) -> None:
+def backward_through(listener: GradientTap, loss: Tensor, gradient: Tensor | None) -> None:
     """Run `loss.backward(gradient)`, and remember what passes the doors of some copies.
 
     Raises:
@@ -114,7 +114,7 @@ def backward_through(listener: Listener, loss: Tensor, gradient: Tensor | None) 
     listener.remember(lambda: loss.backward(gradient, retain_graph=True))
 
 
-def observe(listener: Listener, loss: Tensor) -> dict[Tensor, Tensor]:
+def observe(listener: GradientTap, loss: Tensor) -> dict[Tensor, Tensor]:
     """Remember what a backward pass sends through the doors of some copies, and leave every `.grad` as it is.
 
     Returns:
@@ -136,7 +136,7 @@ def observe(listener: Listener, loss: Tensor) -> dict[Tensor, Tensor]:
     return found
 
 
-def _check_loss(listener: Listener, loss: Tensor, gradient: Tensor | None) -> None:
+def _check_loss(listener: GradientTap, loss: Tensor, gradient: Tensor | None) -> None:
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise GradientError(
             "the loss has no gradient; compute it from copies.outputs, or from a copy's output or state, "
@@ -157,7 +157,7 @@ def _check_loss(listener: Listener, loss: Tensor, gradient: Tensor | None) -> No
 class Shares(Mapping[str, Tensor]):
     """Parameter names to tensors that are computed when asked for."""
 
-    def __init__(self, network: Network, title: str, compute: Callable[[str], Tensor]) -> None:
+    def __init__(self, network: RecordedRun, title: str, compute: Callable[[str], Tensor]) -> None:
         network.listener.require_backward()
         self._names, self._title, self._compute = tuple(network.weights), title, compute
 

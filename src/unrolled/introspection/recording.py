@@ -11,9 +11,9 @@ from unrolled.cells.contract import CheckedStep, make_state, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError
 from unrolled.introspection.copies import Copies, Copy
-from unrolled.introspection.recorded import Network, Received
-from unrolled.introspection.taps import Listener, Passage, ways_past
-from unrolled.networks.layout import Given
+from unrolled.introspection.recorded import Received, RecordedRun
+from unrolled.introspection.taps import GradientTap, TappedTree, ways_past
+from unrolled.networks.layout import BatchLayout
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, map_leaves
 from unrolled.wrappers.resetting import afresh
@@ -22,7 +22,13 @@ __all__ = ["recorded"]
 
 
 def recorded(
-    rnn: Unrolled, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree, listener: Listener
+    rnn: Unrolled,
+    given: BatchLayout,
+    steps: Tree,
+    state: Tree,
+    resets: Tensor | None,
+    context: Tree,
+    listener: GradientTap,
 ) -> Copies:
     """The copies of a run over sequences that are laid out as engines take them; see `Unrolled.through`.
 
@@ -39,7 +45,9 @@ def recorded(
     if resets is not None and given.extent.rows:
         fresh = first if state is None else make_state(rnn.cell, steps, given.batch)
         inputs = steps, rnn.checked_resets(given, resets, fresh)
-    network = Network(rnn.cell, given, listener, first, fresh, context, reverse=rnn.reverse, own_state=state is None)
+    network = RecordedRun(
+        rnn.cell, given, listener, first, fresh, context, reverse=rnn.reverse, own_state=state is None
+    )
     network.truncation = rnn.truncation
     if not given.extent.rows:
         network.no_outputs = rnn.no_outputs(given, steps, first, context)
@@ -53,7 +61,7 @@ def recorded(
 class _AliasedStep(CheckedStep):
     """A checked step of a cell whose parameters are replaced by one copy's own aliases of them."""
 
-    def __init__(self, network: Network, aliases: Sequence[Tensor]) -> None:
+    def __init__(self, network: RecordedRun, aliases: Sequence[Tensor]) -> None:
         context = None if network.context is None else network.context.tree
         super().__init__(network.cell, context, network.given.extent)
         self._aliases = dict(zip(network.paths.values(), aliases, strict=True))
@@ -65,7 +73,7 @@ class _AliasedStep(CheckedStep):
 class _Recording:
     """A step for the reference engine that makes a copy of every call."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: RecordedRun) -> None:
         self.network = network
         self.made: list[Copy] = []
 
@@ -94,7 +102,7 @@ class _Recording:
         return Received(*handed, *begin)
 
 
-def _refuse_other_ways(network: Network, t: int, entered: Sequence[Passage], left: Sequence[Passage]) -> None:
+def _refuse_other_ways(network: RecordedRun, t: int, entered: Sequence[TappedTree], left: Sequence[TappedTree]) -> None:
     """What reaches a copy by another way than through its door would be missing from its share, or be in another's."""
     doors = [*entered, network.context] if network.context is not None else entered
     beside, others = ways_past(doors, [tensor for passage in left for tensor in passage.raw])

@@ -19,10 +19,10 @@ from torch import Tensor
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
-__all__ = ["Listener", "Passage", "derivative", "leads_to", "leaves_behind", "pass_through", "ways_past"]
+__all__ = ["GradientTap", "TappedTree", "derivative", "leads_to", "leaves_behind", "pass_through", "ways_past"]
 
 
-class Listener:
+class GradientTap:
     """What remembers the gradients that pass some doors: only those of `Copies.backward`, not of any other pass.
 
     Attributes:
@@ -35,7 +35,7 @@ class Listener:
         self.backwards = 0
         self._remembered: list[list[Tensor | None]] = []
 
-    def attend(self, passages: Sequence[Passage]) -> None:
+    def attend(self, passages: Sequence[TappedTree]) -> None:
         """Keep in mind where the gradients of some passages are remembered."""
         self._remembered += [passage.grads for passage in passages]
 
@@ -64,7 +64,7 @@ class Listener:
             raise GradientError("the copies have no gradients yet; call copies.backward(loss) first")
 
 
-class Passage:
+class TappedTree:
     """One tree that goes through a door.
 
     Attributes:
@@ -104,13 +104,13 @@ def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def pass_through(listener: Listener, *trees: Tree) -> list[Passage]:
+def pass_through(listener: GradientTap, *trees: Tree) -> list[TappedTree]:
     """Lead some trees through one door.
 
     Tensors that nobody has asked a gradient of are asked for one from here on, so that it can be shown. Without
     gradients the door hands out clones: a cell that writes into its state must not change what is shown.
     """
-    passages = [Passage(tree) for tree in trees]
+    passages = [TappedTree(tree) for tree in trees]
     listener.attend(passages)
     slots = [(p, i) for p in passages for i, tensor in enumerate(p.raw) if _differentiable(tensor)]
     # The door must not hold what passed: tensors hold their graph, and autograd's cycles are never collected.
@@ -137,7 +137,7 @@ def _asked(tensor: Tensor) -> Tensor:
 class _Door(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, listener: Listener, grads: list[tuple[list[Tensor | None], int]], *tensors: Tensor
+        ctx: Any, listener: GradientTap, grads: list[tuple[list[Tensor | None], int]], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.listener, ctx.grads = listener, grads
@@ -158,12 +158,12 @@ def leaves_behind(tensor: Tensor) -> list[Tensor]:
     return [node.variable for node in _nodes([tensor], through_doors=True) if hasattr(node, "variable")]
 
 
-def leads_to(tensors: Sequence[Tensor], listener: Listener) -> bool:
+def leads_to(tensors: Sequence[Tensor], listener: GradientTap) -> bool:
     """Whether the graph of some tensors leads to a door of this listener."""
     return any(getattr(node, "listener", None) is listener for node in _nodes(tensors))
 
 
-def ways_past(doors: Sequence[Passage], tensors: Sequence[Tensor]) -> tuple[set[int], bool]:
+def ways_past(doors: Sequence[TappedTree], tensors: Sequence[Tensor]) -> tuple[set[int], bool]:
     """By what other ways than through some doors the graph of some tensors leads on.
 
     Returns:

@@ -16,8 +16,8 @@ from unrolled.bptt.pieces import Whole
 from unrolled.bptt.planning import option, readable
 from unrolled.bptt.schedules import Schedule
 from unrolled.errors import OptionError
-from unrolled.lru import Kept
-from unrolled.networks.layout import Given
+from unrolled.lru import LRUCache
+from unrolled.networks.layout import BatchLayout
 from unrolled.tracing.vmap import transformed
 from unrolled.trees import Tree, flatten
 
@@ -47,7 +47,7 @@ class Budgeted:
         return self.checkpointing.given if isinstance(self.checkpointing, Scheduled) else None
 
     def runs(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Whole, Callable[[], Whole]]:
         """A run that could be made, and the same on a copy of the network."""
         raise NotImplementedError
@@ -86,7 +86,7 @@ class Budgeted:
 
     def costs(self, whole: Whole, again: Callable[[], Whole], length: int) -> Costs:
         """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""
-        meters: Kept[Meter] = self.__dict__.setdefault("_meters", Kept(_MOST_METERS))
+        meters: LRUCache[Meter] = self.__dict__.setdefault("_meters", LRUCache(_MOST_METERS))
         networks = self.modules() if isinstance(self, nn.Module) else ()
         engines = tuple(getattr(network, "engine", None) for network in networks)
         return meters.get(lambda: (engines, _kind(whole)), Meter).costs(again, length)

@@ -14,7 +14,7 @@ from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import context_use
 from unrolled.cells.contract import check_state, make_state, name_of
 from unrolled.errors import InputError, StateError
-from unrolled.networks.layout import Given, Lengths, is_plain, run_as_given
+from unrolled.networks.layout import BatchLayout, Lengths, is_plain, run_as_given
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, describe
 
@@ -86,10 +86,10 @@ class Layered(nn.Module):
     ) -> tuple[Tree, Tree]:
         """What a compiler sees: the parts, each for itself; of rows that end or start afresh, and of cuts, nothing."""
         # Imported here since it brings in torch's compiler, which takes a second.
-        from unrolled.tracing.traced import left_alone
+        from unrolled.tracing.traced import graph_break
 
         if not is_plain(inputs, lengths, resets) or self.truncation is not None or self.checkpointing is not None:
-            return left_alone(self._run, inputs, state, lengths, resets, context)
+            return graph_break(self._run, inputs, state, lengths, resets, context)
         steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
         outputs, last = self.composed_by(
             lambda part, *given: part(given[0], given[1], context=given[2]), steps, state, context
@@ -102,7 +102,7 @@ class Layered(nn.Module):
         return run_as_given(self.through, inputs, state, lengths, resets, context, batch_first=self.batch_first)
 
     def through(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
 

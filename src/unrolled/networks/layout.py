@@ -15,12 +15,12 @@ from unrolled.errors import InputError
 from unrolled.lengths import Extent, Ragged, checked_lengths
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Given", "Lengths", "Portion", "Through", "given_as", "is_plain", "run_as_given"]
+__all__ = ["BatchLayout", "Lengths", "SegmentLayout", "Through", "given_as", "is_plain", "run_as_given"]
 
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 
 
-class Given:
+class BatchLayout:
     """A batch of rows of one length, `[T, B, ...]` or `[B, T, ...]`; what follows from it for other batches.
 
     Args:
@@ -79,7 +79,7 @@ class Given:
         return None
 
 
-class Portion(Given):
+class SegmentLayout(BatchLayout):
     """A portion of a batch, laid out as engines take it already; so are its resets.
 
     Args:
@@ -100,7 +100,7 @@ class Portion(Given):
         return resets
 
 
-class _Padded(Given):
+class _PaddedLayout(BatchLayout):
     """A padded batch whose rows end at different times."""
 
     def __init__(self, ragged: Ragged, *, batch_first: bool = False) -> None:
@@ -129,7 +129,7 @@ class _Padded(Given):
         return map_leaves(self.ragged.restored, tree, first)
 
 
-class _Packed(_Padded):
+class _PackedLayout(_PaddedLayout):
     """A PackedSequence: what engines take is its data."""
 
     def __init__(self, packed: PackedSequence, *, batch_first: bool) -> None:
@@ -143,11 +143,11 @@ class _Packed(_Padded):
         return map_leaves(lambda data: PackedSequence(data, *self._packed[1:]), tree)
 
 
-Through: TypeAlias = Callable[[Given, Tree, Tree, Tensor | None, Tree], tuple[Tree, Tree]]
+Through: TypeAlias = Callable[[BatchLayout, Tree, Tree, Tensor | None, Tree], tuple[Tree, Tree]]
 """How a network is run over what engines see of a batch; see `Unrolled.through`."""
 
 
-def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
+def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> BatchLayout:
     """How a caller gives a batch.
 
     Args:
@@ -161,14 +161,14 @@ def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> Given:
     if isinstance(inputs, PackedSequence):
         if lengths is not None:
             raise InputError("a PackedSequence has its lengths in it; leave lengths= out, or pass padded inputs")
-        return _Packed(inputs, batch_first=batch_first)
+        return _PackedLayout(inputs, batch_first=batch_first)
     T, B = sequence.sizes(inputs, batch_first=batch_first)
     if lengths is None:
-        return Given(Extent(T, B), B, batch_first=batch_first)
+        return BatchLayout(Extent(T, B), B, batch_first=batch_first)
     found = checked_lengths(lengths, T, B)
     if bool((found == T).all()):
-        return Given(Extent(T, B), B, batch_first=batch_first, by_length=True)
-    return _Padded(Ragged(found, T), batch_first=batch_first)
+        return BatchLayout(Extent(T, B), B, batch_first=batch_first, by_length=True)
+    return _PaddedLayout(Ragged(found, T), batch_first=batch_first)
 
 
 def is_plain(inputs: Tree, lengths: Lengths, resets: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unrolled.bptt.pieces import Whole
 from unrolled.lengths import Extent
-from unrolled.networks.layout import Given, Portion, Through
+from unrolled.networks.layout import BatchLayout, SegmentLayout, Through
 from unrolled.trees import Tree
 
 __all__ = ["in_portions"]
@@ -16,7 +16,7 @@ __all__ = ["in_portions"]
 
 def in_portions(
     through: Through,
-    given: Given,
+    given: BatchLayout,
     steps: Tree,
     state: Tree,
     fresh: Mapping[nn.Module, Tree],
@@ -39,7 +39,7 @@ def in_portions(
 
     def run(steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         (inputs, mask), (context, states) = steps, context
-        return through(Portion(extent, dict(zip(fresh, states, strict=True))), inputs, state, mask, context)
+        return through(SegmentLayout(extent, dict(zip(fresh, states, strict=True))), inputs, state, mask, context)
 
     mask = None if resets is None else given.sequences(given.resets(resets, reverse=False))
     same = given.rows(context), [given.rows(state) for state in fresh.values()]

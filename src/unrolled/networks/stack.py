@@ -24,7 +24,7 @@ from unrolled.cells.min_gru import MinGRUCell
 from unrolled.errors import OptionError, UnrolledError
 from unrolled.networks.budgeted import Budgeted
 from unrolled.networks.layered import Layered, Run, named
-from unrolled.networks.layout import Given
+from unrolled.networks.layout import BatchLayout
 from unrolled.networks.portions import in_portions
 from unrolled.networks.unroll import Unrolled
 from unrolled.networks.windows import Windowed
@@ -135,7 +135,7 @@ class Stack(Windowed, Budgeted, Layered):
         return list(self.layers)
 
     def through(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
         cut, T = self.truncation, given.extent.steps
@@ -150,14 +150,14 @@ class Stack(Windowed, Budgeted, Layered):
         return outputs, given.last(last, first)
 
     def runs(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Whole, Callable[[], Whole]]:
         """A run that could be made, and the same on a copy of the network; takes what `through` does."""
         first = self.first_state(steps, state, given.batch)
         return self._wholes(given, steps, state, first, resets, context)
 
     def _wholes(
-        self, given: Given, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Whole, Callable[[], Whole]]:
         if self.checkpointing is not None:
             self.checkpointing.check(given.steps)

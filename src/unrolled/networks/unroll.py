@@ -20,13 +20,13 @@ from unrolled.cells import contract
 from unrolled.cells.adapted import as_cell
 from unrolled.draws import OwnDraws
 from unrolled.engine import reference
-from unrolled.engine.plan_cache import PlanBook
+from unrolled.engine.plan_cache import PlanCache
 from unrolled.errors import InputError, OptionError
 from unrolled.execution.run import run_plan
 from unrolled.internals import CONSTANTS_TAKE_OBJECTS
 from unrolled.lengths import Extent
 from unrolled.networks.budgeted import Budgeted
-from unrolled.networks.layout import Given, Lengths, given_as, is_plain, run_as_given
+from unrolled.networks.layout import BatchLayout, Lengths, given_as, is_plain, run_as_given
 from unrolled.networks.windows import Windowed
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.report import Plan, report
@@ -86,7 +86,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         """
         if engine not in ENGINES:
             raise OptionError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        self._plans = PlanBook(engine, quiet=quiet)
+        self._plans = PlanCache(engine, quiet=quiet)
         self.__dict__.pop("_resetting", None)
 
     @property
@@ -136,7 +136,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         # Imported here since it brings in torch's compiler, which takes a second.
-        from unrolled.tracing.traced import left_alone, run_traced
+        from unrolled.tracing.traced import graph_break, run_traced
 
         whole = self.truncation is None and self.checkpointing is None
         whole = whole and (CONSTANTS_TAKE_OBJECTS or not torch.compiler.is_dynamo_compiling())
@@ -144,7 +144,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
             found = run_traced(self._plans, self.cell, self._forwards(self.in_callers_layout(inputs)), state, context)
             if found is not None:
                 return self.in_callers_layout(self._forwards(found[0])), found[1]
-        return left_alone(self._run_prepared, inputs, state, lengths, resets, context)
+        return graph_break(self._run_prepared, inputs, state, lengths, resets, context)
 
     def _run_prepared(
         self, inputs: Tree, state: Tree, lengths: Lengths, resets: Tensor | None, context: Tree
@@ -152,7 +152,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         return run_as_given(self.through, inputs, state, lengths, resets, context, batch_first=self.batch_first)
 
     def through(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         """Run over sequences that are laid out as engines take them; so one layer after the other is.
 
@@ -175,7 +175,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         return outputs, given.last(last, first)
 
     def _started(
-        self, given: Given, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Unrolled, _Parts]:
         """The network that runs, which may be one that resets rows, and what it runs on."""
         if self.checkpointing is not None:
@@ -202,7 +202,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         return run_by_blocks(cut, whole)
 
     def runs(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Whole, Callable[[], Whole]]:
         """A run that could be made, and the same on a copy of the network; takes what `through` does."""
         first = self.checked(given, steps, state, context)
@@ -216,7 +216,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
             decision = self._plans.look_up(self.cell, inputs, state, context, extent)
             plan, self.ran = decision.plan, decision.engine
         run = self._way(plan, context, extent)
-        return Whole(run, inputs, state, context, extent, self.reverse, self.cell, steady=plan is not None)
+        return Whole(run, inputs, state, context, extent, self.reverse, self.cell, pure=plan is not None)
 
     def _way(self, plan: StepPlan | None, context: Tree, whole: Extent) -> Run:
         """How a sequence, or a piece of it, is run: by a plan, or by the reference."""
@@ -284,7 +284,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         steps = given.sequences(inputs)
         return steps, self.checked(given, steps, state, context)
 
-    def checked(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+    def checked(self, given: BatchLayout, steps: Tree, state: Tree, context: Tree) -> Tree:
         """Check what a caller passed; return the state that each row's first copy receives, or the cell's own."""
         contract.check_context(self.cell, context, given.batch)
         if state is None:
@@ -295,7 +295,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
             self._refuse_lengths(given, steps, state, context)
         return state
 
-    def checked_resets(self, given: Given, resets: Tensor, fresh: Tree) -> Tensor:
+    def checked_resets(self, given: BatchLayout, resets: Tensor, fresh: Tree) -> Tensor:
         """A mask of the rows that start afresh, laid out as the steps and in the order in which they are walked.
 
         Raises:
@@ -304,7 +304,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
         contract.refuse_without_rows(self.cell, fresh, given.batch, "resets")
         return cast("Tensor", given.sequences(given.resets(resets, reverse=self.reverse)))
 
-    def _refuse_lengths(self, given: Given, steps: Tree, state: Tree, context: Tree) -> None:
+    def _refuse_lengths(self, given: BatchLayout, steps: Tree, state: Tree, context: Tree) -> None:
         """Refuse lengths for a cell whose rows are not rows of their own."""
         name = contract.name_of(self.cell)
         contract.refuse_without_rows(self.cell, state, given.batch, "lengths")
@@ -316,7 +316,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
                 "training?) out of the cell"
             )
 
-    def no_outputs(self, given: Given, steps: Tree, state: Tree, context: Tree) -> Tree:
+    def no_outputs(self, given: BatchLayout, steps: Tree, state: Tree, context: Tree) -> Tree:
         """The outputs `[0, ...]` of a batch in which no row has a step: their kind is that of any step's."""
         first = map_leaves(lambda x: x.new_zeros((given.batch, *x.shape[1:])), steps)
         with torch.no_grad(), OwnDraws():

@@ -15,7 +15,7 @@ from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
 from unrolled.lengths import Extent, checked_lengths
 from unrolled.networks.chunks import Chunks
-from unrolled.networks.layout import Given, Lengths, given_as
+from unrolled.networks.layout import BatchLayout, Lengths, given_as
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
 __all__ = ["Window", "Windowed"]
@@ -109,7 +109,7 @@ class Windowed:
         return self.truncation.stride if self.truncation else None
 
     def through(
-        self, given: Given, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
+        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
     ) -> tuple[Tree, Tree]:
         """Run over sequences that are laid out as engines take them."""
         raise NotImplementedError

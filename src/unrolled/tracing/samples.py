@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from unrolled.cells.contract import check_context, check_state, make_state
 from unrolled.trees import Structure, Tree, map_leaves, unflatten
 
-__all__ = ["Asked", "Kind", "apart", "call_with", "held", "real"]
+__all__ = ["CallSpec", "TensorSpec", "apart", "call_with", "held", "real"]
 
 _STEPS = 2
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor without its numbers; of its dimensions, T and B are not told, only that they lead."""
 
     leading: int
@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     needs: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, leading: int) -> Kind:
+    def of(cls, tensor: Tensor, leading: int) -> TensorSpec:
         """What kind a tensor is, and whether a gradient for it is wanted."""
         sizes, needs = tuple(map(int, tensor.shape[leading:])), torch.is_grad_enabled() and tensor.requires_grad
         return cls(min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device, needs)
@@ -42,12 +42,12 @@ class Kind(NamedTuple):
         return numbers.view(shape).requires_grad_(self.needs)
 
 
-class Asked(NamedTuple):
+class CallSpec(NamedTuple):
     """What a call passes: structures, each with the kinds of its leaves. A state without leaves is made by the cell."""
 
-    inputs: tuple[Structure, tuple[Kind, ...]]
-    state: tuple[Structure, tuple[Kind, ...]]
-    context: tuple[Structure, tuple[Kind, ...]]
+    inputs: tuple[Structure, tuple[TensorSpec, ...]]
+    state: tuple[Structure, tuple[TensorSpec, ...]]
+    context: tuple[Structure, tuple[TensorSpec, ...]]
 
     def sample(self, cell: nn.Module, batch: int) -> tuple[Tree, Tree, Tree]:
         """Inputs, state and context of these kinds, checked as those of any call are."""
@@ -89,7 +89,7 @@ def real(tensor: Tensor) -> Tensor:
             return tensor.detach()
         except RuntimeError:
             pass
-    return Kind.of(tensor, 0).sample().detach()
+    return TensorSpec.of(tensor, 0).sample().detach()
 
 
 _making = threading.Lock()

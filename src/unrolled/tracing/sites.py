@@ -1,7 +1,7 @@
 """Sites: places in a traced program where a network is run, with what the trace must know of it beforehand.
 
 Whoever traces (a compiler, an export, a `vmap`) has tensors without numbers. A site is made on real ones of the same
-kind, by the plan book as for any call; so a site knows the plan, and with it the shapes of all results.
+kind, by the plan cache as for any call; so a site knows the plan, and with it the shapes of all results.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
-from unrolled.engine.plan_cache import PlanBook
+from unrolled.engine.plan_cache import PlanCache
 from unrolled.errors import CellError, OptionError
 from unrolled.execution.run import run_plan
 from unrolled.lengths import Extent
-from unrolled.lru import Kept
+from unrolled.lru import LRUCache
 from unrolled.plan.plan import StepPlan
 from unrolled.recording.guards import fingerprint
 from unrolled.recording.program import Size
-from unrolled.tracing.samples import Asked, apart, call_with, held, real
+from unrolled.tracing.samples import CallSpec, apart, call_with, held, real
 from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
 
 __all__ = ["Site", "site_at", "site_of"]
@@ -40,16 +40,16 @@ class Site:
 
     Attributes:
         number: what the operator knows it by.
-        network: the plan book and the cell, held weakly.
+        network: the plan cache and the cell, held weakly.
         plan: how it was recorded.
         asked: what the call passes.
         batch: the B that it was made with.
     """
 
     number: int
-    network: tuple[weakref.ref[PlanBook], weakref.ref[nn.Module]]
+    network: tuple[weakref.ref[PlanCache], weakref.ref[nn.Module]]
     plan: StepPlan
-    asked: Asked
+    asked: CallSpec
     batch: int
     _reached: dict[tuple[bool, ...], Any] = field(default_factory=dict)
 
@@ -108,8 +108,8 @@ class Site:
             raise self.outdated("other shapes of its results")
         return results
 
-    def alive(self) -> tuple[PlanBook, nn.Module]:
-        """The plan book and the cell."""
+    def alive(self) -> tuple[PlanCache, nn.Module]:
+        """The plan cache and the cell."""
         plans, cell = (found() for found in self.network)
         if plans is None or cell is None:
             raise OptionError(
@@ -166,7 +166,7 @@ def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -
 
 
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
-_OF_BOOK: weakref.WeakKeyDictionary[PlanBook, Kept[Site]] = weakref.WeakKeyDictionary()
+_OF_CACHE: weakref.WeakKeyDictionary[PlanCache, LRUCache[Site]] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
 
 
@@ -185,18 +185,18 @@ def site_at(number: int) -> Site:
         ) from None
 
 
-def site_of(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int = 4) -> Site | None:
+def site_of(plans: PlanCache, cell: nn.Module, asked: CallSpec, batch: int = 4) -> Site | None:
     """The site for a call; None where the call has no plan, or is refused: it is then left as it is.
 
     Args:
-        plans: the network's plan book.
+        plans: the network's plan cache.
         cell: its cell.
         asked: what the call passes.
         batch: B, if it is known.
     """
     try:
         # None is let go while the network is there: a traced program may run it.
-        known = _OF_BOOK.setdefault(plans, Kept(sys.maxsize))
+        known = _OF_CACHE.setdefault(plans, LRUCache(sys.maxsize))
         return known.get(
             lambda: (fingerprint(cell), weakref.ref(cell), asked, batch),
             lambda: apart(lambda: _made(plans, cell, asked, batch)),
@@ -205,7 +205,7 @@ def site_of(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int = 4) -> S
         return None
 
 
-def _made(plans: PlanBook, cell: nn.Module, asked: Asked, batch: int) -> Site:
+def _made(plans: PlanCache, cell: nn.Module, asked: CallSpec, batch: int) -> Site:
     def look_up() -> StepPlan | None:
         trees = asked.sample(cell, batch)
         return plans.look_up(cell, *trees).plan

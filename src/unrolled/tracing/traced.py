@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.cells.contract import floating_dtype
-from unrolled.engine.plan_cache import PlanBook
+from unrolled.engine.plan_cache import PlanCache
 from unrolled.internals import operable, transforms
 from unrolled.tracing.operator import call
-from unrolled.tracing.samples import Asked, Kind, apart, held
+from unrolled.tracing.samples import CallSpec, TensorSpec, apart, held
 from unrolled.tracing.sites import site_of
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
-__all__ = ["left_alone", "run_traced"]
+__all__ = ["graph_break", "run_traced"]
 
 
-def run_traced(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
+def run_traced(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
     """Put an unrolled network into the program that is being traced, as one operator.
 
     Args:
-        plans: the network's plan book.
+        plans: the network's plan cache.
         cell: its cell.
         inputs: `[T, B, ...]`.
         state: what copy 0 receives; None for the cell's own initial state.
@@ -64,7 +64,7 @@ An attribute for each: of a dict a trace has only what stood in it when it was f
 
 
 @torch.compiler.disable
-def left_alone(call: Callable[..., tuple[Tree, Tree]], *given: Any) -> tuple[Tree, Tree]:
+def graph_break(call: Callable[..., tuple[Tree, Tree]], *given: Any) -> tuple[Tree, Tree]:
     """Call what no compiler is to look into: it breaks its graph here."""
     return call(*given)
 
@@ -96,10 +96,10 @@ def _put_together(plain: tuple[Any, ...]) -> Structure:
 
 
 @torch.compiler.assume_constant_result
-def _site(plans: PlanBook, cell: nn.Module, *trees: tuple[Any, Any]) -> int | None:
-    inputs, state, context = ((_put_together(s), tuple([Kind(*k) for k in kinds])) for s, kinds in trees)
+def _site(plans: PlanCache, cell: nn.Module, *trees: tuple[Any, Any]) -> int | None:
+    inputs, state, context = ((_put_together(s), tuple([TensorSpec(*k) for k in kinds])) for s, kinds in trees)
     # Inside of a transform the operator would have to be differentiated or mapped below autograd, which it is not.
-    site = site_of(plans, cell, Asked(inputs, state, context)) if apart(operable) and not transforms() else None
+    site = site_of(plans, cell, CallSpec(inputs, state, context)) if apart(operable) and not transforms() else None
     if site is None:
         return None
     name = f"of_{site.number}"

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from unrolled import sequence
-from unrolled.engine.plan_cache import PlanBook
+from unrolled.engine.plan_cache import PlanCache
 from unrolled.internals import operable, transforms, without_innermost_transform
 from unrolled.tracing.operator import operator
-from unrolled.tracing.samples import Asked, Kind, call_with, held
+from unrolled.tracing.samples import CallSpec, TensorSpec, call_with, held
 from unrolled.tracing.sites import Site, site_at, site_of
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
 __all__ = ["run_mapped", "transformed"]
 
 
-def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
+def run_mapped(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
     """Run a network inside of `vmap` with the mapped dimension folded into its rows.
 
     Args:
-        plans: the network's plan book.
+        plans: the network's plan cache.
         cell: its cell.
         inputs: `[T, B, ...]`.
         state: what copy 0 receives.
@@ -35,7 +35,7 @@ def run_mapped(plans: PlanBook, cell: nn.Module, inputs: Tree, state: Tree, cont
     """
     if transforms()[-1:] != ["Vmap"] or not operable():
         return None
-    asked = Asked(_kinds(inputs, 2), _kinds(state, 1), _kinds(context, 1))
+    asked = CallSpec(_kinds(inputs, 2), _kinds(state, 1), _kinds(context, 1))
     site = site_of(plans, cell, asked, sequence.sizes(inputs)[1])
     if site is None or not site.folds:
         return None
@@ -57,9 +57,9 @@ def transformed(tensors: Iterable[Tensor]) -> str:
     return "forward-mode derivatives" if any(unpack_dual(x).tangent is not None for x in tensors) else ""
 
 
-def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[Kind, ...]]:
+def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[TensorSpec, ...]]:
     tensors, structure = flatten(tree)
-    return structure, tuple([Kind.of(tensor, leading) for tensor in tensors])
+    return structure, tuple([TensorSpec.of(tensor, leading) for tensor in tensors])
 
 
 @operator.register_vmap

@@ -11,7 +11,7 @@ from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.nodes import UnsupportedError
 from unrolled.engine.native.products import affine, worthwhile
-from unrolled.execution.protocol import Request, Walk
+from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["BuildError", "affine", "prepare", "run_loop", "worthwhile"]
@@ -47,6 +47,6 @@ def prepare(loops: Iterable[LoopProgram]) -> dict[LoopProgram, str]:
     return refused
 
 
-def run_loop(loop: LoopProgram, request: Request) -> Walk:
-    """Walk through time in C; see `bptt.walk.LoopRunner`. The loop was prepared before."""
+def run_loop(loop: LoopProgram, request: LoopInputs) -> LoopResult:
+    """Walk through time in C; see `execution.protocol.LoopRunner`. The loop was prepared before."""
     return _LOOPS[loop](request)

@@ -17,10 +17,10 @@ from unrolled.engine.native.emit import Source, one_file
 from unrolled.engine.native.layout import Layout
 from unrolled.engine.native.lower import state_homes
 from unrolled.engine.native.products import packed_matrix, product_library
-from unrolled.engine.native.rooms import StateRoom
+from unrolled.engine.native.state_buffer import StateBuffer
 from unrolled.engine.native.threads import shares, team
 from unrolled.execution.memory import fresh, readable
-from unrolled.execution.protocol import Request, Walk
+from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
@@ -89,14 +89,14 @@ class NativeLoop:
         self._homes = state_homes(loop)
         self._sizes = lru_cache(maxsize=16)(self._sizes_for)
 
-    def __call__(self, request: Request) -> Walk:
-        """Walk through time; see `bptt.walk.LoopRunner`."""
+    def __call__(self, request: LoopInputs) -> LoopResult:
+        """Walk through time; see `execution.protocol.LoopRunner`."""
         extent, given = request.extent, [readable(tensor) for tensor in request.given]
         sizes = self._sizes(extent.steps, extent.batch, extent.rows, extent.ragged)
         self._check(given, sizes)
         leaves, by_step, by_row = self._leaves(given, sizes, extent)
         rooms = [fresh(shape, dtype) for shape, dtype in sizes.rooms]
-        states = [StateRoom(rooms[home], extent, request.reverse) for home in self._homes]
+        states = [StateBuffer(rooms[home], extent, request.reverse) for home in self._homes]
         for room, state in zip(states, request.states, strict=True):
             room.begin(state)
         fixed = given[len(request.sequences) :]
@@ -126,7 +126,7 @@ class NativeLoop:
             made[home : home + 1] = [room.handed_on()] if home < len(made) else []
         emitted = [at.as_torch_has_it(x, 1 - extent.ragged) for at, x in zip(self._layouts[1], made, strict=True)]
         totals = [total.sum(0) if threads > 1 else total[0] for total in totals]
-        return Walk(emitted, [room.last() for room in states], lambda state: states[state].received(), totals)
+        return LoopResult(emitted, [room.last() for room in states], lambda state: states[state].received(), totals)
 
     def _sizes_for(self, steps: int, batch: int, rows: int, ragged: bool) -> _Sizes:
         values, a = self.loop.program.values, self.loop.counts[0]

@@ -9,11 +9,11 @@ from torch import Tensor
 from unrolled.execution.protocol import ended
 from unrolled.lengths import Extent
 
-__all__ = ["StateRoom"]
+__all__ = ["StateBuffer"]
 
 
 @dataclass(frozen=True)
-class StateRoom:
+class StateBuffer:
     """The memory of one state: what the first step receives and what every step hands on, `[B + N, ...]`.
 
     What the steps receive is then the same memory, one place aside.
