@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unrolled.errors import CellError, InputError
 from unrolled.lengths import Extent
-from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, paths, unflatten
+from unrolled.trees import Structure, TensorSpec, Tree, flatten, leaves, map_leaves, paths, unflatten
 
 __all__ = ["device_of", "each_step", "joined", "sizes", "stacked", "swap_time_and_batch"]
 
@@ -115,18 +115,15 @@ def _joined(steps: Sequence[Tree], join: Callable[[list[Tensor]], Tensor], rows:
     """Trees put together leaf by leaf; the first `rows` dimensions may differ."""
     flat = [flatten(step) for step in steps]
     first, structure = flat[0]
+    specs = [TensorSpec.of(tensor, rows) for tensor in first]
     for t, (tensors, other) in enumerate(flat):
-        if other != structure or any(not _alike(a, b, rows) for a, b in zip(tensors, first, strict=True)):
+        if other != structure or [TensorSpec.of(tensor, rows) for tensor in tensors] != specs:
             raise CellError(
                 f"a cell's output must keep its structure, shape and dtype: copy 0 returned "
                 f"{_say(first)}, copy {t} returned {_say(tensors)}; return the same kind of output at every step"
             )
     columns = zip(*(tensors for tensors, _ in flat), strict=True)
     return unflatten(structure, [join(list(column)) for column in columns])
-
-
-def _alike(a: Tensor, b: Tensor, rows: int) -> bool:
-    return a.shape[rows:] == b.shape[rows:] and a.dim() == b.dim() and a.dtype == b.dtype
 
 
 def _say(tensors: Sequence[Tensor]) -> str:

@@ -10,9 +10,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Structure", "Tree", "describe", "flatten", "leaves", "leaves_along", "map_leaves", "paths", "unflatten"]
+__all__ = [
+    "Structure",
+    "TensorSpec",
+    "Tree",
+    "TreeSpec",
+    "describe",
+    "flatten",
+    "leaves",
+    "leaves_along",
+    "map_leaves",
+    "paths",
+    "unflatten",
+]
 
 Tree = Any
 """A pytree of tensors. Python's type system has no name for it."""
@@ -35,6 +48,59 @@ class Structure(_Fields):
 
 _LEAF = Structure(Tensor)
 _NONE = Structure(type(None))
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its numbers.
+
+    Attributes:
+        leading: how many dimensions lead whose sizes do not matter (T, B); fewer in a tensor that has fewer.
+        shape: the sizes of all others.
+        dtype: the tensor's.
+        device: the tensor's.
+        requires_grad: whether a gradient for it is wanted, where that matters.
+    """
+
+    leading: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor, leading: int = 0, *, requires_grad: bool = False) -> TensorSpec:
+        """What a tensor is but for the sizes of its first dimensions."""
+        own = min(leading, tensor.dim())
+        return cls(own, tuple(tensor.shape[leading:]), tensor.dtype, tensor.device, requires_grad)
+
+
+class TreeSpec(NamedTuple):
+    """A tree without its numbers: its structure, and of what kind each leaf is. Two trees are alike if their specs are.
+
+    Example:
+        >>> TreeSpec.of((torch.ones(5, 2, 3),), leading=2) == TreeSpec.of((torch.ones(7, 4, 3),), leading=2)
+        True
+    """
+
+    structure: Structure
+    leaves: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, tree: Tree, leading: int = 0, *, requires_grad: bool = False) -> TreeSpec:
+        """What a tree is but for the sizes of its leaves' first dimensions.
+
+        Args:
+            tree: the tree.
+            leading: how many dimensions of each leaf do not matter.
+            requires_grad: whether it matters which leaves require a gradient.
+
+        Raises:
+            TypeError: if a leaf is not a tensor.
+        """
+        tensors, structure = flatten(tree)
+        grads = [requires_grad and tensor.requires_grad for tensor in tensors]
+        specs = [TensorSpec.of(x, leading, requires_grad=grad) for x, grad in zip(tensors, grads, strict=True)]
+        return cls(structure, tuple(specs))
 
 
 def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence, pad_sequence
 from torch.utils.data import default_collate
 
 from unrolled.errors import InputError
-from unrolled.trees import Structure, describe, flatten, unflatten
+from unrolled.trees import Structure, TreeSpec, describe, leaves, unflatten
 
 __all__ = ["collate_packed", "collate_padded"]
 
@@ -127,17 +127,17 @@ def _named(parts: dict[Any, Any], sequences: Collection[Any]) -> Collection[Any]
 def _rows(column: list[Any]) -> _Rows:
     try:
         column = [_as_tensors(tree) for tree in column]
-        flat = [flatten(tree) for tree in column]
+        specs = [TreeSpec.of(tree, 1) for tree in column]
     except TypeError as error:
         raise InputError(f"a sequence must be tensors [T, ...]: {error}; convert it with torch.as_tensor") from error
-    first, structure = flat[0]
-    for i, (tensors, other) in enumerate(flat):
-        if not first or other != structure or any(not _alike(*pair) for pair in zip(tensors, first, strict=True)):
+    are_sequences = bool(specs[0].leaves) and all(leaf.leading for leaf in specs[0].leaves)
+    for i, spec in enumerate(specs):
+        if not are_sequences or spec != specs[0]:
             raise InputError(
                 "sequences of one batch must be tensors [T, ...] that differ in T only: "
                 f"sample 0 has {describe(column[0])}, sample {i} has {describe(column[i])}"
             )
-    return _Rows(structure, list(zip(*(tensors for tensors, _ in flat), strict=True)))
+    return _Rows(specs[0].structure, list(zip(*map(leaves, column), strict=True)))
 
 
 def _as_tensors(tree: Any) -> Any:
@@ -150,10 +150,6 @@ def _as_tensors(tree: Any) -> Any:
         children = map(_as_tensors, tree)
         return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
     return tree
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dim() == b.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
 
 
 def _lengths(columns: dict[Any, Any]) -> Tensor:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from unrolled.errors import GradientError
 from unrolled.internals import uncached
 
-__all__ = ["ParameterAliases", "VersionCheck", "held_by", "leaves_beside", "own"]
+__all__ = ["ParameterAliases", "VersionCheck", "held_by", "own"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -135,23 +134,3 @@ def held_by(token: Tensor, name: str) -> Any:
             "stride < horizon outside of them: its own memory is bounded already"
         )
     return getattr(token, name)
-
-
-def leaves_beside(results: Iterable[Tensor], known: Iterable[Tensor]) -> list[Tensor]:
-    """Leaves of a graph other than those that are known: what a cell reads from elsewhere gets its gradient, too.
-
-    Args:
-        results: where the graph begins.
-        known: tensors beyond which nothing is looked for.
-    """
-    seen = {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
-    ahead, found = [get_gradient_edge(tensor).node for tensor in results if tensor.requires_grad], list[Tensor]()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("AccumulateGrad"):
-            found.append(node.variable)
-        ahead += [following for following, _ in node.next_functions]
-    return found

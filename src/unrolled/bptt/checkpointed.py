@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unrolled.autograd_graph import leaves_behind
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape
-from unrolled.bptt.aside import ParameterAliases, VersionCheck, held_by, leaves_beside, own
+from unrolled.bptt.aside import ParameterAliases, VersionCheck, held_by, own
 from unrolled.bptt.gathered import GradientSums, Results
 from unrolled.bptt.marks import Mark, mark_of, same
 from unrolled.bptt.pieces import Segment, Whole, handed_back, received, rows_of, spans, starts_at
@@ -112,7 +113,7 @@ class _Machine:
         self.first = self.surroundings.random()
         self._until_reverse(results)
         assert self.tape is not None  # every schedule tapes its last segment before it reverses it
-        self.beside = leaves_beside([*self.tape.outputs, *self.tape.last], self._known(self.tape))
+        self.beside = leaves_behind([*self.tape.outputs, *self.tape.last], known=self._known(self.tape))
         self.differentiable = [x.requires_grad for x in (*self.tape.outputs, *self.tape.last)]
         self.again = True
         return results.outputs, results.last
@@ -187,7 +188,7 @@ class _Machine:
 
     def _refuse_strangers(self, tape: _Tape) -> None:
         """What gets a gradient was decided when the last segment was taped."""
-        found = leaves_beside([*tape.outputs, *tape.last], [*self._known(tape), *self.beside])
+        found = leaves_behind([*tape.outputs, *tape.last], known=[*self._known(tape), *self.beside])
         if found:
             raise GradientError(
                 f"{_steps(tape.span)} read a tensor of shape {list(found[0].shape)} that requires a gradient and that "

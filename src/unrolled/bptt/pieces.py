@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unrolled.errors import CellError
 from unrolled.lengths import Extent
-from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves, unflatten
+from unrolled.trees import Structure, TensorSpec, Tree, flatten, leaves, map_leaves, unflatten
 
 __all__ = [
     "Run",
@@ -171,15 +171,12 @@ def refuse_other_kind(
     Raises:
         CellError: naming the piece's first copy.
     """
-    if _kind(*found) != _kind(*first):
+    specs = [(structure, [TensorSpec.of(x, 1) for x in tensors]) for tensors, structure in (found, first)]
+    if specs[0] != specs[1]:
         raise CellError(
             f"a cell's output must keep its structure, shape and dtype, but that of copy {span.start} is another "
             "than that of the copies before it; return the same kind of output at every step"
         )
-
-
-def _kind(tensors: Sequence[Tensor], structure: Structure) -> object:
-    return structure, [(tensor.shape[1:], tensor.dtype) for tensor in tensors]
 
 
 def starts_at(extent: Extent, span: Segment) -> int:

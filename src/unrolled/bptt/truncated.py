@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from unrolled.bptt.aside import ParameterAliases, held_by, leaves_beside, own
+from unrolled.autograd_graph import leaves_behind, nodes_behind
+from unrolled.bptt.aside import ParameterAliases, held_by, own
 from unrolled.bptt.pieces import (
     Run,
     Segment,
@@ -115,7 +115,7 @@ class Tape:
     def _read_beside(self, aliases: Sequence[Tensor]) -> list[Tensor]:
         own = [tensor for piece in self.pieces for tensor in (*piece.inputs, *piece.entry)]
         results = [x for piece in self.pieces for x in (*piece.outputs, *piece.last)]
-        return leaves_beside(results, [*own, *self._around, *aliases])
+        return leaves_behind(results, known=[*own, *self._around, *aliases])
 
     def results(self) -> tuple[Tree, Tree]:
         """The outputs and the last state, with the way back; asked for once.
@@ -254,14 +254,5 @@ def run_by_blocks(truncation: Truncation, whole: Whole) -> tuple[Tree, Tree]:
 
 def left_behind(loss: Tensor) -> str | None:
     """Why a loss can no longer be walked back, if it depends on a tape that has been left."""
-    seen, ahead = set[Any](), [get_gradient_edge(loss).node] if loss.requires_grad else []
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        standing = getattr(node, "standing", None)
-        if isinstance(standing, Standing) and standing.left is not None:
-            return standing.left
-        ahead += [following for following, _ in node.next_functions]
-    return None
+    standings = (getattr(node, "standing", None) for node in nodes_behind([loss]))
+    return next((found.left for found in standings if isinstance(found, Standing) and found.left is not None), None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unrolled import sequence
+from unrolled.autograd_graph import leaves_behind
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing import Leaf, Parameter, Sketch
@@ -120,16 +121,7 @@ class _Probe(nn.Module):
 def _sources(tensors: list[Tensor], weights: dict[str, Tensor]) -> set[str]:
     """The names of the weights that some tensors were computed from."""
     names = {id(weight): name for name, weight in weights.items()}
-    found = {names[id(tensor)] for tensor in tensors if id(tensor) in names}
-    waiting, seen = [tensor.grad_fn for tensor in tensors], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found |= {names[id(node.variable)]} if id(getattr(node, "variable", None)) in names else set()
-        waiting += [following for following, _ in node.next_functions]
-    return found
+    return {names[id(tensor)] for tensor in (*tensors, *leaves_behind(tensors)) if id(tensor) in names}
 
 
 class _Readers(TorchFunctionMode):

@@ -26,7 +26,7 @@ from unrolled.recording.guards import fingerprint
 from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.recording.twin import observe, scratch_of, twin_of
 from unrolled.recording.watch import Watcher, watcher_of
-from unrolled.trees import Tree, flatten, leaves, map_leaves
+from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 from unrolled.unseen import unseen
 from unrolled.warned import warn_caller
 
@@ -101,8 +101,7 @@ class PlanCache:
 
         def key() -> Any:
             with unwatched():
-                shapes = _shapes(sample, 1), _shapes(state, 1), _shapes(context, 1)
-                return fingerprint(cell), shapes, extent.batch
+                return fingerprint(cell), *(TreeSpec.of(tree, 1) for tree in (sample, state, context)), extent.batch
 
         try:
             return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
@@ -311,21 +310,13 @@ def _kind(inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Any
 
     A step may do something else for some batch sizes, which a recording at two others does not show.
     """
-    kinds = _shapes(inputs, 2 - extent.ragged), _shapes(state, 1), _shapes(context, 1)
-    return (*kinds, extent.batch, _needing(inputs, context))
+    specs = TreeSpec.of(inputs, 2 - extent.ragged), TreeSpec.of(state, 1), TreeSpec.of(context, 1)
+    return (*specs, extent.batch, _needing(inputs, context))
 
 
 def _rows(tree: Tree, rows: int, extent: Extent) -> Tree:
     """A state's or context's rows that are alive at a step."""
     return tree if tree is None or not extent.ragged else map_leaves(lambda x: x[:rows] if x.dim() else x, tree)
-
-
-def _shapes(tree: Tree, leading: int) -> Any:
-    """What of a tree a program depends on: all but T and B."""
-    if tree is None:
-        return None
-    tensors, structure = flatten(tree)
-    return structure, tuple([(t.shape[leading:] if t.dim() else None, t.dtype, t.device) for t in tensors])
 
 
 def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree, *, watched: bool = True) -> bool:

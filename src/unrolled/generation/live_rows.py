@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.errors import CellError, InputError, StateError
-from unrolled.trees import Tree, describe, flatten, leaves, map_leaves, paths
+from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, paths
 
 __all__ = ["Kind", "LeavingRows", "LiveRows", "StayingRows", "check_rows", "kind_of_outputs", "taken", "written"]
 
@@ -105,20 +105,14 @@ class Kind:
     """What all inputs, or all outputs, of a generation have in common: structure, dtypes, devices, shapes of a row."""
 
     def __init__(self, tree: Tree) -> None:
-        tensors, self.structure = flatten(tree)
-        self.like = tree
-        self.leaves = [(tuple(leaf.shape[1:]), leaf.dtype, leaf.device) for leaf in tensors]
+        self.like, self.spec = tree, TreeSpec.of(tree, 1)
 
     def fits(self, tree: Tree, rows: int) -> bool:
         """Whether a tree of so many rows is of this kind."""
         try:
-            tensors, structure = flatten(tree)
+            return TreeSpec.of(tree, 1) == self.spec and all(leaf.shape[:1] == (rows,) for leaf in leaves(tree))
         except TypeError:
             return False
-        return structure == self.structure and all(
-            leaf.shape == (rows, *shape) and leaf.dtype == dtype and leaf.device == device
-            for leaf, (shape, dtype, device) in zip(tensors, self.leaves, strict=True)
-        )
 
     def check_output(self, t: int, output: Tree, rows: int) -> None:
         """Refuse another output than the first was.

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import leaves_behind
 from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import parameter_names
 from unrolled.errors import GradientError
-from unrolled.introspection.taps import GradientTap, TappedTree, leads_to, leaves_behind, pass_through
+from unrolled.introspection.taps import GradientTap, TappedTree, leads_to, pass_through
 from unrolled.networks.layout import BatchLayout
 from unrolled.trees import Tree, unflatten
 
@@ -124,7 +125,7 @@ def observe(listener: GradientTap, loss: Tensor) -> dict[Tensor, Tensor]:
         GradientError: as `backward_through`.
     """
     _check_loss(listener, loss, None)
-    by = leaves_behind(loss)
+    by = leaves_behind([loss])
     found: dict[Tensor, Tensor] = {}
 
     def backward() -> None:

@@ -10,16 +10,17 @@ for, and a door in is farther from them than all earlier copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unrolled.autograd_graph import nodes_behind
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
-__all__ = ["GradientTap", "TappedTree", "derivative", "leads_to", "leaves_behind", "pass_through", "ways_past"]
+__all__ = ["GradientTap", "TappedTree", "derivative", "leads_to", "pass_through", "ways_past"]
 
 
 class GradientTap:
@@ -153,14 +154,9 @@ class _Door(torch.autograd.Function):
         return (None, None, *grads)
 
 
-def leaves_behind(tensor: Tensor) -> list[Tensor]:
-    """The leaves that a tensor depends on."""
-    return [node.variable for node in _nodes([tensor], through_doors=True) if hasattr(node, "variable")]
-
-
 def leads_to(tensors: Sequence[Tensor], listener: GradientTap) -> bool:
     """Whether the graph of some tensors leads to a door of this listener."""
-    return any(getattr(node, "listener", None) is listener for node in _nodes(tensors))
+    return any(getattr(node, "listener", None) is listener for node in nodes_behind(tensors, beyond=_is_no_tap))
 
 
 def ways_past(doors: Sequence[TappedTree], tensors: Sequence[Tensor]) -> tuple[set[int], bool]:
@@ -172,7 +168,7 @@ def ways_past(doors: Sequence[TappedTree], tensors: Sequence[Tensor]) -> tuple[s
     """
     known = {id(tensor.grad_fn) for passage in doors for tensor in passage.passed}
     leaves, others = set(), False
-    for node in _nodes(tensors):
+    for node in nodes_behind(tensors, beyond=_is_no_tap):
         if hasattr(node, "listener"):
             others = others or id(node) not in known
         elif hasattr(node, "variable"):
@@ -180,18 +176,8 @@ def ways_past(doors: Sequence[TappedTree], tensors: Sequence[Tensor]) -> tuple[s
     return leaves, others
 
 
-def _nodes(tensors: Sequence[Tensor], *, through_doors: bool = False) -> Iterator[Any]:
-    """The nodes of a graph, as far as the first doors or beyond them."""
-    waiting = [tensor.grad_fn for tensor in tensors]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if through_doors or not hasattr(node, "listener"):
-            waiting += [following for following, _ in node.next_functions]
+def _is_no_tap(node: Any) -> bool:
+    return not hasattr(node, "listener")
 
 
 def derivative(flowed: Sequence[tuple[Tensor, Tensor]], by: Sequence[Tensor], what: str) -> list[Tensor]:

@@ -19,7 +19,7 @@ from unrolled.errors import OptionError
 from unrolled.lru import LRUCache
 from unrolled.networks.layout import BatchLayout
 from unrolled.tracing.vmap import transformed
-from unrolled.trees import Tree, flatten
+from unrolled.trees import Tree, TreeSpec
 
 __all__ = ["Budgeted"]
 
@@ -103,16 +103,8 @@ def _kind(whole: Whole) -> tuple[Any, ...]:
         *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
         whole.extent.batch,
         whole.reverse,
-        _tensors(whole.inputs, 2 - whole.extent.ragged),
-        _tensors(whole.state, 0),
-        _tensors(whole.context, 0),
+        TreeSpec.of(whole.inputs, 2 - whole.extent.ragged, requires_grad=True),
+        *(TreeSpec.of(tree, requires_grad=True) for tree in (whole.state, whole.context)),
         tuple(module.training for module in modules.modules()),
         tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in modules.parameters()),
     )
-
-
-def _tensors(tree: Tree, leading: int) -> tuple[Any, ...]:
-    if tree is None:
-        return ()
-    tensors, structure = flatten(tree)
-    return structure, tuple((x.shape[leading:], x.dtype, x.device, x.requires_grad) for x in tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unrolled import sequence
 from unrolled.errors import InputError
-from unrolled.trees import Tree, describe, flatten, map_leaves
+from unrolled.trees import Tree, TreeSpec, describe, flatten, map_leaves
 
 __all__ = ["Chunks"]
 
@@ -73,7 +73,7 @@ class Chunks:
         steps = sequence.swap_time_and_batch(chunk) if self._batch_first else chunk
         if self._first is None:
             self._first, self.batch = map_leaves(lambda x: x[:0].detach(), steps), B
-        elif _kind(steps) != _kind(self._first):
+        elif TreeSpec.of(steps, 1) != TreeSpec.of(self._first, 1):
             raise InputError(
                 f"all chunks must have the B, structure, dtypes and features of the first, "
                 f"{describe(_step(self._first))} in each step, but chunk {number} has {describe(_step(steps))}; make "
@@ -96,8 +96,3 @@ def _length(pair: Tree) -> int:
 
 def _step(steps: Tree) -> Tree:
     return map_leaves(lambda x: x.new_empty(x.shape[1:]), steps)
-
-
-def _kind(steps: Tree) -> object:
-    tensors, structure = flatten(steps)
-    return structure, [(x.shape[1:], x.dtype, x.device) for x in tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from unrolled.plan.refusals import why_not_recorded
 from unrolled.plan.rows import find_rows, rows_in_front
@@ -14,7 +14,7 @@ from unrolled.recording.record import ROWS, Recording, Sample, leaves_and_struct
 from unrolled.recording.tape import UnrecordableError
 from unrolled.recording.twin import observe, scratch_of, twin_of
 from unrolled.recording.watch import watcher_of
-from unrolled.trees import Tree
+from unrolled.trees import Tree, TreeSpec
 from unrolled.unseen import unseen
 
 __all__ = ["rows_are_independent"]
@@ -46,7 +46,7 @@ def rows_are_independent(cell: nn.Module, input: Tree, state: Tree, context: Tre
     if why_not_recorded([*given, *cell.parameters(), *cell.buffers()]) is not None:
         return False
     try:
-        kinds = tuple([(structure, tuple(map(_kind, leaves))) for leaves, structure in trees])
+        kinds = tuple([TreeSpec.of(tree, 1) for tree in (input, state, context)])
         if _known.get(cell, (None, False))[0] != (fingerprint(cell), kinds):
             proved = _proved(cell, trees, (input, state, context))
             _known[cell] = ((fingerprint(cell), kinds), proved)
@@ -73,7 +73,3 @@ def _row_by_row(recording: Recording) -> bool:
     program = recording.program
     rows, coupled = find_rows(program, rows_in_front(program))
     return not coupled and all(rows.get(value) == 0 for value in program.outputs)
-
-
-def _kind(tensor: Tensor) -> Any:
-    return tensor.shape[1:], tensor.dtype, tensor.device

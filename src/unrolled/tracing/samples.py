@@ -11,53 +11,45 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.cells.contract import check_context, check_state, make_state
-from unrolled.trees import Structure, Tree, map_leaves, unflatten
+from unrolled.trees import TensorSpec, Tree, TreeSpec, map_leaves, unflatten
 
-__all__ = ["CallSpec", "TensorSpec", "apart", "call_with", "held", "real"]
+__all__ = ["CallSpec", "apart", "call_with", "held", "real"]
 
 _STEPS = 2
 
 
-class TensorSpec(NamedTuple):
-    """A tensor without its numbers; of its dimensions, T and B are not told, only that they lead."""
+class CallSpec(NamedTuple):
+    """What a call passes, but for T and B. A state without leaves is made by the cell."""
 
-    leading: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    needs: bool
+    inputs: TreeSpec
+    state: TreeSpec
+    context: TreeSpec
 
     @classmethod
-    def of(cls, tensor: Tensor, leading: int) -> TensorSpec:
-        """What kind a tensor is, and whether a gradient for it is wanted."""
-        sizes, needs = tuple(map(int, tensor.shape[leading:])), torch.is_grad_enabled() and tensor.requires_grad
-        return cls(min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device, needs)
-
-    def sample(self, *sizes: int) -> Tensor:
-        """A tensor of this kind, its leading dimensions of these sizes; integers are zero, an index into anything."""
-        shape = torch.Size((*sizes[: self.leading], *self.shape))
-        if not self.dtype.is_floating_point and not self.dtype.is_complex:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        numbers = torch.linspace(-0.5, 0.5, shape.numel(), dtype=self.dtype, device=self.device)
-        return numbers.view(shape).requires_grad_(self.needs)
-
-
-class CallSpec(NamedTuple):
-    """What a call passes: structures, each with the kinds of its leaves. A state without leaves is made by the cell."""
-
-    inputs: tuple[Structure, tuple[TensorSpec, ...]]
-    state: tuple[Structure, tuple[TensorSpec, ...]]
-    context: tuple[Structure, tuple[TensorSpec, ...]]
+    def of(cls, inputs: Tree, state: Tree, context: Tree) -> CallSpec:
+        """What a call passes; gradients matter where they are enabled."""
+        grads = torch.is_grad_enabled()
+        specs = [TreeSpec.of(tree, n, requires_grad=grads) for tree, n in ((inputs, 2), (state, 1), (context, 1))]
+        return cls(*specs)
 
     def sample(self, cell: nn.Module, batch: int) -> tuple[Tree, Tree, Tree]:
         """Inputs, state and context of these kinds, checked as those of any call are."""
-        inputs = unflatten(self.inputs[0], [kind.sample(_STEPS, batch) for kind in self.inputs[1]])
-        state, context = (unflatten(structure, [kind.sample(batch) for kind in kinds]) for structure, kinds in self[1:])
+        inputs = unflatten(self.inputs.structure, [_sample(spec, _STEPS, batch) for spec in self.inputs.leaves])
+        state, context = (unflatten(tree.structure, [_sample(x, batch) for x in tree.leaves]) for tree in self[1:])
         check_context(cell, context, batch)
         if state is None:
             return inputs, map_leaves(Tensor.detach, make_state(cell, inputs, batch)), context
         check_state(cell, state, inputs, batch)
         return inputs, state, context
+
+
+def _sample(spec: TensorSpec, *sizes: int) -> Tensor:
+    """A tensor of a kind, its leading dimensions of these sizes; integers are zero, an index into anything."""
+    shape = torch.Size((*sizes[: spec.leading], *spec.shape))
+    if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
+        return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+    numbers = torch.linspace(-0.5, 0.5, shape.numel(), dtype=spec.dtype, device=spec.device)
+    return numbers.view(shape).requires_grad_(spec.requires_grad)
 
 
 def held(cell: nn.Module) -> list[Tensor]:
@@ -89,7 +81,7 @@ def real(tensor: Tensor) -> Tensor:
             return tensor.detach()
         except RuntimeError:
             pass
-    return TensorSpec.of(tensor, 0).sample().detach()
+    return _sample(TensorSpec.of(tensor)).detach()
 
 
 _making = threading.Lock()

@@ -20,9 +20,9 @@ from unrolled.cells.contract import floating_dtype
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.internals import operable, transforms
 from unrolled.tracing.operator import call
-from unrolled.tracing.samples import CallSpec, TensorSpec, apart, held
+from unrolled.tracing.samples import CallSpec, apart, held
 from unrolled.tracing.sites import site_of
-from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
+from unrolled.trees import Structure, TensorSpec, Tree, TreeSpec, flatten, leaves, unflatten
 
 __all__ = ["graph_break", "run_traced"]
 
@@ -97,7 +97,7 @@ def _put_together(plain: tuple[Any, ...]) -> Structure:
 
 @torch.compiler.assume_constant_result
 def _site(plans: PlanCache, cell: nn.Module, *trees: tuple[Any, Any]) -> int | None:
-    inputs, state, context = ((_put_together(s), tuple([TensorSpec(*k) for k in kinds])) for s, kinds in trees)
+    inputs, state, context = (TreeSpec(_put_together(s), tuple([TensorSpec(*x) for x in specs])) for s, specs in trees)
     # Inside of a transform the operator would have to be differentiated or mapped below autograd, which it is not.
     site = site_of(plans, cell, CallSpec(inputs, state, context)) if apart(operable) and not transforms() else None
     if site is None:

@@ -13,9 +13,9 @@ from unrolled import sequence
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.internals import operable, transforms, without_innermost_transform
 from unrolled.tracing.operator import operator
-from unrolled.tracing.samples import CallSpec, TensorSpec, call_with, held
+from unrolled.tracing.samples import CallSpec, call_with, held
 from unrolled.tracing.sites import Site, site_at, site_of
-from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
+from unrolled.trees import Tree, leaves, unflatten
 
 __all__ = ["run_mapped", "transformed"]
 
@@ -35,8 +35,7 @@ def run_mapped(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, con
     """
     if transforms()[-1:] != ["Vmap"] or not operable():
         return None
-    asked = CallSpec(_kinds(inputs, 2), _kinds(state, 1), _kinds(context, 1))
-    site = site_of(plans, cell, asked, sequence.sizes(inputs)[1])
+    site = site_of(plans, cell, CallSpec.of(inputs, state, context), sequence.sizes(inputs)[1])
     if site is None or not site.folds:
         return None
     tensors = [*leaves(inputs), *leaves(state), *leaves(context), *held(cell)]
@@ -55,11 +54,6 @@ def transformed(tensors: Iterable[Tensor]) -> str:
     if active:
         return f"torch.func's {active[-1]}"
     return "forward-mode derivatives" if any(unpack_dual(x).tangent is not None for x in tensors) else ""
-
-
-def _kinds(tree: Tree, leading: int) -> tuple[Structure, tuple[TensorSpec, ...]]:
-    tensors, structure = flatten(tree)
-    return structure, tuple([TensorSpec.of(tensor, leading) for tensor in tensors])
 
 
 @operator.register_vmap

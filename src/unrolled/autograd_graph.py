@@ -1,0 +1,45 @@
+"""Autograd's graph, searched: the nodes behind some tensors, and the leaves among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+__all__ = ["leaves_behind", "nodes_behind"]
+
+
+def nodes_behind(
+    tensors: Iterable[Tensor], *, known: Iterable[Tensor] = (), beyond: Callable[[Any], bool] = lambda _: True
+) -> Iterator[Any]:
+    """The nodes of the graph that some tensors lead to, each once; a leaf's node has it as `variable`.
+
+    Args:
+        tensors: where the graph begins; those without a gradient lead nowhere.
+        known: tensors whose nodes, and what lies behind them, are left out.
+        beyond: whether the search goes on behind a node.
+    """
+    seen = {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
+    ahead: list[Any] = [get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if beyond(node):
+            ahead += [following for following, _ in node.next_functions]
+
+
+def leaves_behind(tensors: Iterable[Tensor], *, known: Iterable[Tensor] = ()) -> list[Tensor]:
+    """The leaves that some tensors depend on, beside those that are known and what only these depend on.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+        >>> [leaf.shape for leaf in leaves_behind([a.sum() * b], known=[a])]
+        [torch.Size([3])]
+    """
+    return [node.variable for node in nodes_behind(tensors, known=known) if hasattr(node, "variable")]
