@@ -8,8 +8,6 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["leaves_behind", "nodes_behind"]
-
 
 def nodes_behind(
     tensors: Iterable[Tensor], *, known: Iterable[Tensor] = (), beyond: Callable[[Any], bool] = lambda _: True

@@ -6,8 +6,6 @@ import io
 import os
 import sys
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; what it refuses is told on one line, with exit code 2. Ctrl-C gives 130."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["neighbours", "reals"]
-
 
 def reals(tensor: Tensor) -> Tensor:
     """A tensor's numbers, the two of a complex one side by side."""

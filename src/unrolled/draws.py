@@ -9,8 +9,6 @@ from torch import Generator
 
 from unrolled.internals import DispatchMode
 
-__all__ = ["OwnDraws"]
-
 
 class OwnDraws(DispatchMode):
     """A context in which torch's random numbers come from generators of its own, the same ones each time.

@@ -2,20 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CellError",
-    "ConfigError",
-    "DataError",
-    "DivergedError",
-    "GradientError",
-    "InputError",
-    "NonFiniteError",
-    "OptionError",
-    "RunError",
-    "StateError",
-    "UnrolledError",
-]
-
 
 class UnrolledError(Exception):
     """Anything this package refuses; catch it to catch all of the family."""

@@ -17,23 +17,6 @@ from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "CONSTANTS_TAKE_OBJECTS",
-    "OUTSIDE",
-    "DispatchMode",
-    "decomposition_table",
-    "has_memory",
-    "modules_are_patched",
-    "operable",
-    "outside",
-    "saved_hooks_hidden",
-    "transforms",
-    "uncached",
-    "unwatched",
-    "watching",
-    "without_innermost_transform",
-]
-
 _dispatch_modes = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", None)
 _function_modes = getattr(overrides, "_get_current_function_mode_stack", None)
 _saved_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from unrolled.errors import InputError
 
-__all__ = ["Extent", "Ragged", "checked_lengths"]
-
 
 @dataclass(frozen=True)
 class Extent:

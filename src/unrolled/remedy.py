@@ -23,8 +23,6 @@ from unrolled.cells.contract import name_of
 from unrolled.errors import OptionError
 from unrolled.networks.families import GateSlot, cells_of, family_of, gate_slots, recurrent_weights
 
-__all__ = ["can_set_keeping_bias", "can_set_recurrent", "chrono", "forget_bias", "identity", "orthogonal"]
-
 
 def forget_bias(rnn: nn.Module, value: float = 1.0) -> None:
     """Set the bias of the gate that keeps the state: an LSTM's forget gate, a GRU's update gate.

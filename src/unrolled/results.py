@@ -6,8 +6,6 @@ import html
 import json
 from typing import Any
 
-__all__ = ["Told"]
-
 
 class Told:
     """A result whose text is a table or a picture in characters, and whose numbers are plain."""

@@ -16,8 +16,6 @@ from unrolled.errors import CellError, InputError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, TensorSpec, Tree, flatten, leaves, map_leaves, paths, unflatten
 
-__all__ = ["device_of", "each_step", "joined", "sizes", "stacked", "swap_time_and_batch"]
-
 
 def sizes(inputs: Tree, *, batch_first: bool = False) -> tuple[int, int]:
     """The length T and the batch size B that all leaves of a sequence agree on.

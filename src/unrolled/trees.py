@@ -13,20 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Structure",
-    "TensorSpec",
-    "Tree",
-    "TreeSpec",
-    "describe",
-    "flatten",
-    "leaves",
-    "leaves_along",
-    "map_leaves",
-    "paths",
-    "unflatten",
-]
-
 Tree = Any
 """A pytree of tensors. Python's type system has no name for it."""
 

@@ -11,8 +11,6 @@ import torch
 from unrolled.draws import OwnDraws
 from unrolled.internals import saved_hooks_hidden, uncached, unwatched
 
-__all__ = ["silent", "unseen"]
-
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:

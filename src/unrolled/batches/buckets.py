@@ -12,8 +12,6 @@ from torch.utils.data import Sampler
 
 from unrolled.errors import InputError, OptionError
 
-__all__ = ["BucketSampler"]
-
 # Rows come together in order of length, each length first made up to 5 % larger by chance: neighbours change places,
 # and padding grows by about half of it.
 BLUR = 0.05

@@ -14,8 +14,6 @@ from torch.utils.data import default_collate
 from unrolled.errors import InputError
 from unrolled.trees import Structure, TreeSpec, describe, leaves, unflatten
 
-__all__ = ["collate_packed", "collate_padded"]
-
 
 def collate_padded(
     samples: Sequence[Any], *, sequences: Collection[Any] = (), batch_first: bool = False

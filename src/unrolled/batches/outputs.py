@@ -18,8 +18,6 @@ from unrolled.lengths import checked_lengths
 from unrolled.sequence import swap_time_and_batch
 from unrolled.trees import Tree, describe, leaves, map_leaves
 
-__all__ = ["last_output", "pooled", "sequence_loss"]
-
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Action", "Advance", "Restore", "Reverse", "StoreState", "StoreTape", "in_steps"]
-
 
 @dataclass(frozen=True)
 class Advance:

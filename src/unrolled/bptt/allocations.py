@@ -10,8 +10,6 @@ from torch import Tensor, UntypedStorage
 
 from unrolled.internals import DispatchMode
 
-__all__ = ["Allocations"]
-
 
 class Allocations(DispatchMode):
     """A context that notes what is allocated while it is entered, on every device, the backward pass included.

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from unrolled.errors import GradientError
 from unrolled.internals import uncached
 
-__all__ = ["ParameterAliases", "VersionCheck", "held_by", "own"]
-
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 

@@ -28,8 +28,6 @@ from unrolled.execution.unchanged import unchanged
 from unrolled.internals import has_memory
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["run_checkpointed"]
-
 
 def run_checkpointed(whole: Whole, schedule: Schedule) -> tuple[Tree, Tree]:
     """Run a sequence by a schedule.

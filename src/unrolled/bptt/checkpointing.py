@@ -15,8 +15,6 @@ from unrolled.bptt.schedules import Schedule
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
 
-__all__ = ["Budget", "Checkpointing", "Scheduled", "checkpointing_of"]
-
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

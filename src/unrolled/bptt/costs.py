@@ -8,8 +8,6 @@ from itertools import pairwise
 from unrolled.bptt.schedules import Schedule
 from unrolled.lengths import Extent
 
-__all__ = ["Costs", "Curve"]
-
 
 @dataclass(frozen=True)
 class Curve:

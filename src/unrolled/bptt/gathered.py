@@ -12,8 +12,6 @@ from unrolled.execution.memory import fresh
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
 
-__all__ = ["GradientSums", "Results"]
-
 
 class Results:
     """Outputs and last states of a run in pieces, in memory of their own that is made once.

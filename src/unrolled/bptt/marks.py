@@ -9,8 +9,6 @@ import torch
 
 from unrolled.trees import Tree, leaves
 
-__all__ = ["Mark", "mark_of", "same"]
-
 Mark: TypeAlias = list[list[float]]
 """For each leaf a sum with alternating signs, and the norm."""
 

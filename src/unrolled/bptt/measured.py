@@ -18,8 +18,6 @@ from unrolled.lengths import Extent
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.unseen import unseen
 
-__all__ = ["Meter", "twin_sharing"]
-
 _FIRST = (1, 2, 4, 8, 16, 64)  # steps of a segment
 _WHOLE = (1, 8, 64, 256)  # steps of full storage
 _LONGEST = 512

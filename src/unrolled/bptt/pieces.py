@@ -14,22 +14,6 @@ from unrolled.errors import CellError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, TensorSpec, Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = [
-    "Run",
-    "Segment",
-    "Whole",
-    "final",
-    "handed_back",
-    "joined",
-    "received",
-    "refuse_other_kind",
-    "rows_of",
-    "run_cut",
-    "spans",
-    "split",
-    "starts_at",
-]
-
 Run: TypeAlias = Callable[[Tree, Tree, Tree, Extent, int], tuple[Tree, Tree]]
 """How a piece is run: `(inputs, state, context, extent, first step) -> (outputs, last state)`."""
 

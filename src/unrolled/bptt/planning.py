@@ -13,8 +13,6 @@ from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
 
-__all__ = ["Option", "fitting", "frontier", "option", "options", "planned", "readable", "thriftiest"]
-
 MOST_REPEATS = 8
 """How often a segment is advanced at most: more saves little memory, and without a bound work is quadratic in T."""
 

@@ -9,8 +9,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["RandomState", "Surroundings"]
-
 RandomState: TypeAlias = tuple[Tensor, ...]
 """The state of torch's default generators, the CPU's first."""
 

@@ -13,8 +13,6 @@ from math import comb
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape, in_steps
 from unrolled.errors import OptionError
 
-__all__ = ["Schedule", "binomial", "revolve", "segments", "store_all"]
-
 
 @dataclass(frozen=True)
 class Schedule:

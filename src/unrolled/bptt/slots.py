@@ -8,8 +8,6 @@ from torch import Tensor
 from unrolled.bptt.replay import RandomState
 from unrolled.trees import Structure, Tree, flatten, unflatten
 
-__all__ = ["Slots"]
-
 
 class Slots:
     """Stored states, in memory that is made once: small tensors that stay would cut the heap to pieces.

@@ -9,8 +9,6 @@ from typing import Any
 from unrolled.bptt.planning import Option, readable
 from unrolled.results import Told
 
-__all__ = ["MemoryPlan"]
-
 _WIDTH, _HEIGHT = 56, 10
 
 

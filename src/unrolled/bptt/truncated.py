@@ -35,8 +35,6 @@ from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["Standing", "Tape", "left_behind", "run_by_blocks"]
-
 
 @dataclass
 class Standing:

@@ -8,8 +8,6 @@ from typing import Any
 
 from unrolled.errors import OptionError
 
-__all__ = ["Block", "Truncation", "truncation_of"]
-
 
 @dataclass(frozen=True)
 class Block:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from unrolled.errors import CellError, OptionError, StateError
 from unrolled.trees import Tree
 
-__all__ = ["AdaptedCell", "as_cell", "context_use", "parameter_names"]
-
 Step = Callable[..., tuple[Tree, Tree]]
 State = Callable[..., Tree]
 

@@ -8,8 +8,6 @@ import torch
 
 from unrolled.trees import Tree
 
-__all__ = ["Cell"]
-
 
 @runtime_checkable
 class Cell(Protocol):

@@ -14,8 +14,6 @@ from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
 
-__all__ = ["CheckedStep", "check_context", "check_state", "floating_dtype", "make_state", "name_of", "state_names"]
-
 
 def name_of(cell: nn.Module) -> str:
     """What a person would call a cell: its class, or that of what it was made of."""

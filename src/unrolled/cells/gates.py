@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from unrolled.errors import InputError, OptionError
 
-__all__ = ["GatedCell", "check_flags", "check_sizes"]
-
 
 def check_sizes(**sizes: int) -> None:
     """Refuse a size that is not a positive integer.

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from unrolled.cells.gates import GatedCell
 
-__all__ = ["GRUCell", "gru_step"]
-
 
 def gru_step(
     input: Tensor,

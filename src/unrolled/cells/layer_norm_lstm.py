@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from unrolled.cells.gates import GatedCell
 from unrolled.errors import OptionError
 
-__all__ = ["LayerNormLSTMCell"]
-
 
 class LayerNormLSTMCell(GatedCell):
     """An LSTM cell that normalises its gates and its memory over features; state `(h, c)`, output the new h.

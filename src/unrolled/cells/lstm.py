@@ -8,8 +8,6 @@ from torch import Tensor
 
 from unrolled.cells.gates import GatedCell
 
-__all__ = ["LSTMCell", "lstm_step"]
-
 
 def lstm_step(
     input: Tensor,

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from unrolled.cells.gates import check_flags, check_sizes
 from unrolled.errors import InputError
 
-__all__ = ["MinGRUCell"]
-
 
 class MinGRUCell(nn.Module):
     """A gated moving average of projected inputs; its output is the new state.

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from unrolled.cells.gates import GatedCell
 
-__all__ = ["PeepholeLSTMCell"]
-
 
 class PeepholeLSTMCell(GatedCell):
     """An LSTM cell whose gates see its memory; its state is `(h, c)`, its output the new h.

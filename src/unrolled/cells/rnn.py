@@ -9,8 +9,6 @@ from torch import Tensor
 from unrolled.cells.gates import GatedCell
 from unrolled.errors import OptionError
 
-__all__ = ["RNNCell", "check_nonlinearity", "rnn_step"]
-
 _NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
 
 

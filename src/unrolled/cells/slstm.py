@@ -11,8 +11,6 @@ from torch import Tensor
 from unrolled.cells.gates import GatedCell
 from unrolled.errors import OptionError
 
-__all__ = ["SLSTMCell", "SLSTMState"]
-
 _LOG_FORGET = {"sigmoid": F.logsigmoid, "exponential": lambda f: f}
 
 

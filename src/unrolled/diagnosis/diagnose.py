@@ -26,8 +26,6 @@ from unrolled.introspection.recorded import observe
 from unrolled.networks.layout import Lengths
 from unrolled.trees import Tree, leaves
 
-__all__ = ["diagnose"]
-
 _ROWS = 8
 
 

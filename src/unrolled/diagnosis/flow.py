@@ -13,8 +13,6 @@ from unrolled.diagnosis.walk import row_norms
 from unrolled.introspection.copies import Copies
 from unrolled.trees import leaves
 
-__all__ = ["gradient_flow", "weight_shares"]
-
 
 def gradient_flow(copies: Copies) -> GradientFlow:
     """|dL/dstate_t|: the norm of the loss's whole gradient by the state that each copy receives.

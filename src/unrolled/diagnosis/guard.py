@@ -14,12 +14,10 @@ from unrolled.diagnosis.places import networks_in
 from unrolled.errors import NonFiniteError, OptionError
 from unrolled.introspection.layered import copies
 from unrolled.introspection.recorded import observe
-from unrolled.networks.stack import Layered
+from unrolled.networks.layered import Layered
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, flatten, leaves, map_leaves
-
-__all__ = ["Guard", "guard"]
 
 
 class Guard:

@@ -21,8 +21,6 @@ from unrolled.diagnosis.walk import Walk, row_norms
 from unrolled.introspection.copies import Copy
 from unrolled.trees import leaves
 
-__all__ = ["lag_profile", "reach"]
-
 
 def lag_profile(walk: Walk, probes: int) -> LagProfile | None:
     """|d loss_t / d state_s| over the lag t - s.

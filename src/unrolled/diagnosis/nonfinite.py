@@ -24,8 +24,6 @@ from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import LayeredCopies
 from unrolled.trees import Tree, leaves, map_leaves
 
-__all__ = ["first_bad_gradient", "first_bad_value", "is_finite"]
-
 _ATEN = torch.ops.aten
 _SUMMED_AS = {torch.float16: torch.float32}
 """The sum of many float16 is beyond its range where they are not."""

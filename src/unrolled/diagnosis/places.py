@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import DirectedCopies, LayeredCopies
 
-__all__ = ["networks_in"]
-
 
 def networks_in(run: Copies | LayeredCopies, place: str = "") -> Iterator[tuple[str, Copies]]:
     """The copies of each network by its name (empty for a network of one cell), in the order in which they ran."""

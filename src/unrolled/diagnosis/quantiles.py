@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["median", "quartiles"]
-
 _AT = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 

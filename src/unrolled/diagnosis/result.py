@@ -7,8 +7,6 @@ import json
 import math
 from typing import Any
 
-__all__ = ["Result", "plain"]
-
 
 class Result:
     """What all results can do: turn into a dict, and so into JSON."""

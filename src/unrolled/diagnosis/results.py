@@ -12,29 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unrolled.diagnosis.result import Result, plain
-from unrolled.diagnosis.unit_results import EffectiveMemory, Gate, SpectralRadius, StateNorm, UnitFigures
-
-__all__ = [
-    "KINDS",
-    "Diagnosis",
-    "EffectiveMemory",
-    "Finding",
-    "Gate",
-    "GradientFlow",
-    "JacobianProfile",
-    "LagProfile",
-    "LayerDiagnosis",
-    "Lyapunov",
-    "Missing",
-    "Reach",
-    "Remedy",
-    "Result",
-    "SpectralRadius",
-    "StateNorm",
-    "UnitFigures",
-    "Verdict",
-    "WeightShares",
-]
+from unrolled.diagnosis.unit_results import UnitFigures
 
 KINDS = ("chaotic", "exploding", "vanishing", "saturated", "cut by truncation", "healthy")
 """What a verdict may be, the gravest first."""

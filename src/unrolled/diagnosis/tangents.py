@@ -32,8 +32,6 @@ from unrolled.recording.tape import UnrecordableError
 from unrolled.recording.twin import twin_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["Trajectory", "UnmeasurableError", "measure_tangents", "trajectory_of"]
-
 _TANGENTS = 32
 _LAGS = 24
 

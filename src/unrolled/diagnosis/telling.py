@@ -5,9 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from unrolled.diagnosis.results import Diagnosis, Gate, LayerDiagnosis, Reach
-
-__all__ = ["figures_of", "told", "told_as_html"]
+from unrolled.diagnosis.results import Diagnosis, LayerDiagnosis, Reach
+from unrolled.diagnosis.unit_results import Gate
 
 
 def told(found: Diagnosis) -> str:

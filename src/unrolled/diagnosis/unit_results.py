@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from unrolled.diagnosis.result import Result
 
-__all__ = ["EffectiveMemory", "Gate", "SpectralRadius", "StateNorm", "UnitFigures"]
-
 
 @dataclass(frozen=True)
 class Gate(Result):

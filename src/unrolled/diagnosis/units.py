@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.quantiles import quartiles
-from unrolled.diagnosis.results import EffectiveMemory, Gate, Missing, SpectralRadius, StateNorm, UnitFigures
+from unrolled.diagnosis.results import Missing
+from unrolled.diagnosis.unit_results import EffectiveMemory, Gate, SpectralRadius, StateNorm, UnitFigures
 from unrolled.diagnosis.walk import row_norms
 from unrolled.draws import OwnDraws
 from unrolled.internals import DispatchMode
@@ -24,8 +25,6 @@ from unrolled.networks.families import family_of, recurrent_weights
 from unrolled.recording.tape import UnrecordableError
 from unrolled.recording.twin import twin_of
 from unrolled.trees import flatten, leaves, map_leaves, paths
-
-__all__ = ["unit_figures"]
 
 _ATEN = torch.ops.aten
 _OPERATIONS = {

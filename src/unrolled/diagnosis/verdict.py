@@ -12,10 +12,9 @@ from functools import partial
 from torch import nn
 
 from unrolled import remedy
-from unrolled.diagnosis.results import KINDS, Finding, Gate, LayerDiagnosis, Reach, Remedy, Verdict
+from unrolled.diagnosis.results import KINDS, Finding, LayerDiagnosis, Reach, Remedy, Verdict
+from unrolled.diagnosis.unit_results import Gate
 from unrolled.networks.families import family_of
-
-__all__ = ["verdict_of"]
 
 LEFT = 0.001
 """Vanishing: the share of a gradient below which it counts as gone ..."""

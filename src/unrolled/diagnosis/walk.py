@@ -11,8 +11,6 @@ from unrolled import sequence
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.recorded import RecordedRun
 
-__all__ = ["Walk", "row_norms"]
-
 
 class Walk:
     """The copies of one network, first to run first.

@@ -21,13 +21,11 @@ from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
 from unrolled.drawing.webpage import webpage
 from unrolled.errors import InputError, OptionError
+from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Lengths
-from unrolled.networks.stack import Layered
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree
-
-__all__ = ["draw"]
 
 ENDINGS = (".html", *PICTURES, ".txt")
 """What can be drawn, by the file's suffix."""

@@ -9,8 +9,6 @@ from unrolled.drawing.lettering import extent, printable, shortened
 from unrolled.drawing.marks import HEAD, Box, Extent, Label, Mark, Stroke, around
 from unrolled.drawing.sketch import Sketch, shown_copies
 
-__all__ = ["MARGIN", "figure", "fitted"]
-
 MARGIN = 22.0
 MOST = 5
 """How many copies are drawn when not all are."""

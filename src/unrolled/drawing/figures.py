@@ -11,8 +11,6 @@ from unrolled.bptt.schedules import Schedule
 from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.drawing.portrait import Chart, Series
 
-__all__ = ["layer_charts", "memory_chart", "schedule_chart"]
-
 _MOST_LINES = 6
 
 

@@ -9,8 +9,6 @@ from unrolled.drawing.layered import placed
 from unrolled.drawing.lettering import extent, printable, shortened
 from unrolled.plan.report import PLACES, PlannedOperation
 
-__all__ = ["MOST_OPERATIONS", "inside"]
-
 MOST_OPERATIONS = 160
 """Of a step with more than so many a graph can no longer be read."""
 

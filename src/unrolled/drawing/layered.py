@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-__all__ = ["Placed", "placed"]
-
 _SWEEPS = 12
 _ROW, _SLIM = 32.0, 12.0
 """How much height a node takes, and an edge that passes its column."""

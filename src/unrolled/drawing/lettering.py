@@ -6,8 +6,6 @@ import math
 import unicodedata
 from collections.abc import Callable
 
-__all__ = ["ELLIPSIS", "columns", "extent", "listed", "printable", "shortened"]
-
 ELLIPSIS = "…"
 
 _NARROW = frozenset("ijlft.,:;'|!I[]()/ ")

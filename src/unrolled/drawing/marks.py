@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from unrolled.drawing.lettering import extent
 
-__all__ = ["ASCENT", "DESCENT", "HEAD", "SUBSCRIPT", "Box", "Extent", "Label", "Mark", "Stroke", "around"]
-
 SUBSCRIPT = 0.72
 """A subscript's font size, relative to its label's."""
 

@@ -30,8 +30,6 @@ from unrolled.networks.unroll import Unrolled
 from unrolled.plan.report import Plan
 from unrolled.trees import Structure, Tree, flatten, leaves_along, map_leaves, paths
 
-__all__ = ["portrait"]
-
 _ENTRIES = 64
 _DECADES = 12
 """How far down a page shows gradients, in powers of ten below the largest one."""

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PICTURES", "converted", "figure_of", "picture"]
-
 PICTURES = (".svg", ".png", ".pdf")
 """What a picture can be, by its file's suffix."""
 

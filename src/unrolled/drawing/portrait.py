@@ -9,8 +9,6 @@ from typing import Any
 
 from unrolled.plan.report import PlannedOperation
 
-__all__ = ["MISSING", "Chart", "Layer", "Portrait", "Series", "Strip"]
-
 MISSING = 255
 """The byte of an entry that is not there: a copy in which the row has ended, or a number that is not finite."""
 

@@ -17,11 +17,10 @@ from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing import Leaf, Parameter, Sketch
 from unrolled.draws import OwnDraws
 from unrolled.errors import InputError
-from unrolled.networks.stack import Bidirectional, Layered
+from unrolled.networks.layered import Layered
+from unrolled.networks.stack import Bidirectional
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
-
-__all__ = ["probed"]
 
 
 def probed(rnn: Unrolled | Layered, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:

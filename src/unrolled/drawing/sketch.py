@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["ORIGINS", "Leaf", "Parameter", "Sketch", "shown_copies"]
-
 ORIGINS = {"own": "the cell's own", "learned": "learned with the weights", "passed": "passed by the caller"}
 """Where an initial state can come from, and how a picture says it."""
 

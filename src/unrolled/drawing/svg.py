@@ -12,8 +12,6 @@ from unrolled.drawing.marks import HEAD, SUBSCRIPT, Box, Label, Mark, around
 from unrolled.drawing.sketch import ORIGINS, Sketch
 from unrolled.drawing.tables import tables
 
-__all__ = ["svg"]
-
 # The hues are those of Okabe and Ito, which people with any colour vision tell apart; on dark paper two are lighter.
 # Properties are set twice: renderers without CSS variables keep the first value.
 STYLE = """

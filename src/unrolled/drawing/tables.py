@@ -10,8 +10,6 @@ from unrolled.drawing.lettering import listed
 from unrolled.drawing.marks import Box, Label, Mark, Stroke, around
 from unrolled.drawing.sketch import ORIGINS, Leaf, Sketch
 
-__all__ = ["tables"]
-
 TOP = 412.0
 """The baseline of the tables' headings."""
 

@@ -9,8 +9,6 @@ from functools import partial
 from unrolled.drawing.lettering import ELLIPSIS, columns, listed, printable, shortened
 from unrolled.drawing.sketch import ORIGINS, Leaf, Sketch, shown_copies
 
-__all__ = ["text"]
-
 WIDTH = 80
 
 _TO_ASCII = str.maketrans("┌┐└┘├┤┬┴│─→←↑", "++++++++|-><^")

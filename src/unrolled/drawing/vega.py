@@ -6,8 +6,6 @@ from typing import Any
 
 from unrolled.drawing.portrait import Chart
 
-__all__ = ["specification"]
-
 
 def _raised(power: str) -> str:
     """A Vega expression that writes a whole number as an exponent; d3's minus sign is U+2212."""

@@ -13,8 +13,6 @@ from unrolled.drawing.portrait import Chart, Portrait
 from unrolled.drawing.vega import specification
 from unrolled.errors import OptionError
 
-__all__ = ["webpage"]
-
 
 def webpage(portrait: Portrait) -> str:
     """The page.

@@ -11,8 +11,6 @@ from unrolled.engine import eager, native
 from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["Runner"]
-
 
 class Runner:
     """Runs loops by the native engine where it can, else by the eager one.

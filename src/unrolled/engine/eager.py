@@ -12,8 +12,6 @@ from unrolled.execution.protocol import LoopInputs, LoopResult, ended, shifted
 from unrolled.execution.stepping import stepped
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["run_loop"]
-
 
 def run_loop(loop: LoopProgram, request: LoopInputs) -> LoopResult:
     """Walk through time; see `execution.protocol.LoopRunner`. On CUDA long walks are replays of captured graphs."""

@@ -21,8 +21,6 @@ from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
 from unrolled.warned import warn_caller
 
-__all__ = ["STEPS", "Block", "block_for", "capturable", "run_in_blocks"]
-
 STEPS = 32
 """Steps of a graph: enough that a launch is little of it, few enough that its memory is."""
 

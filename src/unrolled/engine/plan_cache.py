@@ -30,8 +30,6 @@ from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 from unrolled.unseen import unseen
 from unrolled.warned import warn_caller
 
-__all__ = ["Decision", "PlanCache"]
-
 _log = logging.getLogger("unrolled")
 
 _LONG = 2.0

@@ -11,8 +11,6 @@ from unrolled import sequence
 from unrolled.lengths import Extent
 from unrolled.trees import Tree, leaves, map_leaves
 
-__all__ = ["run"]
-
 
 def run(
     step: Callable[[int, Tree, Tree], tuple[Tree, Tree]],

@@ -27,8 +27,6 @@ from unrolled.recording.twin import scratch_of, twin_of
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.unseen import silent
 
-__all__ = ["Turns", "hold_against_the_cell", "steps_at"]
-
 _LIKE_NOISE = 3
 """How many times the movement under noise in the last digit passes for rounding; a cell that spikes moves by far."""
 

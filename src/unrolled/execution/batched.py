@@ -14,8 +14,6 @@ from unrolled.plan.sums import contracts_rows, is_multilinear
 from unrolled.recording.interpret import run_op
 from unrolled.recording.program import Custom, Op, Program
 
-__all__ = ["Batched", "Entry"]
-
 Entry: TypeAlias = Tensor | Timed | Summed
 """What is known of a value over a segment: a tensor where it is the same at every step."""
 

@@ -19,8 +19,6 @@ from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import PlannedLoop
 
-__all__ = ["LoopUnderAutograd"]
-
 
 @dataclass(frozen=True)
 class LoopUnderAutograd:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["fresh", "readable"]
-
 _LARGE = 4 << 20  # bytes
 _PAGE = 2 << 20
 

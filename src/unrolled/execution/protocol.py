@@ -12,8 +12,6 @@ from torch import Tensor
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["LoopInputs", "LoopResult", "LoopRunner", "counted", "ended", "shifted"]
-
 
 @dataclass(frozen=True)
 class LoopInputs:

@@ -15,8 +15,6 @@ from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.trees import Tree, leaves, unflatten
 
-__all__ = ["run_plan"]
-
 
 def run_plan(
     plan: StepPlan,

@@ -14,8 +14,6 @@ from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.partition import Counter, Held, Loop, Shift, Stage, Steps
 
-__all__ = ["Stages", "over_time"]
-
 
 def over_time(entry: Entry, extent: Extent, rows: int | None) -> Tensor:
     """A value over a segment as loops and callers take it; `rows` is the dimension of its rows, if it has any."""

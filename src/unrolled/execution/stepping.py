@@ -11,8 +11,6 @@ from unrolled.execution.timed import Timed
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
 
-__all__ = ["stepped"]
-
 Results = Sequence[Tensor]
 
 

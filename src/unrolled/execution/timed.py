@@ -9,8 +9,6 @@ from torch import Tensor
 
 from unrolled.lengths import Extent
 
-__all__ = ["Summed", "Timed", "spread"]
-
 
 @dataclass(frozen=True)
 class Timed:

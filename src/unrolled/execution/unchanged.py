@@ -12,8 +12,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 
 from torch import Tensor
 
-__all__ = ["made_once", "unchanged"]
-
 
 class _Known(threading.local):
     def __init__(self) -> None:

@@ -24,12 +24,10 @@ from unrolled.generation.live_rows import (
     taken,
     written,
 )
-from unrolled.networks.stack import Layered
+from unrolled.networks.layered import Layered
 from unrolled.networks.unroll import Unrolled
 from unrolled.plan.independence import rows_are_independent
 from unrolled.trees import Tree, describe, flatten, map_leaves, paths
-
-__all__ = ["Step", "generate", "stream"]
 
 Feed = Callable[[Tree], Tree]
 Until = Callable[[Tree], Tensor]

@@ -10,8 +10,6 @@ from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.errors import CellError, InputError, StateError
 from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, paths
 
-__all__ = ["Kind", "LeavingRows", "LiveRows", "StayingRows", "check_rows", "kind_of_outputs", "taken", "written"]
-
 
 class LiveRows(Protocol):
     """A cell's step for those rows of a batch that have not ended."""

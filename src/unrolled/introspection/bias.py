@@ -16,8 +16,6 @@ from unrolled.errors import OptionError
 from unrolled.introspection.taps import derivative
 from unrolled.results import Told
 
-__all__ = ["Bias", "StepGrads", "TruncationBias", "asked_truncation", "truncation_bias"]
-
 
 @dataclass(frozen=True)
 class Bias:

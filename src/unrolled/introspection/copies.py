@@ -16,8 +16,6 @@ from unrolled.introspection.recorded import Received, RecordedRun, Shares, backw
 from unrolled.introspection.taps import TappedTree, derivative
 from unrolled.trees import Tree, describe, map_leaves
 
-__all__ = ["Copies", "Copy"]
-
 
 class Copy:
     """One copy of the cell: the cell at time step `t`. Obtained from `Copies`.

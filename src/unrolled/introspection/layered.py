@@ -14,13 +14,12 @@ from unrolled.introspection.copies import Copies
 from unrolled.introspection.recorded import backward_through
 from unrolled.introspection.recording import recorded
 from unrolled.introspection.taps import GradientTap
+from unrolled.networks.layered import Layered
 from unrolled.networks.layout import BatchLayout, Lengths, given_as
-from unrolled.networks.stack import Bidirectional, Layered
+from unrolled.networks.stack import Bidirectional
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree
-
-__all__ = ["DirectedCopies", "LayeredCopies", "copies"]
 
 Part: TypeAlias = "Copies | LayeredCopies"
 

@@ -15,8 +15,6 @@ from unrolled.introspection.taps import GradientTap, TappedTree, leads_to, pass_
 from unrolled.networks.layout import BatchLayout
 from unrolled.trees import Tree, unflatten
 
-__all__ = ["Received", "RecordedRun", "Shares", "backward_through", "observe"]
-
 
 class RecordedRun:
     """What all the copies of one unrolled network share.

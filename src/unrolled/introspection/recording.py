@@ -18,8 +18,6 @@ from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, map_leaves
 from unrolled.wrappers.resetting import afresh
 
-__all__ = ["recorded"]
-
 
 def recorded(
     rnn: Unrolled,

@@ -20,8 +20,6 @@ from unrolled.autograd_graph import nodes_behind
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
-__all__ = ["GradientTap", "TappedTree", "derivative", "leads_to", "pass_through", "ways_past"]
-
 
 class GradientTap:
     """What remembers the gradients that pass some doors: only those of `Copies.backward`, not of any other pass.

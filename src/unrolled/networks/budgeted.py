@@ -21,8 +21,6 @@ from unrolled.networks.layout import BatchLayout
 from unrolled.tracing.vmap import transformed
 from unrolled.trees import Tree, TreeSpec
 
-__all__ = ["Budgeted"]
-
 _MOST_METERS = 32
 
 

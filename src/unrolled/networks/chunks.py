@@ -12,8 +12,6 @@ from unrolled import sequence
 from unrolled.errors import InputError
 from unrolled.trees import Tree, TreeSpec, describe, flatten, map_leaves
 
-__all__ = ["Chunks"]
-
 _NO_MORE: Any = object()
 
 

@@ -12,11 +12,10 @@ from unrolled.cells.gru import GRUCell
 from unrolled.cells.lstm import LSTMCell
 from unrolled.cells.rnn import RNNCell
 from unrolled.errors import OptionError
-from unrolled.networks.stack import Bidirectional, Layered, Stack
+from unrolled.networks.layered import Layered
+from unrolled.networks.stack import Bidirectional, Stack
 from unrolled.networks.torch_layers import GRU, LSTM, RNN, TorchLayer
 from unrolled.networks.unroll import Unrolled
-
-__all__ = ["from_torch", "to_torch"]
 
 _PAIRS: list[tuple[type[nn.Module], type[nn.Module]]] = [
     (nn.RNN, RNN),

@@ -14,8 +14,6 @@ from unrolled.cells import GRUCell, LayerNormLSTMCell, LSTMCell, MinGRUCell, Pee
 from unrolled.networks.torch_layers import GRU, LSTM, RNN, TorchLayer
 from unrolled.networks.unroll import Unrolled
 
-__all__ = ["Family", "GateSlot", "cells_of", "family_of", "gate_slots", "recurrent_weights"]
-
 
 @dataclass(frozen=True)
 class GateSlot:

@@ -18,8 +18,6 @@ from unrolled.networks.layout import BatchLayout, Lengths, is_plain, run_as_give
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, describe
 
-__all__ = ["Layered", "Run", "named", "takes_context"]
-
 Run: TypeAlias = Callable[[nn.Module, Tree, Tree, Tree], tuple[Tree, Tree]]
 """How one part is run: `(part, steps, state, context) -> (outputs, last state)`."""
 

@@ -15,8 +15,6 @@ from unrolled.errors import InputError
 from unrolled.lengths import Extent, Ragged, checked_lengths
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["BatchLayout", "Lengths", "SegmentLayout", "Through", "given_as", "is_plain", "run_as_given"]
-
 Lengths: TypeAlias = Tensor | Sequence[int] | None
 
 

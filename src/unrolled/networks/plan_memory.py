@@ -18,8 +18,6 @@ from unrolled.networks.stack import Stack, refuse_to_cut
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves
 
-__all__ = ["plan_memory"]
-
 
 def plan_memory(
     rnn: nn.Module,

@@ -11,8 +11,6 @@ from unrolled.lengths import Extent
 from unrolled.networks.layout import BatchLayout, SegmentLayout, Through
 from unrolled.trees import Tree
 
-__all__ = ["in_portions"]
-
 
 def in_portions(
     through: Through,

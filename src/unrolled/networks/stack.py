@@ -30,8 +30,6 @@ from unrolled.networks.unroll import Unrolled
 from unrolled.networks.windows import Windowed
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Bidirectional", "Layered", "Stack", "checked_dropout", "refuse_to_cut", "stack"]
-
 
 class Bidirectional(Layered):
     """Two unrolled networks over the same inputs, one of them from each row's last step to its first.

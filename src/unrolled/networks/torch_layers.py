@@ -23,8 +23,6 @@ from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.warned import warn_caller
 
-__all__ = ["GRU", "LSTM", "RNN", "TorchLayer"]
-
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 

@@ -35,8 +35,6 @@ from unrolled.tracing.vmap import run_mapped, transformed
 from unrolled.trees import Tree, map_leaves
 from unrolled.wrappers.resetting import ResettingCell
 
-__all__ = ["ENGINES", "Unrolled", "unroll"]
-
 _Parts: TypeAlias = tuple[Tree, Tree, Tree, Extent]  # inputs, state, context, as engines see them
 
 ENGINES = ("auto", "reference", "eager", "native")

@@ -18,8 +18,6 @@ from unrolled.networks.chunks import Chunks
 from unrolled.networks.layout import BatchLayout, Lengths, given_as
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
-__all__ = ["Window", "Windowed"]
-
 
 class Window:
     """Some new steps of a long sequence, and the way back through a horizon of copies; made by `windows`.

@@ -23,8 +23,6 @@ from unrolled.recording.merge import merge
 from unrolled.recording.program import Op, Program
 from unrolled.recording.tape import Tape, tangent_like
 
-__all__ = ["Backward", "StepBackward", "colour_backward", "derive_backward"]
-
 
 @dataclass(frozen=True)
 class StepBackward:

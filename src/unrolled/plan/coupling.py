@@ -11,8 +11,6 @@ from unrolled.draws import OwnDraws
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.unseen import silent
 
-__all__ = ["couples_rows"]
-
 
 def couples_rows(
     cell: nn.Module, input: Tree, state: Tree, context: Tree, put_back: Callable[[], object] = lambda: None

@@ -16,8 +16,6 @@ from unrolled.plan.keep import LIGHT
 from unrolled.plan.partition import Loop, Stage, Steps
 from unrolled.recording.program import Op, Program, Size
 
-__all__ = ["fused"]
-
 _BESIDE = LIGHT | frozenset(
     """
     sqrt rsqrt pow log log1p expm1 sin cos erf lerp masked_fill sigmoid_backward tanh_backward threshold_backward

@@ -17,8 +17,6 @@ from unrolled.recording.watch import watcher_of
 from unrolled.trees import Tree, TreeSpec
 from unrolled.unseen import unseen
 
-__all__ = ["rows_are_independent"]
-
 _known: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 

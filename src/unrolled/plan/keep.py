@@ -10,8 +10,6 @@ from collections.abc import Collection, Sequence
 
 from unrolled.recording.program import Op
 
-__all__ = ["LIGHT", "made_again"]
-
 LIGHT = frozenset(
     """
     tanh sigmoid relu exp neg abs reciprocal add sub rsub mul div where gt ge lt le eq ne logical_not logical_and

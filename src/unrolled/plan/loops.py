@@ -14,8 +14,6 @@ from unrolled.plan.partition import Loop
 from unrolled.recording.interpret import run_op
 from unrolled.recording.program import Op, Program, Ref
 
-__all__ = ["LoopProgram", "cut_loop", "once_each", "sample_values"]
-
 
 @dataclass(frozen=True)
 class LoopProgram:

@@ -16,8 +16,6 @@ import torch
 
 from unrolled.recording.program import Program, Ref, dependents
 
-__all__ = ["Counter", "Held", "Loop", "Shift", "Stage", "Steps", "colour", "places", "read_outside", "sunk"]
-
 
 @dataclass(frozen=True)
 class Steps:

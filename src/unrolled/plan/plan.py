@@ -19,8 +19,6 @@ from unrolled.recording.program import dependents
 from unrolled.recording.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
 from unrolled.trees import Tree
 
-__all__ = ["PlannedLoop", "StepPlan", "plan_step"]
-
 
 @dataclass(frozen=True)
 class PlannedLoop:

@@ -10,8 +10,6 @@ from torch.autograd import forward_ad
 
 from unrolled.internals import has_memory, watching
 
-__all__ = ["why_not_recorded"]
-
 
 def why_not_recorded(tensors: Iterable[Tensor]) -> str | None:
     """The reason why a call on these tensors can only be run by the reference; None if there is none.

@@ -16,8 +16,6 @@ from unrolled.recording.record import Recording
 from unrolled.results import Told
 from unrolled.trees import paths
 
-__all__ = ["PLACES", "Plan", "PlannedOperation", "report"]
-
 PLACES = ("once", "before", "through", "after")
 
 

@@ -13,8 +13,6 @@ import torch
 from unrolled.plan.rowwise import RULES, Call, CouplesRowsError, Place, pointwise
 from unrolled.recording.program import Custom, Op, Program
 
-__all__ = ["CouplesRowsError", "find_rows", "rows_in_front", "rows_of_outputs"]
-
 
 def rows_in_front(step: Program) -> dict[int, int]:
     """Where the rows of a step's inputs are, as a caller gives them: in front, of those that have any."""

@@ -12,8 +12,6 @@ from typing import Any
 
 from unrolled.recording.program import Op, Program, Ref, Size
 
-__all__ = ["RULES", "Call", "CouplesRowsError", "Place", "pointwise"]
-
 ROW = Size(1, 0)
 
 

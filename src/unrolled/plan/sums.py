@@ -10,8 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 
 from unrolled.recording.program import Op, Program, Ref
 
-__all__ = ["contracts_rows", "is_multilinear", "summable"]
-
 
 def contracts_rows(op: Op, rows: Mapping[int, int], program: Program) -> bool:
     """Whether an operation adds up over the rows, so that folded over T it adds up over the steps too."""

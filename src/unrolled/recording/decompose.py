@@ -14,8 +14,6 @@ import torch
 
 from unrolled.internals import decomposition_table
 
-__all__ = ["decomposition"]
-
 _NAMES = """
     native_layer_norm native_layer_norm_backward _log_softmax _log_softmax_backward_data
     silu silu_backward gelu gelu_backward mish mish_backward softplus softplus_backward elu elu_backward

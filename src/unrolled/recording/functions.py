@@ -17,8 +17,6 @@ from torch import Tensor
 from unrolled.recording.program import Ref
 from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like, values_behind
 
-__all__ = ["RawCustom", "RawProgram", "fold_functions"]
-
 
 @dataclass
 class RawProgram:

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["set_state", "state_of", "whose"]
-
 
 def state_of(generator: Any) -> Any:
     """The state of a generator as plain values, equal to that of another moment if nothing was drawn.

@@ -22,8 +22,6 @@ from unrolled.recording.places import PLAIN
 from unrolled.recording.tape import UnrecordableError
 from unrolled.recording.watch import watcher_of
 
-__all__ = ["fingerprint", "held_by"]
-
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 # Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}

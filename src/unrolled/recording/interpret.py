@@ -11,8 +11,6 @@ from torch import Tensor
 
 from unrolled.recording.program import Custom, Op, Program, Ref, Size, resolved
 
-__all__ = ["compiled", "run_op"]
-
 
 def run_op(op: Op, values: Any, rows: int) -> Sequence[Tensor | None]:
     """Run one operation on the tensors of its values, for so many rows; its results, one for each output."""

@@ -15,20 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = [
-    "GENERATORS",
-    "HIDING",
-    "HOOKS",
-    "INERT",
-    "attributes_of",
-    "functions_of",
-    "is_common",
-    "is_pure",
-    "is_written_in_python",
-    "name_of",
-    "slots_of",
-]
-
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 """What random numbers come from."""
 

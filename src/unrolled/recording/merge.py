@@ -11,8 +11,6 @@ from unrolled.recording.functions import RawCustom, RawProgram
 from unrolled.recording.program import Custom, Op, Program, Ref, Size, Value
 from unrolled.recording.tape import Event, UnrecordableError
 
-__all__ = ["merge"]
-
 
 def merge(first: RawProgram, second: RawProgram, rows: tuple[int, int]) -> Program:
     """One program that serves every batch size.

@@ -7,8 +7,6 @@ import types
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Names", "names_in"]
-
 _COMPUTED = frozenset(["getattr", "setattr", "delattr", "hasattr", "vars", "dir", "__dict__", "attrgetter"])
 
 

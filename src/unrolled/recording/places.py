@@ -14,27 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CONTAINERS",
-    "MISSING",
-    "PLAIN",
-    "Fetch",
-    "Place",
-    "array",
-    "closed_over",
-    "content",
-    "definition",
-    "held_in",
-    "kind_of",
-    "named",
-    "names_of_class",
-    "of_class",
-    "referent",
-    "same",
-    "type_of",
-    "value_of_variable",
-]
-
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 """What stands where there is nothing."""
 

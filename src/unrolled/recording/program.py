@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Custom", "Op", "Program", "Ref", "Size", "Value", "dependents", "refs_of", "resolved"]
-
 
 class Ref(NamedTuple):
     """A value, by its number, where it stands among an operation's arguments."""

@@ -36,8 +36,6 @@ from unrolled.recording.names import Names, names_in
 from unrolled.recording.places import CONTAINERS, MISSING, PLAIN, Fetch, Place
 from unrolled.recording.tape import IrreversibleError
 
-__all__ = ["Reach"]
-
 _MOST_PLACES, _MOST_ITEMS, _MOST_BYTES = 4096, 1024, 4096
 # A class with more names than these is not looked over as a whole, but name by name.
 _FEW_NAMES = 40

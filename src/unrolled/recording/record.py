@@ -16,8 +16,6 @@ from unrolled.recording.tape import NumbersStayUnread, Tape, UnrecordableError
 from unrolled.trees import Structure, Tree, flatten, unflatten
 from unrolled.unseen import silent
 
-__all__ = ["External", "Recording", "Sample", "record_step", "sample_rows"]
-
 ROWS = (3, 5)
 """The two batch sizes of a recording; small, unequal, and not 1, which broadcasts."""
 

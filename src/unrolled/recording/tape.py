@@ -19,8 +19,6 @@ from unrolled.internals import DispatchMode
 from unrolled.recording.decompose import decomposition
 from unrolled.recording.program import Ref, refs_of
 
-__all__ = ["Event", "IrreversibleError", "NumbersStayUnread", "Tape", "UnrecordableError", "tangent_like"]
-
 Place = tuple[Any, ...]
 
 

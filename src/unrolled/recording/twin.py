@@ -14,8 +14,6 @@ from unrolled.recording.tape import UnrecordableError
 from unrolled.recording.watch import watcher_of
 from unrolled.trees import Tree, leaves, map_leaves
 
-__all__ = ["observe", "scratch_of", "twin_of"]
-
 
 def twin_of(cell: nn.Module) -> nn.Module:
     """A deep copy of a cell.

@@ -33,8 +33,6 @@ from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree, leaves
 from unrolled.unseen import silent
 
-__all__ = ["Watcher", "watcher_of"]
-
 _MOST_VERSIONS = 8
 _CALLS = frozenset([nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__])
 

@@ -19,8 +19,6 @@ from unrolled.internals import outside
 from unrolled.tracing.samples import held
 from unrolled.tracing.sites import Site, site_at
 
-__all__ = ["call", "operator"]
-
 
 class _Tapes:
     """What forward runs keep for their backward, each as long as the token that stands for it has memory."""

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from unrolled.cells.contract import check_context, check_state, make_state
 from unrolled.trees import TensorSpec, Tree, TreeSpec, map_leaves, unflatten
 
-__all__ = ["CallSpec", "apart", "call_with", "held", "real"]
-
 _STEPS = 2
 
 

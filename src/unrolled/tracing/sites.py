@@ -29,8 +29,6 @@ from unrolled.recording.program import Size
 from unrolled.tracing.samples import CallSpec, apart, call_with, held, real
 from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
 
-__all__ = ["Site", "site_at", "site_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class Site:

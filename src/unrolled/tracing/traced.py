@@ -24,8 +24,6 @@ from unrolled.tracing.samples import CallSpec, apart, held
 from unrolled.tracing.sites import site_of
 from unrolled.trees import Structure, TensorSpec, Tree, TreeSpec, flatten, leaves, unflatten
 
-__all__ = ["graph_break", "run_traced"]
-
 
 def run_traced(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
     """Put an unrolled network into the program that is being traced, as one operator.

@@ -17,8 +17,6 @@ from unrolled.tracing.samples import CallSpec, call_with, held
 from unrolled.tracing.sites import Site, site_at, site_of
 from unrolled.trees import Tree, leaves, unflatten
 
-__all__ = ["run_mapped", "transformed"]
-
 
 def run_mapped(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
     """Run a network inside of `vmap` with the mapped dimension folded into its rows.

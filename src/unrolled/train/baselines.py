@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from unrolled.train.text import Split
 
-__all__ = ["Baseline", "baselines", "context_model_bits", "entropy_bits", "xz_bits"]
-
 _SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 Codes = NDArray[np.int64]

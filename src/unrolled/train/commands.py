@@ -23,8 +23,6 @@ from unrolled.train.run import load_run
 from unrolled.train.sampling import sample as write_on
 from unrolled.train.verifying import verify_cells, verify_run
 
-__all__ = ["app", "run_command"]
-
 app = typer.Typer(
     no_args_is_help=True,
     invoke_without_command=True,

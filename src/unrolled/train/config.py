@@ -16,8 +16,6 @@ from unrolled.bptt.truncation import truncation_of
 from unrolled.cells import GRUCell, LSTMCell, RNNCell
 from unrolled.errors import ConfigError, OptionError
 
-__all__ = ["CELLS", "SEEDS", "TrainConfig"]
-
 CELLS = {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell}
 """The cells that can be trained, by the names they have in flags and files."""
 

@@ -11,8 +11,6 @@ import yaml
 
 from unrolled.errors import ConfigError
 
-__all__ = ["read_config"]
-
 _MOST_BYTES, _MOST_SAID = 100_000, 200
 
 

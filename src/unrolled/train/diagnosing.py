@@ -22,8 +22,6 @@ from unrolled.train.text import BUILT_IN, read_text, split_text
 from unrolled.train.windows import each_window
 from unrolled.trees import Tree
 
-__all__ = ["diagnose_run", "diagnosis_of", "draw_run", "drawn"]
-
 Loss: TypeAlias = Callable[[Tensor, Tree], Tensor]
 
 _WINDOWS, _STREAMS = 4, 8

@@ -22,8 +22,6 @@ from unrolled.train.run import Run, create_run
 from unrolled.train.sampling import sample
 from unrolled.train.text import BUILT_IN, Split, Vocabulary, read_text, split_text
 
-__all__ = ["PAGE", "run_job"]
-
 PAGE = "page.html"
 """The page's name in a run directory."""
 

@@ -20,8 +20,6 @@ from unrolled.train.text import Split, Vocabulary
 from unrolled.train.windows import each_window, window_count
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["Epoch", "Update", "Watcher", "bits_per_character", "check_finite", "train"]
-
 _STREAM = 4096  # characters a stream of an evaluation has at least: below, cold starts would show in the score
 
 

@@ -12,8 +12,6 @@ from unrolled.networks.unroll import unroll
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.trees import Tree
 
-__all__ = ["CharacterModel"]
-
 
 class CharacterModel(nn.Module):
     """Predicts each character from all those before it.

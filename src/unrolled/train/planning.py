@@ -13,8 +13,6 @@ from unrolled.train.config import TrainConfig
 from unrolled.train.model import CharacterModel
 from unrolled.train.run import load_run
 
-__all__ = ["plan_run"]
-
 
 def plan_run(config: TrainConfig, run: Path | None, memory: str | None, steps: int | None) -> MemoryPlan:
     """The trade-off for the recurrent network of a run, in training.

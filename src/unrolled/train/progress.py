@@ -12,8 +12,6 @@ from rich.table import Table
 from unrolled.train.baselines import Baseline
 from unrolled.train.loop import Epoch, Update
 
-__all__ = ["ProgressBar", "score_table", "terminal"]
-
 
 def terminal(*, stderr: bool = False) -> Console:
     """A console that prints what it is given: nothing in a path or a text is markup, an emoji code or a number."""

@@ -19,8 +19,6 @@ from unrolled.train.config_file import read_config
 from unrolled.train.model import CharacterModel
 from unrolled.train.text import Vocabulary
 
-__all__ = ["Run", "create_run", "load_run"]
-
 _CONFIG, _METRICS, _MODEL = "config.json", "metrics.jsonl", "model.safetensors"
 _UNFINISHED = ".part"
 _MOST_SAID = 300

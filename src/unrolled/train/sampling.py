@@ -12,8 +12,6 @@ from unrolled.train.config import SEEDS
 from unrolled.train.model import CharacterModel
 from unrolled.train.text import Vocabulary
 
-__all__ = ["sample"]
-
 
 def sample(
     model: CharacterModel, vocabulary: Vocabulary, prompt: str = "", *, length: int, temperature: float, seed: int

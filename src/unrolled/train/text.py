@@ -10,8 +10,6 @@ from torch import Tensor
 
 from unrolled.errors import DataError
 
-__all__ = ["BUILT_IN", "Split", "Vocabulary", "read_text", "split_text"]
-
 BUILT_IN = "pydoc_data.topics"
 """The English text that every Python carries: the help pages of the language."""
 

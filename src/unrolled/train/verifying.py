@@ -12,8 +12,6 @@ from unrolled.networks.unroll import unroll
 from unrolled.train.run import load_run
 from unrolled.verification.verify import Verification, verify
 
-__all__ = ["verify_cells", "verify_run"]
-
 _CELLS = (
     cells.RNNCell,
     cells.LSTMCell,

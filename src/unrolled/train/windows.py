@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-__all__ = ["each_window", "window_count"]
-
 
 def each_window(numbers: Tensor, batch: int, window: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The windows of a text, in reading order: row b of each window goes on where row b of the last one ended.

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from unrolled.digits import neighbours, reals
 from unrolled.draws import OwnDraws
 from unrolled.errors import InputError, OptionError
+from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Lengths, given_as
-from unrolled.networks.stack import Layered
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
 from unrolled.results import Told
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
-
-__all__ = ["Check", "Verification", "verify"]
 
 Trees: TypeAlias = tuple[Tree, Tree, Tree]
 """Inputs, state and context."""

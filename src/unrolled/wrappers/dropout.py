@@ -13,8 +13,6 @@ from unrolled.trees import Tree, flatten, unflatten
 from unrolled.wrappers.masks import Draw, draw, kept
 from unrolled.wrappers.seeded import SeededCell, SeededState
 
-__all__ = ["DropoutCell"]
-
 OF = ("input", "output", "state")
 PER = ("step", "sequence")
 

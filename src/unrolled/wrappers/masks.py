@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "draw", "draw_seeds", "kept"]
-
 _WORD = 2**32 - 1
 
 

@@ -14,8 +14,6 @@ from unrolled.cells.gates import check_sizes
 from unrolled.errors import CellError
 from unrolled.trees import Tree
 
-__all__ = ["ProjectedCell", "ResidualCell"]
-
 
 class _OutputCell(nn.Module):
     """A cell around a cell, with the same state."""

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from unrolled.cells.contract import name_of
 from unrolled.trees import Tree, map_leaves
 
-__all__ = ["ResettingCell", "afresh"]
-
 
 def afresh(resets: Tensor, fresh: Tree, state: Tree) -> Tree:
     """A state whose rows are those of `fresh` where `resets`, a bool `[B]`, says so."""

@@ -13,8 +13,6 @@ from unrolled.trees import Tree, describe, flatten, map_leaves
 from unrolled.wrappers.masks import draw, kept
 from unrolled.wrappers.seeded import SeededCell, SeededState
 
-__all__ = ["FedState", "ScheduledSampling"]
-
 
 class FedState(NamedTuple):
     """The state of a cell beside the input that its last output makes; in a `SeededState`.

@@ -14,8 +14,6 @@ from unrolled.errors import OptionError
 from unrolled.trees import Tree, leaves
 from unrolled.wrappers.masks import draw_seeds
 
-__all__ = ["SeededCell", "SeededState"]
-
 
 class SeededState(NamedTuple):
     """The state of a wrapper that draws masks.

@@ -13,8 +13,6 @@ from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 from unrolled.wrappers.masks import Draw, draw, kept
 from unrolled.wrappers.seeded import SeededCell, SeededState
 
-__all__ = ["ZoneoutCell"]
-
 
 class ZoneoutCell(SeededCell):
     """A cell whose state's entries stay as they were with probability p, at every step anew.

@@ -9,7 +9,7 @@ import torch
 from unrolled.engine.native.bind import NativeLoop, built
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.emit import Source, emit
-from unrolled.engine.native.nodes import UnsupportedError
+from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.products import affine, worthwhile
 from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.plan.loops import LoopProgram

@@ -8,8 +8,6 @@ from unrolled.engine.native.nodes import View
 from unrolled.engine.native.rules import Rules
 from unrolled.recording.program import Op
 
-__all__ = ["ArithmeticRules"]
-
 _DIVISIONS = {None: "div", "floor": "floor_divide", "trunc": "trunc_divide"}
 
 

@@ -25,8 +25,6 @@ from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["NativeLoop", "built"]
-
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
 # Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their
 # own each thread would read all of them.

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from unrolled.warned import warn_caller
 
-__all__ = ["BuildError", "compiler", "library", "machine_lines"]
-
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _MOST_FILES = 2048
 

@@ -16,8 +16,6 @@ from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["Source", "emit", "one_file"]
-
 
 @dataclass(frozen=True)
 class Source:

@@ -13,8 +13,6 @@ from unrolled.engine.native.scalars import Scalar
 from unrolled.engine.native.view_rules import ViewRules
 from unrolled.recording.program import Op
 
-__all__ = ["ConstantRules", "JoinRules"]
-
 
 class JoinRules(ViewRules):
     """What writes pieces side by side: joins, and the backward of slices."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from unrolled.recording.program import Size, Value
 
-__all__ = ["Layout", "UnsupportedError"]
-
 
 class UnsupportedError(Exception):
     """An operation that this engine does not emit; the message names it."""

@@ -13,8 +13,6 @@ from unrolled.engine.native.scalars import ELEMENTWISE
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.program import Op
 
-__all__ = ["lower", "state_homes"]
-
 
 def state_homes(loop: LoopProgram) -> list[int]:
     """For each state the place of its memory: that of the emitted value that it is handed.

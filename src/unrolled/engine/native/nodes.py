@@ -14,24 +14,7 @@ from math import prod
 
 import torch
 
-from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.scalars import Scalar
-
-__all__ = [
-    "Compute",
-    "Copy",
-    "Join",
-    "Leaf",
-    "Lowered",
-    "Node",
-    "Product",
-    "Reduce",
-    "Scan",
-    "UnsupportedError",
-    "View",
-    "contiguous",
-    "thick",
-]
 
 
 @dataclass(eq=False)

@@ -8,8 +8,6 @@ from unrolled.engine.native.reduction_rules import ReductionRules
 from unrolled.engine.native.scalars import Scalar
 from unrolled.recording.program import Op
 
-__all__ = ["ProductRules"]
-
 
 class ProductRules(ReductionRules):
     """Products by the kernel where the matrix is fixed and of two dimensions; others entry by entry, added up."""

@@ -18,8 +18,6 @@ from unrolled.engine.native.build import BuildError, library, machine_lines
 from unrolled.engine.native.threads import team
 from unrolled.execution.memory import fresh, readable
 
-__all__ = ["affine", "packed_matrix", "product_library", "worthwhile"]
-
 _PER_THREAD = 8_000_000  # multiplications that are worth starting a thread for
 _LEAST = 200_000  # multiplications below which a call costs more than it saves
 _LONG = 4  # how much longer K is than M where threads share K

@@ -13,8 +13,6 @@ from unrolled.engine.native.nodes import Reduce, Scan, View, contiguous
 from unrolled.engine.native.view_rules import ViewRules
 from unrolled.recording.program import Op
 
-__all__ = ["ReductionRules"]
-
 
 class ReductionRules(ViewRules):
     """Sums, extremes, moments and softmax along dimensions of a row."""

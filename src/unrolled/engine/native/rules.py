@@ -12,8 +12,6 @@ from unrolled.engine.native.nodes import Compute, Leaf, Node, View, contiguous
 from unrolled.engine.native.scalars import ELEMENTWISE, Scalar
 from unrolled.recording.program import Op, Ref, Value
 
-__all__ = ["Rules"]
-
 _COUNT = torch.int64
 _CONDITIONS = {"where": 0, "masked_fill": 1}
 _PLAIN_KEYWORDS = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["ELEMENTWISE", "Elementwise", "Scalar", "literal"]
-
 Scalar: TypeAlias = int | float | bool | None
 
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from unrolled.engine.native.nodes import Compute, Copy, Join, Leaf, Lowered, Node, Product, Reduce, Scan, View
 
-__all__ = ["Kernel", "Scheduled", "local", "schedule"]
-
 
 @dataclass
 class Kernel:

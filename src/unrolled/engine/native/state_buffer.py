@@ -9,8 +9,6 @@ from torch import Tensor
 from unrolled.execution.protocol import ended
 from unrolled.lengths import Extent
 
-__all__ = ["StateBuffer"]
-
 
 @dataclass(frozen=True)
 class StateBuffer:

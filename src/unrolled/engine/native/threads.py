@@ -13,8 +13,6 @@ from itertools import accumulate
 
 from unrolled.lengths import Extent
 
-__all__ = ["shares", "team"]
-
 _STEP = 3  # what a step costs beside its rows, in rows
 
 

@@ -10,8 +10,6 @@ from unrolled.engine.native.rules import Rules
 from unrolled.engine.native.scalars import ELEMENTWISE
 from unrolled.recording.program import Op, Size
 
-__all__ = ["ViewRules"]
-
 
 class ViewRules(Rules):
     """Views, slices, splits, permutations, expansions."""
