@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from unrolled.bptt.planning import Option, readable
-from unrolled.results import Told
+from unrolled.results import Result
 
 _WIDTH, _HEIGHT = 56, 10
 
 
 @dataclass(frozen=True)
-class MemoryPlan(Told):
+class MemoryPlan(Result):
     """Memory against time for the schedules of one call; `print` it.
 
     Attributes:

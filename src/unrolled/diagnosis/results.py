@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from unrolled.diagnosis.result import Result, plain
 from unrolled.diagnosis.unit_results import UnitFigures
+from unrolled.results import Result, plain
 
 KINDS = ("chaotic", "exploding", "vanishing", "saturated", "cut by truncation", "healthy")
 """What a verdict may be, the gravest first."""
@@ -171,7 +171,11 @@ class Remedy(Result):
     """
 
     text: str
-    apply: Callable[[], None] | None = field(default=None, compare=False, repr=False, metadata={"told": False})
+    apply: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The text."""
+        return {"text": self.text}
 
 
 @dataclass(frozen=True)

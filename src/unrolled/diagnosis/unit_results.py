@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unrolled.diagnosis.result import Result
+from unrolled.results import Result
 
 
 @dataclass(frozen=True)

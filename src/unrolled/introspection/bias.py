@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +12,11 @@ from torch import Tensor
 from unrolled.bptt.truncation import Block, Truncation, truncation_of
 from unrolled.errors import OptionError
 from unrolled.introspection.taps import derivative
-from unrolled.results import Told
+from unrolled.results import Result
 
 
 @dataclass(frozen=True)
-class Bias:
+class Bias(Result):
     """A truncated gradient beside the full one.
 
     Attributes:
@@ -36,7 +34,7 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class TruncationBias(Told):
+class TruncationBias(Result):
     """What truncation does to the gradient of a run; `print` it.
 
     Attributes:
@@ -57,10 +55,6 @@ class TruncationBias(Told):
     stride: int
     whole: Bias
     parameters: Mapping[str, Bias]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         rows = [("all", self.whole), *self.parameters.items()]

@@ -13,7 +13,7 @@ from unrolled.plan.partition import Counter, Loop, Stage
 from unrolled.plan.plan import StepPlan
 from unrolled.recording.program import Op, Program, Ref
 from unrolled.recording.record import Recording
-from unrolled.results import Told
+from unrolled.results import Result
 from unrolled.trees import paths
 
 PLACES = ("once", "before", "through", "after")
@@ -39,7 +39,7 @@ class PlannedOperation:
 
 
 @dataclass(frozen=True)
-class Plan(Told):
+class Plan(Result):
     """How an unrolled network will be run; `print` it.
 
     Attributes:

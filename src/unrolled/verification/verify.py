@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,7 +17,7 @@ from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Lengths, given_as
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
-from unrolled.results import Told
+from unrolled.results import Result
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 
 Trees: TypeAlias = tuple[Tree, Tree, Tree]
@@ -30,7 +28,7 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Result):
     """One engine in one precision.
 
     Attributes:
@@ -58,9 +56,13 @@ class Check:
         """Whether it kept within the bound; NaN does not."""
         return self.error <= self.bound
 
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name, the precision as text, and whether the check passed."""
+        return super().to_dict() | {"dtype": str(self.dtype), "passed": self.passed}
+
 
 @dataclass(frozen=True)
-class Verification(Told):
+class Verification(Result):
     """All checks of a network; true if all passed. `print` it for a table.
 
     Example:
@@ -76,14 +78,8 @@ class Verification(Told):
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text, as JSON takes them; an error that is no number as text."""
-        checks = [
-            dataclasses.asdict(check) | {"dtype": str(check.dtype), "passed": check.passed} for check in self.checks
-        ]
-        for check in checks:
-            if not math.isfinite(check["error"]):
-                check["error"] = str(check["error"])
-        return {"passed": self.passed, "checks": checks}
+        """`passed` and `checks`."""
+        return {"passed": self.passed} | super().to_dict()
 
     def __bool__(self) -> bool:
         return self.passed
