@@ -1,6 +1,9 @@
-"""The family of exceptions: each says the rule, the value received and the remedy."""
+"""The family of exceptions: each says the rule, the value received and the remedy; warnings that name a user's line."""
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 
 class UnrolledError(Exception):
@@ -66,3 +69,11 @@ class NonFiniteError(UnrolledError, ArithmeticError):
 
 class RunError(UnrolledError, OSError):
     """A run directory that cannot be written, would be overwritten, or is not one."""
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the innermost line that is neither this package's nor torch's, which calls modules for the user."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("unrolled", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -1,15 +1,16 @@
-"""Work that concerns nobody but the library: whoever looks on at a call sees the call itself and nothing else."""
+"""What the library tries out before a call: nobody notices it, and it draws none of the user's random numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Generator
 
-from unrolled.draws import OwnDraws
-from unrolled.internals import saved_hooks_hidden, uncached, unwatched
+from unrolled.internals import DispatchMode, saved_hooks_hidden, uncached, unwatched
 
 
 @contextlib.contextmanager
@@ -35,3 +36,68 @@ def silent() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class OwnDraws(DispatchMode):
+    """A context in which torch's random numbers come from generators of its own, the same ones each time.
+
+    Setting torch's generator back afterwards would hand other threads the numbers again that they have drawn meanwhile.
+
+    Args:
+        seed: of the generators.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with OwnDraws():
+        ...     one = torch.rand(3)
+        >>> with OwnDraws():
+        ...     other = torch.nn.functional.dropout(torch.ones(3)), torch.rand(3)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self._generators: dict[torch.device, Generator] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, with a generator where it draws and was given none."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        drawing = _with_generator(func)
+        if drawing is None:
+            return self._by_torchs_own(func, args, kwargs)
+        return drawing(*args, **{**kwargs, "generator": self._generator(_device(args, kwargs))})
+
+    def _generator(self, device: torch.device) -> Generator:
+        if device not in self._generators:
+            self._generators[device] = Generator(device if device.type != "meta" else "cpu").manual_seed(self.seed)
+        return self._generators[device]
+
+    def _by_torchs_own(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The few operations that take no generator: torch's is set back after each."""
+        number = int(torch.randint(1 << 30, (), generator=self._generator(torch.device("cpu"))))
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            return func(*args, **kwargs)
+
+
+def _with_generator(func: Any) -> Any:
+    """The overload of an operation that takes a generator beside its own arguments; None if there is none."""
+    names = [argument.name for argument in func._schema.arguments]
+    for other in (func, *(getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())):
+        taken = [argument.name for argument in other._schema.arguments]
+        if "generator" in taken and [n for n in taken if n != "generator"] == [n for n in names if n != "generator"]:
+            return other
+    return None
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"])
+    tensors = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

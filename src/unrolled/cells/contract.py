@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.cells.adapted import check_state_maker, context_use
-from unrolled.draws import OwnDraws
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
+from unrolled.unseen import OwnDraws
 
 
 def name_of(cell: nn.Module) -> str:

@@ -18,13 +18,13 @@ from unrolled.diagnosis.quantiles import quartiles
 from unrolled.diagnosis.results import Missing
 from unrolled.diagnosis.unit_results import EffectiveMemory, Gate, SpectralRadius, StateNorm, UnitFigures
 from unrolled.diagnosis.walk import row_norms
-from unrolled.draws import OwnDraws
 from unrolled.internals import DispatchMode
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.networks.families import family_of, recurrent_weights
 from unrolled.recording.tape import UnrecordableError
 from unrolled.recording.twin import twin_of
 from unrolled.trees import flatten, leaves, map_leaves, paths
+from unrolled.unseen import OwnDraws
 
 _ATEN = torch.ops.aten
 _OPERATIONS = {

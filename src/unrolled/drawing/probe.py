@@ -15,12 +15,12 @@ from unrolled.autograd_graph import leaves_behind
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing import Leaf, Parameter, Sketch
-from unrolled.draws import OwnDraws
 from unrolled.errors import InputError
 from unrolled.networks.layered import Layered
 from unrolled.networks.stack import Bidirectional
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
+from unrolled.unseen import OwnDraws
 
 
 def probed(rnn: Unrolled | Layered, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from unrolled.errors import warn_caller
 from unrolled.execution.protocol import LoopInputs, LoopResult, shifted
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
-from unrolled.warned import warn_caller
 
 STEPS = 32
 """Steps of a graph: enough that a launch is little of it, few enough that its memory is."""

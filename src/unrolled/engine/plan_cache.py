@@ -15,6 +15,7 @@ from unrolled import sequence
 from unrolled.cells.contract import name_of
 from unrolled.engine.choice import Runner
 from unrolled.engine.witness import Turns, hold_against_the_cell, steps_at
+from unrolled.errors import warn_caller
 from unrolled.internals import unwatched
 from unrolled.lengths import Extent
 from unrolled.lru import LRUCache
@@ -28,7 +29,6 @@ from unrolled.recording.twin import observe, scratch_of, twin_of
 from unrolled.recording.watch import Watcher, watcher_of
 from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 from unrolled.unseen import unseen
-from unrolled.warned import warn_caller
 
 _log = logging.getLogger("unrolled")
 

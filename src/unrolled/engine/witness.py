@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.cells.contract import CheckedStep
-from unrolled.digits import neighbours, reals
 from unrolled.engine import reference
 from unrolled.execution.protocol import LoopRunner
 from unrolled.execution.run import run_plan
@@ -210,3 +209,23 @@ def _said(ours: Tensor | None, theirs: Tensor | None) -> str:
     one, other = reals(ours).flatten().double(), reals(theirs).flatten().double()
     at = int((one - other).abs().nan_to_num(float("inf")).argmax())
     return f": {float(one[at]):.6g} where the cell gives {float(other[at]):.6g}"
+
+
+def reals(tensor: Tensor) -> Tensor:
+    """A tensor's numbers, the two of a complex one side by side."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """The next number in every entry, up and down in turn.
+
+    Args:
+        values: floating.
+
+    Example:
+        >>> neighbours(torch.ones(2)) - 1
+        tensor([-5.9605e-08,  1.1921e-07])
+    """
+    away = torch.full_like(values, float("inf"))
+    away.view(-1)[::2] = float("-inf")
+    return torch.nextafter(values, away)

@@ -11,12 +11,12 @@ from unrolled.bptt.pieces import Whole
 from unrolled.bptt.planning import frontier, option
 from unrolled.bptt.schedules import Schedule, store_all
 from unrolled.bptt.trade_off import MemoryPlan
-from unrolled.draws import OwnDraws
 from unrolled.errors import InputError, OptionError
 from unrolled.networks.layout import Lengths, given_as
 from unrolled.networks.stack import Stack, refuse_to_cut
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves
+from unrolled.unseen import OwnDraws
 
 
 def plan_memory(

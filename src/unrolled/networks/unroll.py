@@ -18,7 +18,6 @@ from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells import contract
 from unrolled.cells.adapted import as_cell
-from unrolled.draws import OwnDraws
 from unrolled.engine import reference
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.errors import InputError, OptionError
@@ -33,6 +32,7 @@ from unrolled.plan.report import Plan, report
 from unrolled.recording.twin import twin_of
 from unrolled.tracing.vmap import run_mapped, transformed
 from unrolled.trees import Tree, map_leaves
+from unrolled.unseen import OwnDraws
 from unrolled.wrappers.resetting import ResettingCell
 
 _Parts: TypeAlias = tuple[Tree, Tree, Tree, Extent]  # inputs, state, context, as engines see them

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from unrolled.draws import OwnDraws
 from unrolled.trees import Tree, leaves, map_leaves
-from unrolled.unseen import silent
+from unrolled.unseen import OwnDraws, silent
 
 
 def couples_rows(

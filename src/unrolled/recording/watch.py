@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unrolled.draws import OwnDraws
 from unrolled.internals import DispatchMode, has_memory
 from unrolled.recording import places
 from unrolled.recording.generators import set_state, state_of, whose
@@ -31,7 +30,7 @@ from unrolled.recording.places import MISSING, Place, same
 from unrolled.recording.reach import Reach
 from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree, leaves
-from unrolled.unseen import silent
+from unrolled.unseen import OwnDraws, silent
 
 _MOST_VERSIONS = 8
 _CALLS = frozenset([nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__])

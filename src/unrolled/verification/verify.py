@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from unrolled.digits import neighbours, reals
-from unrolled.draws import OwnDraws
+from unrolled.engine.witness import neighbours, reals
 from unrolled.errors import InputError, OptionError
 from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Lengths, given_as
@@ -19,6 +18,7 @@ from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
 from unrolled.results import Result
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
+from unrolled.unseen import OwnDraws
 
 Trees: TypeAlias = tuple[Tree, Tree, Tree]
 """Inputs, state and context."""

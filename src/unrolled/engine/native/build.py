@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from unrolled.warned import warn_caller
+from unrolled.errors import warn_caller
 
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _MOST_FILES = 2048
