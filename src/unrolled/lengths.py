@@ -179,13 +179,13 @@ class Ragged:
             flat, places = padded.transpose(0, 1).flatten(0, 1), self._places_batch_first
         else:
             flat, places = padded.flatten(0, 1), self._places
-        taken: Tensor = _Taken.apply(flat, places.to(padded.device))
+        taken: Tensor = _GatherRows.apply(flat, places.to(padded.device))
         return taken
 
     def padded(self, packed: Tensor) -> Tensor:
         """`[N, ...]` as `[T, B, ...]`, zeros where a row has ended."""
         size = self.steps * len(self.lengths)
-        placed: Tensor = _Placed.apply(packed, self._places.to(packed.device), size)
+        placed: Tensor = _ScatterRows.apply(packed, self._places.to(packed.device), size)
         return placed.unflatten(0, (self.steps, -1))
 
     def running(self, rows: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Ragged:
         return others.index_copy(0, self.order.to(running.device), running.to(others.dtype))
 
 
-class _Taken(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Some rows of a tensor, none of them twice: so what flows back is placed, not added up."""
 
     @staticmethod
@@ -213,19 +213,19 @@ class _Taken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Placed.apply(grad, ctx.places, ctx.size), None
+        return _ScatterRows.apply(grad, ctx.places, ctx.size), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        taken: Tensor = _Taken.apply(tangent, ctx.places)
+        taken: Tensor = _GatherRows.apply(tangent, ctx.places)
         return taken
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int, None], tensor: Tensor, places: Tensor) -> tuple[Tensor, int]:
-        return _Taken.apply(tensor.movedim(dims[0], 1), places), 1
+        return _GatherRows.apply(tensor.movedim(dims[0], 1), places), 1
 
 
-class _Placed(torch.autograd.Function):
+class _ScatterRows(torch.autograd.Function):
     """A tensor's rows at some places among zeros."""
 
     @staticmethod
@@ -238,13 +238,13 @@ class _Placed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Taken.apply(grad, ctx.places), None, None
+        return _GatherRows.apply(grad, ctx.places), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        placed: Tensor = _Placed.apply(tangent, ctx.places, ctx.size)
+        placed: Tensor = _ScatterRows.apply(tangent, ctx.places, ctx.size)
         return placed
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int, None, None], tensor: Tensor, places: Tensor, size: int) -> tuple[Tensor, int]:
-        return _Placed.apply(tensor.movedim(dims[0], 1), places, size), 1
+        return _ScatterRows.apply(tensor.movedim(dims[0], 1), places, size), 1
