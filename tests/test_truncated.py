@@ -332,7 +332,7 @@ def test_windows_go_on_without_a_backward_pass() -> None:
     hooked, graphs = [], []
     for window in rnn.windows(x.split(4)):
         assert all(leaf() is None for leaf in graphs)
-        graphs.append(weakref.ref(window._standing.tape().pieces[0].inputs[0]))
+        graphs.append(weakref.ref(window._expiry.tape().segments[0].inputs[0]))
         hooked.append(window)
 
     assert_match(torch.cat(unhooked), outputs)
@@ -367,7 +367,7 @@ def test_windows_hold_nothing_of_earlier_ones() -> None:
     kept, graphs = [], []
     for window in rnn.windows(torch.randn(B, I).expand(1, B, I) for _ in range(12)):
         assert sum(graph() is not None for graph in graphs) == 0
-        graphs.append(window._standing.tape)
+        graphs.append(window._expiry.tape)
         assert graphs[-1]() is not None
         kept.append(window.outputs.sum())  # a careless user's list of losses
         window.backward(window.outputs.sum())

@@ -4,8 +4,8 @@ from unrolled import remedy
 from unrolled.batches.buckets import BucketSampler
 from unrolled.batches.collate import collate_packed, collate_padded
 from unrolled.batches.outputs import last_output, pooled, sequence_loss
+from unrolled.bptt.memory_plan import MemoryPlan
 from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
-from unrolled.bptt.trade_off import MemoryPlan
 from unrolled.cells import (
     Cell,
     GRUCell,

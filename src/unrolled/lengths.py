@@ -92,6 +92,32 @@ class Extent:
         later[self.ends] = self.rows + torch.arange(self.batch)
         return later
 
+    def last_of(self, entries: Tensor, *, reverse: bool) -> Tensor:
+        """What each row's last step made, `[B, ...]`; its first step if the copies run in reverse.
+
+        Args:
+            entries: what the steps made: `[T, B, ...]`, or `[N, ...]` where rows end at different times.
+            reverse: whether the last step runs first.
+        """
+        if self.ragged:
+            return entries[: self.batch] if reverse else entries.index_select(0, self.ends.to(entries.device))
+        return entries[0 if reverse else -1]
+
+    def shifted(self, first: Tensor, entries: Tensor, *, reverse: bool) -> Tensor:
+        """What each step receives if that is what the step before it made (the step after it, in reverse).
+
+        Args:
+            first: what each row's first step receives, `[B, ...]`.
+            entries: what the steps made: `[T, B, ...]`, or `[N, ...]` where rows end at different times.
+            reverse: whether the last step runs first.
+        """
+        if self.ragged:
+            both = torch.cat([entries, first] if reverse else [first, entries])
+            return both.index_select(0, (self.after if reverse else self.before).to(both.device))
+        if reverse:
+            return torch.cat([entries[1:], first.unsqueeze(0)])
+        return torch.cat([first.unsqueeze(0), entries[:-1]])
+
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
     """Lengths as an integer tensor `[B]` on the CPU.

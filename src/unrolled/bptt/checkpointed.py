@@ -16,12 +16,12 @@ from torch import Tensor
 
 from unrolled.autograd_graph import leaves_behind
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape
-from unrolled.bptt.aside import ParameterAliases, VersionCheck, held_by, own
 from unrolled.bptt.gathered import GradientSums, Results
 from unrolled.bptt.marks import Mark, mark_of, same
-from unrolled.bptt.pieces import Segment, Whole, handed_back, received, rows_of, spans, starts_at
+from unrolled.bptt.parameter_aliases import ParameterAliases, VersionCheck, held_by, own
 from unrolled.bptt.replay import Surroundings
 from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.segments import Segment, SequenceRun, handed_back, received, rows_of, spans, starts_at
 from unrolled.bptt.slots import Slots
 from unrolled.errors import GradientError
 from unrolled.execution.unchanged import unchanged
@@ -29,7 +29,7 @@ from unrolled.internals import has_memory
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 
-def run_checkpointed(whole: Whole, schedule: Schedule) -> tuple[Tree, Tree]:
+def run_checkpointed(whole: SequenceRun, schedule: Schedule) -> tuple[Tree, Tree]:
     """Run a sequence by a schedule.
 
     Args:
@@ -72,7 +72,7 @@ class _Machine:
         differentiable: for each leaf of the results whether a gradient flows back from it.
     """
 
-    def __init__(self, whole: Whole, schedule: Schedule) -> None:
+    def __init__(self, whole: SequenceRun, schedule: Schedule) -> None:
         self.run, self.schedule, self.extent = whole.run, schedule, whole.extent
         self.inputs, self.state, self.context = whole.inputs, whole.state, whole.context
         self.aside = ParameterAliases(whole.module)

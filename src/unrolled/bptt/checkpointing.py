@@ -61,7 +61,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class FixedSchedule:
     """A schedule, or a function that makes one for so many steps."""
 
     given: Schedule | Callable[[int], Schedule]
@@ -94,7 +94,7 @@ class Scheduled:
         return replace(found, T=extent.steps, length=min(found.length, extent.steps))
 
 
-Checkpointing: TypeAlias = Budget | Scheduled
+Checkpointing: TypeAlias = Budget | FixedSchedule
 
 
 def checkpointing_of(memory: Any, checkpoint: Any, horizon: Any) -> Checkpointing | None:
@@ -125,7 +125,7 @@ def checkpointing_of(memory: Any, checkpoint: Any, horizon: Any) -> Checkpointin
             f"checkpoint must be a schedule, such as ur.segments(T, length), or a function of T that makes one, got "
             f"{checkpoint!r}"
         )
-    return Scheduled(checkpoint)
+    return FixedSchedule(checkpoint)
 
 
 def _budget(memory: Any) -> Budget:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unrolled.bptt.pieces import Segment, refuse_other_kind, starts_at
-from unrolled.execution.memory import fresh
+from unrolled.bptt.segments import Segment, refuse_other_kind, starts_at
+from unrolled.execution.memory import allocate
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, flatten, map_leaves, unflatten
 
@@ -47,7 +47,7 @@ class Results:
         tensors, structure = flatten(outputs)
         many = self.extent.rows if self.extent.ragged else self.extent.steps
         if self._kind is None:
-            self._kind = structure, [fresh((many, *x.shape[1:]), x.dtype, x.device) for x in tensors]
+            self._kind = structure, [allocate((many, *x.shape[1:]), x.dtype, x.device) for x in tensors]
         refuse_other_kind(span, (tensors, structure), (self._kind[1], self._kind[0]))
         for memory, tensor in zip(self._kind[1], tensors, strict=True):
             memory.narrow(0, starts_at(self.extent, span), span.count).copy_(tensor)
@@ -102,7 +102,7 @@ class GradientSums:
                 self._without[n].append((place, span.count))
                 continue
             if into is None:
-                into = self._inputs[n] = fresh(leaf.shape, leaf.dtype, leaf.device)
+                into = self._inputs[n] = allocate(leaf.shape, leaf.dtype, leaf.device)
             into.narrow(0, place, span.count).copy_(grad)
         for n, grad in enumerate(entry):
             if grad is not None and not span.begin and not self.extent.ragged:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from unrolled.bptt.allocations import Allocations
 from unrolled.bptt.checkpointed import run_checkpointed
 from unrolled.bptt.costs import Costs, Curve
-from unrolled.bptt.pieces import Whole
 from unrolled.bptt.schedules import segments
+from unrolled.bptt.segments import SequenceRun
 from unrolled.lengths import Extent
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.unseen import unseen
@@ -37,7 +37,7 @@ class Meter:
         self._taped: dict[int, int] = {}
         self._slot = self._outputs = 0.0
 
-    def costs(self, whole: Callable[[], Whole], length: int) -> Costs:
+    def costs(self, whole: Callable[[], SequenceRun], length: int) -> Costs:
         """What is known, measured up to so many steps of a segment.
 
         Args:
@@ -69,7 +69,7 @@ class Meter:
 class _Sample:
     """A run whose first step is repeated as often as one likes."""
 
-    whole: Whole
+    whole: SequenceRun
 
     def stored(self, steps: int) -> tuple[int, int]:
         """The peak of full storage, and the outputs' bytes."""
@@ -81,7 +81,7 @@ class _Sample:
         whole = self._repeated(steps * count)
         return _peak(whole, lambda: run_checkpointed(whole, segments(steps * count, steps)))[0]
 
-    def _repeated(self, steps: int) -> Whole:
+    def _repeated(self, steps: int) -> SequenceRun:
         """All rows go on to the end; where rows may end, engines are told so step by step, which takes more memory."""
         whole, batch, ragged = self.whole, self.whole.extent.batch, self.whole.extent.ragged
 
@@ -99,7 +99,7 @@ class _Sample:
         return replace(whole, inputs=inputs, state=state, context=context, extent=extent, measured=True)
 
 
-def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]:
+def _peak(whole: SequenceRun, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]:
     """The most bytes that a training step holds, but for outputs and gradients of outputs and inputs; the outputs'."""
     given = [x for x in (*leaves(whole.inputs), *leaves(whole.state), *leaves(whole.context)) if x.requires_grad]
     weights = [x for x in whole.module.parameters() if x.requires_grad]
@@ -116,7 +116,7 @@ def _peak(whole: Whole, run: Callable[[], tuple[Tree, Tree]]) -> tuple[int, int]
     return noted.peak(without=[*shown, *apart]), sum(x.nbytes for x in shown)
 
 
-def twin_sharing(network: nn.Module) -> nn.Module:
+def copy_sharing_tensors(network: nn.Module) -> nn.Module:
     """A copy of a network on the same tensors: what its steps leave in attributes does not reach the network itself.
 
     One that cannot be copied is returned as it is: then its steps are called some more times than there are.

@@ -77,8 +77,8 @@ def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule
     horizon = _horizon(costs, extent, budget)
     remedy = f"horizon={horizon} would fit, truncated by rnn.windows" if horizon else "not even one step would fit"
     raise OptionError(
-        f"memory={given!r} is {readable(budget)}, but {extent.steps} steps of {extent.batch} rows take at least "
-        f"{readable(least.bytes)}, by {least.name}; {remedy}"
+        f"memory={given!r} is {format_bytes(budget)}, but {extent.steps} steps of {extent.batch} rows take at least "
+        f"{format_bytes(least.bytes)}, by {least.name}; {remedy}"
     )
 
 
@@ -144,11 +144,11 @@ def _horizon(costs: Costs, extent: Extent, budget: float) -> int:
     return fits
 
 
-def readable(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as a person says them.
 
     Example:
-        >>> readable(1234567)
+        >>> format_bytes(1234567)
         '1.2 MB'
     """
     if count < 1000:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from unrolled.autograd_graph import leaves_behind, nodes_behind
-from unrolled.bptt.aside import ParameterAliases, held_by, own
-from unrolled.bptt.pieces import (
-    Run,
+from unrolled.bptt.parameter_aliases import ParameterAliases, held_by, own
+from unrolled.bptt.segments import (
     Segment,
-    Whole,
+    SegmentRunner,
+    SequenceRun,
     final,
     handed_back,
     joined,
@@ -37,23 +37,23 @@ from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 
 @dataclass
-class Standing:
-    """Whether a tape may still be walked back.
+class Expiry:
+    """Whether a taped run may still be differentiated.
 
     Attributes:
-        left: why not, or None.
-        tape: the tape, as long as it may be.
+        reason: why it may not, or None as long as it may.
+        tape: the taped run, while anything else holds it.
     """
 
-    left: str | None = None
-    tape: weakref.ref[Tape] | None = None
+    reason: str | None = None
+    tape: weakref.ref[TapedRun] | None = None
 
-    def leave(self, why: str) -> None:
-        """Let go of the graphs; a backward pass that comes for them is told why they are gone."""
-        self.left = why
+    def expire(self, reason: str) -> None:
+        """Free the graphs; a backward pass that needs them is refused with this reason."""
+        self.reason = reason
         tape = None if self.tape is None else self.tape()
         if tape is not None:
-            tape.pieces.clear()
+            tape.segments.clear()
             tape.weights.clear()
 
 
@@ -61,7 +61,7 @@ class Standing:
 class _Piece:
     """A piece that has run, with leaves of its own: what it read, and what came out of it."""
 
-    span: Segment
+    segment: Segment
     inputs: list[Tensor]
     entry: list[Tensor]
     outputs: list[Tensor]
@@ -69,7 +69,7 @@ class _Piece:
     place: int
 
 
-class Tape:
+class TapedRun:
     """A run in pieces, each with a graph of its own.
 
     Args:
@@ -81,8 +81,8 @@ class Tape:
         states: the state that each piece hands on, without a graph.
     """
 
-    def __init__(self, whole: Whole, blocks: Sequence[Block], *, bounds: Iterable[int] = ()) -> None:
-        self.blocks, self.reverse, self.standing = blocks, whole.reverse, Standing(tape=weakref.ref(self))
+    def __init__(self, whole: SequenceRun, blocks: Sequence[Block], *, bounds: Iterable[int] = ()) -> None:
+        self.blocks, self.reverse, self.expiry = blocks, whole.reverse, Expiry(tape=weakref.ref(self))
         edges = {edge for block in blocks for edge in (block.begin, block.end, block.cut)}
         walk = spans(whole.extent, {0, *edges, *bounds}, reverse=self.reverse)
         aside = ParameterAliases(whole.module)
@@ -96,9 +96,9 @@ class Tape:
             self._results = told, map_leaves(Tensor.clone, final(lasts, walk))
         self.states = [map_leaves(Tensor.detach, last) for last in lasts]
 
-    def _walked(self, run: Run, whole: Whole, walk: Sequence[Segment]) -> tuple[list[Tree], list[Tree]]:
+    def _walked(self, run: SegmentRunner, whole: SequenceRun, walk: Sequence[Segment]) -> tuple[list[Tree], list[Tree]]:
         outputs, lasts, before, place = list[Tree](), list[Tree](), None, 0
-        self.pieces: list[_Piece] = []
+        self.segments: list[_Piece] = []
         around = map_leaves(own, whole.context)
         self._around = leaves(around)
         for span, part in zip(walk, split(whole.inputs, walk, reverse=self.reverse), strict=True):
@@ -106,13 +106,13 @@ class Tape:
             output, before = run(steps, entry, rows_of(around, span.extent), span.extent, span.start)
             outputs.append(output)
             lasts.append(before)
-            self.pieces.append(_Piece(span, leaves(steps), leaves(entry), leaves(output), leaves(before), place))
+            self.segments.append(_Piece(span, leaves(steps), leaves(entry), leaves(output), leaves(before), place))
             place += span.count if span.begin >= self.blocks[0].begin else 0
         return outputs, lasts
 
     def _read_beside(self, aliases: Sequence[Tensor]) -> list[Tensor]:
-        own = [tensor for piece in self.pieces for tensor in (*piece.inputs, *piece.entry)]
-        results = [x for piece in self.pieces for x in (*piece.outputs, *piece.last)]
+        own = [tensor for piece in self.segments for tensor in (*piece.inputs, *piece.entry)]
+        results = [x for piece in self.segments for x in (*piece.outputs, *piece.last)]
         return leaves_behind(results, known=[*own, *self._around, *aliases])
 
     def results(self) -> tuple[Tree, Tree]:
@@ -131,19 +131,19 @@ class Tape:
     @property
     def differentiable(self) -> list[bool]:
         """For each leaf of the results whether a gradient flows back from it."""
-        shown = [piece for piece in self.pieces if piece.span.begin >= self.blocks[0].begin]
+        shown = [piece for piece in self.segments if piece.segment.begin >= self.blocks[0].begin]
         columns = zip(*([x.requires_grad for x in (*p.outputs, *p.last)] for p in shown), strict=True)
         return [any(column) for column in columns]
 
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of what was given and of the weights, from those of the results."""
         sums: dict[int, Tensor] = {}
-        begins = [piece.span.begin for piece in self.pieces]
+        begins = [piece.segment.begin for piece in self.segments]
         for block in self.blocks:
             above: list[Tensor | None] = []
             first, behind = (bisect_left(begins, at) for at in (block.cut, block.end))
-            for piece in reversed(self.pieces[first:behind]):
-                above = self._through(piece, grads, above, sums, taken=piece.span.begin >= block.begin)
+            for piece in reversed(self.segments[first:behind]):
+                above = self._through(piece, grads, above, sums, taken=piece.segment.begin >= block.begin)
         beside = [sums.get(id(x)) for x in (*self._around, *self.weights)]
         return [*self._of_inputs(sums), *self._of_state(sums), *beside]
 
@@ -157,7 +157,7 @@ class Tape:
         taken: bool,
     ) -> list[Tensor | None]:
         """Go back through a piece once; return the gradients of the state that it received from the one before."""
-        shown, span = len(piece.outputs), piece.span
+        shown, span = len(piece.outputs), piece.segment
         flowing: list[Tensor | None] = [None] * shown
         if taken:
             flowing = [_part(grad, piece.place, span.count, self.reverse) for grad in grads[:shown]]
@@ -183,17 +183,17 @@ class Tape:
         return received
 
     def _of_inputs(self, sums: dict[int, Tensor]) -> list[Tensor | None]:
-        columns = zip(*(piece.inputs for piece in self.pieces), strict=True)
+        columns = zip(*(piece.inputs for piece in self.segments), strict=True)
         return [_together(column[::-1] if self.reverse else column, sums) for column in columns]
 
     def _of_state(self, sums: dict[int, Tensor]) -> list[Tensor | None]:
         """Of the rows that begin in each piece."""
-        first, *others = self.pieces
+        first, *others = self.segments
         starts = [[first.entry[n]] for n in range(len(first.entry))]
         for piece in others:
-            if piece.span.extent.ragged and piece.span.carried < piece.span.extent.batch:
+            if piece.segment.extent.ragged and piece.segment.carried < piece.segment.extent.batch:
                 for n, entry in enumerate(piece.entry):
-                    sums.setdefault(id(entry), torch.zeros_like(entry[piece.span.carried :]))
+                    sums.setdefault(id(entry), torch.zeros_like(entry[piece.segment.carried :]))
                     starts[n].append(entry)
         return [_together(column, sums) for column in starts]
 
@@ -212,7 +212,7 @@ def _part(grad: Tensor | None, place: int, count: int, reverse: bool) -> Tensor 
 
 @dataclass(frozen=True)
 class _Handed:
-    tape: Tape
+    tape: TapedRun
     results: list[Tensor]
 
 
@@ -221,7 +221,7 @@ class _Truncated(torch.autograd.Function):
     def forward(ctx: Any, handed: _Handed, *given: Tensor) -> tuple[Tensor, ...]:
         tape, shown = handed.tape, handed.results
         ctx.set_materialize_grads(False)
-        ctx.standing = tape.standing
+        ctx.expiry = tape.expiry
         # The tape hangs on a saved tensor: it goes when autograd lets go of what was saved.
         token = torch.empty(0)
         token.tape = tape
@@ -231,8 +231,8 @@ class _Truncated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.standing.left is not None:
-            raise GradientError(ctx.standing.left)
+        if ctx.expiry.reason is not None:
+            raise GradientError(ctx.expiry.reason)
         if torch.is_grad_enabled():
             raise GradientError(
                 "gradients of windows, and of calls with stride < horizon, have no graph of their own; leave "
@@ -242,15 +242,15 @@ class _Truncated(torch.autograd.Function):
         return (None, *held_by(token, "tape").backward(grads))
 
 
-def run_by_blocks(truncation: Truncation, whole: Whole) -> tuple[Tree, Tree]:
-    """Truncated BPTT of a sequence longer than the horizon: with overlap on a `Tape`, without as `run_cut`."""
+def run_by_blocks(truncation: Truncation, whole: SequenceRun) -> tuple[Tree, Tree]:
+    """Truncated BPTT of a sequence longer than the horizon: with overlap on a `TapedRun`, without as `run_cut`."""
     blocks = truncation.blocks(whole.extent.steps)
     if truncation.stride == truncation.horizon:
         return run_cut(whole, [0, *(block.end for block in blocks)])
-    return Tape(whole, blocks).results()
+    return TapedRun(whole, blocks).results()
 
 
-def left_behind(loss: Tensor) -> str | None:
-    """Why a loss can no longer be walked back, if it depends on a tape that has been left."""
-    standings = (getattr(node, "standing", None) for node in nodes_behind([loss]))
-    return next((found.left for found in standings if isinstance(found, Standing) and found.left is not None), None)
+def reason_expired(loss: Tensor) -> str | None:
+    """Why a loss can no longer be differentiated, if it depends on a taped run that has expired."""
+    expiries = (getattr(node, "expiry", None) for node in nodes_behind([loss]))
+    return next((found.reason for found in expiries if isinstance(found, Expiry) and found.reason is not None), None)

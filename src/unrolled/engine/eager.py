@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unrolled.engine.graphs import block_for, capturable, run_in_blocks
-from unrolled.execution.protocol import LoopInputs, LoopResult, ended, shifted
+from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.execution.stepping import stepped
 from unrolled.plan.loops import LoopProgram
 
@@ -35,11 +35,13 @@ def _run_steps(loop: LoopProgram, request: LoopInputs) -> LoopResult:
         totals = [total + new for total, new in zip(totals, more, strict=True)] if totals else more
     following = [kept.tensors[loop.emitted.index(value)] for value in loop.next_states]
     last = (
-        [ended(entries, extent, reverse=reverse) for entries in following] if extent.ragged else results[many + added :]
+        [extent.last_of(entries, reverse=reverse) for entries in following]
+        if extent.ragged
+        else results[many + added :]
     )
 
     def received(state: int) -> Tensor:
-        return shifted(request.states[state], following[state], extent, reverse=reverse)
+        return extent.shifted(request.states[state], following[state], reverse=reverse)
 
     return LoopResult(kept.tensors, last, received, totals)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unrolled.errors import warn_caller
-from unrolled.execution.protocol import LoopInputs, LoopResult, shifted
+from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
@@ -126,7 +126,7 @@ _BLOCKS: OrderedDict[Any, Block | None] = OrderedDict()
 
 def block_for(loop: LoopProgram, request: LoopInputs, capture: Capture = captured) -> Block | None:
     """The block for a walk, captured now if there is none yet; None, said once, where its steps cannot be captured."""
-    kinds = tuple((x.shape[i < len(request.sequences) :], x.dtype, x.device) for i, x in enumerate(request.given))
+    kinds = tuple((x.shape[i < len(request.sequences) :], x.dtype, x.device) for i, x in enumerate(request.tensors))
     # A block's memory is one walk's at a time: walks on other streams, and of other threads, have blocks of their own.
     stream = torch.cuda.current_stream().cuda_stream if request.states[0].device.type == "cuda" else 0
     key = (loop, kinds, request.reverse, capture, stream, threading.get_ident())
@@ -176,7 +176,7 @@ def run_in_blocks(
     following = [kept[loop.emitted.index(value)] for value in loop.next_states]
 
     def received(state: int) -> Tensor:
-        return shifted(request.states[state], following[state], request.extent, reverse=request.reverse)
+        return request.extent.shifted(request.states[state], following[state], reverse=request.reverse)
 
     return LoopResult(kept, last, received, totals)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unrolled.execution.batched import Batched, Entry
-from unrolled.execution.protocol import LoopInputs, LoopResult, LoopRunner, ended, shifted
-from unrolled.execution.segment import Stages, over_time
+from unrolled.execution.protocol import LoopInputs, LoopResult, LoopRunner
+from unrolled.execution.stages import Stages, over_time
 from unrolled.execution.stepping import stepped
 from unrolled.execution.timed import Timed
 from unrolled.internals import has_memory
@@ -38,7 +38,7 @@ class LoopUnderAutograd:
 
     def __call__(self, loop: LoopProgram, request: LoopInputs) -> LoopResult:
         """Run a loop; see `LoopRunner`."""
-        given, states = request.given, request.states
+        given, states = request.tensors, request.states
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
             planned = self.planned[loop]
             walk = self.runner(planned.inference, request)
@@ -50,7 +50,7 @@ class LoopUnderAutograd:
         return LoopResult(
             emitted,
             results[len(loop.emitted) :],
-            lambda state: shifted(states[state], emitted[places[state]], request.extent, reverse=request.reverse),
+            lambda state: request.extent.shifted(states[state], emitted[places[state]], reverse=request.reverse),
         )
 
 
@@ -127,7 +127,7 @@ class _Call:
                 found.append(None)
             elif position >= a + b:  # no gradient of what replaces it: of this state the first copy's own is all
                 each = over_time(env[value], self.extent, 0)
-                found.append(ended(each, self.extent, reverse=not self.reverse))
+                found.append(self.extent.last_of(each, reverse=not self.reverse))
             elif position < a:
                 found.append(over_time(env[value], self.extent, self.planned.rows.get(value)))
             else:
@@ -207,7 +207,7 @@ def _by_autograd(call: _Call, request: LoopInputs) -> list[Tensor]:
 def _last(column: Sequence[Tensor], extent: Extent, *, reverse: bool) -> Tensor:
     """What each row's last step walked handed on, of a state at step 0, 1, 2, ..."""
     if extent.ragged:
-        return ended(_joined(column, extent, 0), extent, reverse=reverse)
+        return extent.last_of(_joined(column, extent, 0), reverse=reverse)
     return column[0 if reverse else -1]
 
 

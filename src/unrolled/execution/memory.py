@@ -29,7 +29,7 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
 _MADVISE = _madvise()
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Uninitialised memory of torch's.
 
     Args:
@@ -46,7 +46,7 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     return tensor
 
 
-def readable(tensor: Tensor) -> Tensor:
+def materialized(tensor: Tensor) -> Tensor:
     """The tensor such that its numbers are where its pointer says.
 
     Autograd hands on zeros that have no memory, and a view may be negated only when torch reads it.

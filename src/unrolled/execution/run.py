@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unrolled.execution.batched import Batched, Entry
 from unrolled.execution.loop_function import LoopUnderAutograd
 from unrolled.execution.protocol import LoopRunner
-from unrolled.execution.segment import Stages, over_time
+from unrolled.execution.stages import Stages, over_time
 from unrolled.execution.timed import Timed
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.bptt.checkpointed import run_checkpointed
-from unrolled.bptt.checkpointing import Budget, Checkpointing, Scheduled
+from unrolled.bptt.checkpointing import Budget, Checkpointing, FixedSchedule
 from unrolled.bptt.costs import Costs
 from unrolled.bptt.measured import Meter
-from unrolled.bptt.pieces import Whole
-from unrolled.bptt.planning import option, readable
+from unrolled.bptt.planning import format_bytes, option
 from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.segments import SequenceRun
 from unrolled.errors import OptionError
 from unrolled.lru import LRUCache
 from unrolled.networks.layout import BatchLayout
@@ -42,15 +42,15 @@ class Budgeted:
     @property
     def checkpoint(self) -> Schedule | Callable[[int], Schedule] | None:
         """The schedule, as it was given."""
-        return self.checkpointing.given if isinstance(self.checkpointing, Scheduled) else None
+        return self.checkpointing.given if isinstance(self.checkpointing, FixedSchedule) else None
 
     def runs(
         self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Whole, Callable[[], Whole]]:
+    ) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         """A run that could be made, and the same on a copy of the network."""
         raise NotImplementedError
 
-    def run_whole(self, whole: Whole, again: Callable[[], Whole]) -> tuple[Tree, Tree]:
+    def run_whole(self, whole: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
         """Run a sequence, by a schedule if memory is bounded.
 
         Args:
@@ -71,30 +71,30 @@ class Budgeted:
             return whole.run(whole.inputs, whole.state, whole.context, whole.extent, 0)
         return run_checkpointed(whole, schedule)
 
-    def schedule_told(self, whole: Whole, again: Callable[[], Whole]) -> str:
+    def schedule_told(self, whole: SequenceRun, again: Callable[[], SequenceRun]) -> str:
         """What a run goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget."""
         if self.checkpointing is None:
             return ""
         found = self.schedule(self.checkpointing, whole, again)
         told = option(self.costs(whole, again, found.length), whole.extent, found)
         return (
-            f"checkpoints by {told.name}: {readable(told.bytes)} promised, {found.extra_advances:,} steps run once "
+            f"checkpoints by {told.name}: {format_bytes(told.bytes)} promised, {found.extra_advances:,} steps run once "
             f"more, {told.ratio:.2f} times the time of full storage expected"
         )
 
-    def costs(self, whole: Whole, again: Callable[[], Whole], length: int) -> Costs:
+    def costs(self, whole: SequenceRun, again: Callable[[], SequenceRun], length: int) -> Costs:
         """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""
         meters: LRUCache[Meter] = self.__dict__.setdefault("_meters", LRUCache(_MOST_METERS))
         networks = self.modules() if isinstance(self, nn.Module) else ()
         engines = tuple(getattr(network, "engine", None) for network in networks)
         return meters.get(lambda: (engines, _kind(whole)), Meter).costs(again, length)
 
-    def schedule(self, checkpointing: Checkpointing, whole: Whole, again: Callable[[], Whole]) -> Schedule:
+    def schedule(self, checkpointing: Checkpointing, whole: SequenceRun, again: Callable[[], SequenceRun]) -> Schedule:
         """The schedule that a run goes by; takes what `run_whole` does."""
         return checkpointing.schedule(whole.extent, lambda length: self.costs(whole, again, length))
 
 
-def _kind(whole: Whole) -> tuple[Any, ...]:
+def _kind(whole: SequenceRun) -> tuple[Any, ...]:
     """All that memory depends on, but for the steps."""
     modules: nn.Module = whole.module
     return (

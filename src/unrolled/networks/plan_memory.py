@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from unrolled.bptt.costs import Costs
-from unrolled.bptt.pieces import Whole
+from unrolled.bptt.memory_plan import MemoryPlan
 from unrolled.bptt.planning import frontier, option
 from unrolled.bptt.schedules import Schedule, store_all
-from unrolled.bptt.trade_off import MemoryPlan
+from unrolled.bptt.segments import SequenceRun
 from unrolled.errors import InputError, OptionError
 from unrolled.networks.layout import Lengths, given_as
 from unrolled.networks.stack import Stack, refuse_to_cut
@@ -69,7 +69,7 @@ def plan_memory(
     return MemoryPlan(rnn._get_name(), extent.steps, extent.batch, options, mine, inputs, outputs)
 
 
-def _chosen(rnn: Unrolled | Stack, whole: Whole, again: Callable[[], Whole]) -> tuple[Costs, Schedule]:
+def _chosen(rnn: Unrolled | Stack, whole: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Costs, Schedule]:
     """What the network goes by, and its costs, measured as far as that asks for."""
     if rnn.checkpointing is None:
         return rnn.costs(whole, again, 1), store_all(whole.extent.steps)

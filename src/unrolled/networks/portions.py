@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from unrolled.bptt.pieces import Whole
+from unrolled.bptt.segments import SequenceRun
 from unrolled.lengths import Extent
 from unrolled.networks.layout import BatchLayout, SegmentLayout, Through
 from unrolled.trees import Tree
@@ -21,7 +21,7 @@ def in_portions(
     resets: Tensor | None,
     context: Tree,
     module: nn.Module,
-) -> Whole:
+) -> SequenceRun:
     """A network's run, all parts of which are taken piece by piece together.
 
     Args:
@@ -41,4 +41,4 @@ def in_portions(
 
     mask = None if resets is None else given.sequences(given.resets(resets, reverse=False))
     same = given.rows(context), [given.rows(state) for state in fresh.values()]
-    return Whole(run, (steps, mask), given.rows(state), same, given.extent, reverse=False, module=module)
+    return SequenceRun(run, (steps, mask), given.rows(state), same, given.extent, reverse=False, module=module)

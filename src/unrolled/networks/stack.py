@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.bptt.checkpointing import checkpointing_of
-from unrolled.bptt.measured import twin_sharing
-from unrolled.bptt.pieces import Whole
+from unrolled.bptt.measured import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.segments import SequenceRun
 from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
@@ -149,24 +149,24 @@ class Stack(Windowed, Budgeted, Layered):
 
     def runs(
         self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Whole, Callable[[], Whole]]:
+    ) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         """A run that could be made, and the same on a copy of the network; takes what `through` does."""
         first = self.first_state(steps, state, given.batch)
         return self._wholes(given, steps, state, first, resets, context)
 
     def _wholes(
         self, given: BatchLayout, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Whole, Callable[[], Whole]]:
+    ) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         if self.checkpointing is not None:
             self.checkpointing.check(given.steps)
         fresh = [] if resets is None else self._fresh(steps, state, first, given.batch)
 
-        def whole(network: Stack) -> Whole:
+        def whole(network: Stack) -> SequenceRun:
             through = partial(Layered.through, network)
             restarts = dict(zip(network.networks, fresh, strict=False))
             return in_portions(through, given, steps, first, restarts, resets, context, network)
 
-        return whole(self), lambda: whole(twin_sharing(self))
+        return whole(self), lambda: whole(copy_sharing_tensors(self))
 
     def _fresh(self, steps: Tree, state: Tree, first: Tree, batch: int) -> list[Tree]:
         """For each network the state that its rows start afresh from: the first one, unless that was passed."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.bptt.checkpointing import checkpointing_of
-from unrolled.bptt.measured import twin_sharing
-from unrolled.bptt.pieces import Run, Whole
+from unrolled.bptt.measured import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
+from unrolled.bptt.segments import SegmentRunner, SequenceRun
 from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells import contract
@@ -190,7 +190,7 @@ class Unrolled(Windowed, Budgeted, nn.Module):
     def _run(self, rnn: Unrolled, parts: _Parts) -> tuple[Tree, Tree]:
         whole, cut = rnn.whole(*parts), self.truncation
         if cut is None or whole.extent.steps <= cut.horizon or not torch.is_grad_enabled():
-            return self.run_whole(whole, lambda: twin_sharing(rnn).whole(*parts))
+            return self.run_whole(whole, lambda: copy_sharing_tensors(rnn).whole(*parts))
         within = transformed(whole.tensors) if cut.stride < cut.horizon else ""
         if within:
             raise OptionError(
@@ -201,22 +201,22 @@ class Unrolled(Windowed, Budgeted, nn.Module):
 
     def runs(
         self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Whole, Callable[[], Whole]]:
+    ) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         """A run that could be made, and the same on a copy of the network; takes what `through` does."""
         first = self.checked(given, steps, state, context)
         rnn, parts = self._started(given, steps, state, first, resets, context)
-        return rnn.whole(*parts), lambda: twin_sharing(rnn).whole(*parts)
+        return rnn.whole(*parts), lambda: copy_sharing_tensors(rnn).whole(*parts)
 
-    def whole(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Whole:
+    def whole(self, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> SequenceRun:
         """A run over what engines see of a batch, which may be taken piece by piece."""
         plan = None
         if self.engine != "reference":
             decision = self._plans.look_up(self.cell, inputs, state, context, extent)
             plan, self.ran = decision.plan, decision.engine
         run = self._way(plan, context, extent)
-        return Whole(run, inputs, state, context, extent, self.reverse, self.cell, pure=plan is not None)
+        return SequenceRun(run, inputs, state, context, extent, self.reverse, self.cell, pure=plan is not None)
 
-    def _way(self, plan: StepPlan | None, context: Tree, whole: Extent) -> Run:
+    def _way(self, plan: StepPlan | None, context: Tree, whole: Extent) -> SegmentRunner:
         """How a sequence, or a piece of it, is run: by a plan, or by the reference."""
 
         def run(inputs: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unrolled import sequence
-from unrolled.bptt.pieces import Whole
-from unrolled.bptt.truncated import Tape, left_behind
+from unrolled.bptt.segments import SequenceRun
+from unrolled.bptt.truncated import TapedRun, reason_expired
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
 from unrolled.lengths import Extent, checked_lengths
@@ -36,10 +36,10 @@ class Window:
         [4, 4, 2]
     """
 
-    def __init__(self, inputs: Tree, outputs: Tree, state: Tree, start: int, stop: int, tape: Tape) -> None:
+    def __init__(self, inputs: Tree, outputs: Tree, state: Tree, start: int, stop: int, tape: TapedRun) -> None:
         self.inputs, self.outputs, self.state = inputs, outputs, state
         self.start, self.stop = start, stop
-        self._standing = tape.standing
+        self._expiry = tape.expiry
         self._walked = False
 
     def backward(self, loss: Tensor) -> None:
@@ -56,7 +56,7 @@ class Window:
             raise GradientError(
                 f"the loss of {_steps(self)} must be a scalar tensor, got {told}; sum it up, or mean it"
             )
-        left = self._standing.left or left_behind(loss)
+        left = self._expiry.reason or reason_expired(loss)
         if left is not None:
             raise GradientError(left)
         if self._walked:
@@ -73,7 +73,7 @@ class Window:
 
     def leave(self) -> None:
         """Give up what a backward pass would need: the next window begins."""
-        self._standing.leave(
+        self._expiry.expire(
             f"the loss needs outputs of {_steps(self)}, a window that was left when the next one began; take each "
             "window's loss while it lasts: window.backward(loss), and detach() what you keep of it"
         )
@@ -241,14 +241,14 @@ class _Walker:
         tape = self._tape(steps, start - self.begin, T, following)
         outputs, last = tape.results()
         if following:
-            at = [piece.span.begin for piece in tape.pieces].index(following) - 1 if following < T else -1
+            at = [taped.segment.begin for taped in tape.segments].index(following) - 1 if following < T else -1
             self.entry, self.begin = tape.states[at], self.begin + following
         self.overlap = map_leaves(lambda x: x[following:].detach(), steps) if following < T else None
         turned = self.network.batch_first
         inputs, outputs = (sequence.swap_time_and_batch(x) if turned else x for x in (new[0], outputs))
         return Window(inputs, outputs, map_leaves(Tensor.detach, last), start, self.stop, tape)
 
-    def _tape(self, steps: Tree, start: int, T: int, following: int) -> Tape:
+    def _tape(self, steps: Tree, start: int, T: int, following: int) -> TapedRun:
         again = not self.begin and start > 0
         # An initial state that is drawn at random is the same one each time that copy 0 is run again.
         with torch.random.fork_rng(devices=[], enabled=again):
@@ -257,8 +257,8 @@ class _Walker:
             elif self.random is None:
                 self.random = torch.random.get_rng_state()
             extent, bounds = Extent(T, self.chunks.batch), {following}.intersection(range(T))
-            whole = Whole(self._run, steps, self.entry, self.context, extent, False, self.network)
-            return Tape(whole, [Block(start, T, 0)], bounds=bounds)
+            whole = SequenceRun(self._run, steps, self.entry, self.context, extent, False, self.network)
+            return TapedRun(whole, [Block(start, T, 0)], bounds=bounds)
 
     def _run(self, steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         (inputs, resets), first = steps, self.begin + start

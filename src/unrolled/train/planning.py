@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from unrolled.bptt.trade_off import MemoryPlan
+from unrolled.bptt.memory_plan import MemoryPlan
 from unrolled.networks.plan_memory import plan_memory
 from unrolled.networks.unroll import unroll
 from unrolled.train.config import TrainConfig

@@ -19,7 +19,7 @@ from unrolled.engine.native.lower import state_homes
 from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.state_buffer import StateBuffer
 from unrolled.engine.native.threads import shares, team
-from unrolled.execution.memory import fresh, readable
+from unrolled.execution.memory import allocate, materialized
 from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
@@ -89,11 +89,11 @@ class NativeLoop:
 
     def __call__(self, request: LoopInputs) -> LoopResult:
         """Walk through time; see `execution.protocol.LoopRunner`."""
-        extent, given = request.extent, [readable(tensor) for tensor in request.given]
+        extent, given = request.extent, [materialized(tensor) for tensor in request.tensors]
         sizes = self._sizes(extent.steps, extent.batch, extent.rows, extent.ragged)
         self._check(given, sizes)
         leaves, by_step, by_row = self._leaves(given, sizes, extent)
-        rooms = [fresh(shape, dtype) for shape, dtype in sizes.rooms]
+        rooms = [allocate(shape, dtype) for shape, dtype in sizes.rooms]
         states = [StateBuffer(rooms[home], extent, request.reverse) for home in self._homes]
         for room, state in zip(states, request.states, strict=True):
             room.begin(state)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unrolled.engine.native.build import BuildError, library, machine_lines
 from unrolled.engine.native.threads import team
-from unrolled.execution.memory import fresh, readable
+from unrolled.execution.memory import allocate, materialized
 
 _PER_THREAD = 8_000_000  # multiplications that are worth starting a thread for
 _LEAST = 200_000  # multiplications below which a call costs more than it saves
@@ -87,16 +87,16 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         return x @ y if bias is None else torch.addmm(bias, x, y)
     loaded = _library(x.dtype)
     assert loaded is not None
-    x, y = readable(x), readable(y)
+    x, y = materialized(x), materialized(y)
     threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
-    out = fresh((M, N), x.dtype)
+    out = allocate((M, N), x.dtype)
     room = torch.empty(threads * loaded.ur_room(N), dtype=x.dtype)
     sizes = (M, K, N, *x.stride(), *y.stride(), threads)
     if bias is None and K >= _LONG * M:
         partial = torch.empty((threads - 1) * M * N, dtype=x.dtype)
         loaded.ur_contract(*map(_pointer, (out, x, y, partial, room)), *sizes, team())
     else:
-        start = None if bias is None else readable(bias).contiguous()
+        start = None if bias is None else materialized(bias).contiguous()
         loaded.ur_multiply(*map(_pointer, (out, x, y, start, room)), *sizes, team())
     return out
 

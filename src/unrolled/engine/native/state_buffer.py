@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unrolled.execution.protocol import ended
 from unrolled.lengths import Extent
 
 
@@ -45,7 +44,7 @@ class StateBuffer:
 
     def last(self) -> Tensor:
         """What each row's last step walked handed on."""
-        return ended(self.handed_on(), self.extent, reverse=self.reverse).clone()
+        return self.extent.last_of(self.handed_on(), reverse=self.reverse).clone()
 
     def _late(self) -> Tensor:
         return self._in_steps(self.memory[self.extent.batch :])

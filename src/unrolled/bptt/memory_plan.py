@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from unrolled.bptt.planning import Option, readable
+from unrolled.bptt.planning import Option, format_bytes
 from unrolled.results import Result
 
 _WIDTH, _HEIGHT = 56, 10
@@ -60,7 +60,7 @@ class MemoryPlan(Result):
     def __str__(self) -> str:
         head = f"{self.network}, T = {self.T:,}, B = {self.B}: activation memory against time"
         apart = (
-            f"apart from this: inputs {readable(self.inputs)}, outputs {readable(self.outputs)}, "
+            f"apart from this: inputs {format_bytes(self.inputs)}, outputs {format_bytes(self.outputs)}, "
             "and their gradients as much again"
         )
         return "\n".join([head, "", *self._table(), "", *self._picture(), "", apart])
@@ -71,7 +71,7 @@ class MemoryPlan(Result):
         rows += [
             (
                 f"{'>' if option == self.chosen else ' '} {option.name}",
-                readable(option.bytes),
+                format_bytes(option.bytes),
                 f"{option.bytes / full:.1%}",
                 f"{option.schedule.extra_advances:,}",
                 f"x {option.ratio:.2f}",
@@ -97,6 +97,6 @@ class MemoryPlan(Result):
         labels = [f"x {slowest:.2f}", *[""] * (_HEIGHT - 1), "x 1.00"]
         margin = max(map(len, labels))
         lines = [f"{label:>{margin}} ┤{''.join(row).rstrip()}" for label, row in zip(labels, field, strict=True)]
-        least, most = (readable(f(o.bytes for o in self.options)) for f in (min, max))
+        least, most = (format_bytes(f(o.bytes for o in self.options)) for f in (min, max))
         axis = " " * margin + " └" + "─" * (_WIDTH + 1)
         return ["time", *lines, axis, " " * (margin + 2) + least + most.rjust(_WIDTH + 1 - len(least)) + "  memory"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unrolled.execution.batched import Batched, Entry
-from unrolled.execution.protocol import LoopInputs, LoopRunner, counted, ended, shifted
+from unrolled.execution.protocol import LoopInputs, LoopRunner
 from unrolled.execution.timed import Summed, Timed, spread
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
@@ -82,13 +82,27 @@ class Stages:
         if isinstance(stage, Held):
             return (spread(first, extent, 0) if extent.ragged else first), first
         if isinstance(stage, Counter):
-            counts, last = counted(first, stage.step, extent, reverse=self.reverse)
+            counts, last = self._counted(first, stage.step)
             return self._timed(self.state[stage.leaf], counts), last
         value = self.next_state[stage.leaf]
         entry = env[value] if value >= 0 else torch.zeros_like(first)
         entries = over_time(entry, extent, 0)
-        received = shifted(first, entries, extent, reverse=self.reverse)
-        return self._timed(self.state[stage.leaf], received), ended(entries, extent, reverse=self.reverse)
+        received = extent.shifted(first, entries, reverse=self.reverse)
+        return self._timed(self.state[stage.leaf], received), extent.last_of(entries, reverse=self.reverse)
+
+    def _counted(self, first: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What each copy receives of a counter to which every copy adds `step`, and what the last one passes on."""
+        extent, shape = self.batched.extent, (-1, *(1,) * first.dim())
+        if extent.ragged:
+            lengths = extent.lengths.to(first.device)
+            done = extent.time_of.to(first.device)
+            rows = extent.row_of.to(first.device)
+            done = lengths[rows] - 1 - done if self.reverse else done
+            counts = first[rows] + (done * step).to(first.dtype).view(shape[: first.dim()])
+            return counts, first + (lengths * step).to(first.dtype).view(shape[: first.dim()])
+        steps = torch.arange(extent.steps + 1, device=first.device) * step
+        counts = first + steps.to(first.dtype).view(shape)
+        return (counts[:-1].flip(0) if self.reverse else counts[:-1]), counts[-1]
 
     def _timed(self, value: int, tensor: Tensor) -> Timed:
         """A value as it came over time, folded where rows end at different times."""

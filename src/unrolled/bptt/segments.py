@@ -14,12 +14,12 @@ from unrolled.errors import CellError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, TensorSpec, Tree, flatten, leaves, map_leaves, unflatten
 
-Run: TypeAlias = Callable[[Tree, Tree, Tree, Extent, int], tuple[Tree, Tree]]
+SegmentRunner: TypeAlias = Callable[[Tree, Tree, Tree, Extent, int], tuple[Tree, Tree]]
 """How a piece is run: `(inputs, state, context, extent, first step) -> (outputs, last state)`."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class SequenceRun:
     """A run that may be taken piece by piece.
 
     Attributes:
@@ -34,7 +34,7 @@ class Whole:
         measured: whether only its memory counts, and numbers that differ when steps run again are nobody's loss.
     """
 
-    run: Run
+    run: SegmentRunner
     inputs: Tree
     state: Tree
     context: Tree
@@ -189,7 +189,7 @@ def handed_back(span: Segment, last: Tensor, above: Tensor | None, grad: Tensor 
     return full
 
 
-def run_cut(whole: Whole, bounds: Iterable[int]) -> tuple[Tree, Tree]:
+def run_cut(whole: SequenceRun, bounds: Iterable[int]) -> tuple[Tree, Tree]:
     """Run piece by piece, each on a state that no gradient flows back from; by ordinary autograd.
 
     Args:
