@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from unrolled.bptt.costs import Costs
-from unrolled.bptt.planning import fitting, planned, thriftiest
+from unrolled.bptt.planning import Planner
 from unrolled.bptt.schedules import Schedule
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
@@ -51,13 +51,13 @@ class Budget:
         """
         costs, before = measure(1), None
         while costs != before:
-            budget = self.of(costs, extent)
-            if torch.is_grad_enabled():
-                found = planned(costs, extent, budget, self.given)
-            else:
-                found = fitting(costs, extent, budget) or thriftiest(costs, extent).schedule
-            before, costs = costs, measure(found.length)
-        return found
+            planner, budget = Planner(costs, extent), self.of(costs, extent)
+            found = planner.fastest(budget)
+            if found is None and torch.is_grad_enabled():
+                raise planner.too_small(budget, self.given)
+            schedule = (found or planner.thriftiest()).schedule
+            before, costs = costs, measure(schedule.length)
+        return schedule
 
 
 @dataclass(frozen=True)

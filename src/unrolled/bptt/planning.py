@@ -1,4 +1,4 @@
-"""The fastest schedule that a budget has room for, and what could be had instead."""
+"""The fastest schedule that fits into a memory budget, and what else is possible."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
 
-MOST_REPEATS = 8
+_MOST_REPEATS = 8
 """How often a segment is advanced at most: more saves little memory, and without a bound work is quadratic in T."""
-
-_PER_RUN = 8
-"""What it takes to call an engine for one more segment, in steps."""
 
 
 @dataclass(frozen=True)
@@ -47,101 +44,86 @@ class Option:
         return f"revolve(slots={schedule.slots}{length})"
 
 
-def fitting(costs: Costs, extent: Extent, budget: float) -> Schedule | None:
-    """The fastest schedule that fits; None if none does."""
-    found = _fastest(costs, extent, budget)
-    return None if found is None else found.schedule
+@dataclass(frozen=True)
+class Planner:
+    """Chooses a schedule for a sequence.
 
-
-def _fastest(costs: Costs, extent: Extent, budget: float) -> Option | None:
-    fits = (found for found in options(costs, extent, budget) if found.bytes <= budget)
-    return min(fits, key=attrgetter("ratio"), default=None)
-
-
-def planned(costs: Costs, extent: Extent, budget: float, given: Any) -> Schedule:
-    """The fastest schedule that fits.
-
-    Args:
-        costs: what the network takes.
+    Attributes:
+        costs: what the network takes in memory.
         extent: how far the sequence reaches.
-        budget: bytes.
-        given: the budget as the user gave it.
-
-    Raises:
-        OptionError: if none fits, with the least that is possible and the horizon that would fit.
     """
-    best = fitting(costs, extent, budget)
-    if best is not None:
-        return best
-    least = thriftiest(costs, extent)
-    horizon = _horizon(costs, extent, budget)
-    remedy = f"horizon={horizon} would fit, truncated by rnn.windows" if horizon else "not even one step would fit"
-    raise OptionError(
-        f"memory={given!r} is {format_bytes(budget)}, but {extent.steps} steps of {extent.batch} rows take at least "
-        f"{format_bytes(least.bytes)}, by {least.name}; {remedy}"
-    )
+
+    costs: Costs
+    extent: Extent
+
+    def option(self, schedule: Schedule) -> Option:
+        """A schedule with what it takes."""
+        calls = schedule.extra_advances / schedule.length + schedule.segments - 1
+        steps = schedule.extra_advances + 8 * calls  # to call an engine once more takes about as long as 8 steps
+        return Option(schedule, self.costs.promised(schedule, self.extent), 1 + steps / (3 * schedule.T))
+
+    def fastest(self, budget: float) -> Option | None:
+        """The fastest schedule that takes at most so many bytes; None if there is none."""
+        fits = (found for found in self._options(budget) if found.bytes <= budget)
+        return min(fits, key=attrgetter("ratio"), default=None)
+
+    def thriftiest(self) -> Option:
+        """The schedule that takes the least memory."""
+        return min(self._options(0.0), key=attrgetter("bytes"))
+
+    def too_small(self, budget: float, given: Any) -> OptionError:
+        """The error for a budget that no schedule fits into: the least that is possible, and a horizon that would fit.
+
+        Args:
+            budget: bytes.
+            given: the budget as the user gave it.
+        """
+        extent, least, horizon = self.extent, self.thriftiest(), self._horizon(budget)
+        remedy = f"horizon={horizon} would fit, truncated by rnn.windows" if horizon else "not even one step would fit"
+        return OptionError(
+            f"memory={given!r} is {format_bytes(budget)}, but {extent.steps} steps of {extent.batch} rows take at "
+            f"least {format_bytes(least.bytes)}, by {least.name}; {remedy}"
+        )
+
+    def frontier(self) -> list[Option]:
+        """The fastest schedule for full storage, a half of it, a quarter, and so on down to the least."""
+        least, found = self.thriftiest(), list[Option]()
+        budget = self.costs.full(self.extent)
+        while budget > least.bytes:
+            found.append(self.fastest(budget) or least)
+            budget = min(budget / 2, found[-1].bytes * 0.99)
+        return found if found and found[-1].bytes <= least.bytes else [*found, least]
+
+    def _options(self, budget: float) -> Iterator[Option]:
+        """For each length of a segment the schedule with as many slots as the budget has room for."""
+        T, costs = self.extent.steps, self.costs
+        yield self.option(store_all(T))
+        root = int(T**0.5)
+        # One length for each number of segments up to the root of T, and each length up to there.
+        for length in sorted({*(-(-T // n) for n in range(2, root + 2)), *range(1, root + 1)} - {T}):
+            whole = segments(T, length)
+            room = whole.slots_needed - max(costs.promised(whole, self.extent) - budget, 0.0) / max(costs.slot, 1.0)
+            # One less than there is room for: a state that is advanced from a slot needs a place of its own.
+            slots = max(int(room) - 1, _fewest_slots(whole.segments))
+            fits = room >= whole.slots_needed or slots >= whole.slots_needed
+            yield self.option(whole if fits else revolve(T, slots, length))
+
+    def _horizon(self, budget: float) -> int:
+        """The longest sequence that full storage has room for."""
+        fits, over = 0, self.extent.steps
+        while over - fits > 1:
+            middle = (fits + over) // 2
+            fits, over = (middle, over) if self.costs.stored(middle) <= budget else (fits, middle)
+        return fits
 
 
-def frontier(costs: Costs, extent: Extent) -> list[Option]:
-    """The fastest schedule for full storage, a half of it, a quarter, and so on down to the least."""
-    least, found = thriftiest(costs, extent), list[Option]()
-    budget = costs.full(extent)
-    while budget > least.bytes:
-        found.append(_fastest(costs, extent, budget) or least)
-        budget = min(budget / 2, found[-1].bytes * 0.99)
-    return found if found and found[-1].bytes <= least.bytes else [*found, least]
-
-
-def thriftiest(costs: Costs, extent: Extent) -> Option:
-    """The schedule that takes the least memory there is to be had."""
-    return min(options(costs, extent, 0.0), key=lambda option: option.bytes)
-
-
-def options(costs: Costs, extent: Extent, budget: float) -> Iterator[Option]:
-    """For each length of a segment the schedule with as many slots as the budget has room for."""
-    T = extent.steps
-    yield option(costs, extent, store_all(T))
-    for length in _lengths(T):
-        whole = segments(T, length)
-        room = whole.slots_needed - max(costs.promised(whole, extent) - budget, 0.0) / max(costs.slot, 1.0)
-        # One less than there is room for: a state that is advanced from a slot needs a place of its own.
-        slots = max(int(room) - 1, fewest_slots(whole.segments))
-        fits = room >= whole.slots_needed or slots >= whole.slots_needed
-        yield option(costs, extent, whole if fits else revolve(T, slots, length))
-
-
-def fewest_slots(n: int) -> int:
-    """With how many slots n segments are advanced no more than `MOST_REPEATS` times each."""
-    slots, reach = 1, MOST_REPEATS + 1
+def _fewest_slots(n: int) -> int:
+    """With how many slots n segments are advanced no more than `_MOST_REPEATS` times each."""
+    slots, reach = 1, _MOST_REPEATS + 1
     while reach < n:
         slots += 1
-        reach = reach * (slots + MOST_REPEATS) // slots
+        reach = reach * (slots + _MOST_REPEATS) // slots
     return slots
-
-
-def _lengths(T: int) -> list[int]:
-    """Lengths of segments, one for each number of them up to the root of T, and each length up to there."""
-    root = int(T**0.5)
-    return sorted({*(-(-T // n) for n in range(2, root + 2)), *range(1, root + 1)} - {T})
-
-
-def option(costs: Costs, extent: Extent, schedule: Schedule) -> Option:
-    """A schedule with what it takes."""
-    return Option(schedule, costs.promised(schedule, extent), 1 + _more(schedule) / (3 * schedule.T))
-
-
-def _more(schedule: Schedule) -> float:
-    """What a schedule takes beyond full storage, in steps forward."""
-    return schedule.extra_advances + _PER_RUN * (schedule.extra_advances / schedule.length + schedule.segments - 1)
-
-
-def _horizon(costs: Costs, extent: Extent, budget: float) -> int:
-    """The longest sequence that full storage has room for."""
-    fits, over = 0, extent.steps
-    while over - fits > 1:
-        middle = (fits + over) // 2
-        fits, over = (middle, over) if costs.stored(middle) <= budget else (fits, middle)
-    return fits
 
 
 def format_bytes(count: float) -> str:

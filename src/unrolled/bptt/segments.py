@@ -50,6 +50,10 @@ class SequenceRun:
         trees = (self.inputs, self.state, self.context)
         return [*(leaf for tree in trees for leaf in leaves(tree)), *self.module.parameters()]
 
+    def at_once(self) -> tuple[Tree, Tree]:
+        """Run it as one segment."""
+        return self.run(self.inputs, self.state, self.context, self.extent, 0)
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from unrolled.bptt.checkpointed import run_checkpointed
 from unrolled.bptt.checkpointing import Budget, Checkpointing, FixedSchedule
-from unrolled.bptt.costs import Costs
-from unrolled.bptt.measured import Meter
-from unrolled.bptt.planning import format_bytes, option
+from unrolled.bptt.costs import Costs, Meter
+from unrolled.bptt.planning import Planner, format_bytes
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SequenceRun
 from unrolled.errors import OptionError
@@ -68,7 +67,7 @@ class Budgeted:
             )
         schedule = None if self.checkpointing is None else self.schedule(self.checkpointing, whole, again)
         if schedule is None or schedule.segments == 1:
-            return whole.run(whole.inputs, whole.state, whole.context, whole.extent, 0)
+            return whole.at_once()
         return run_checkpointed(whole, schedule)
 
     def schedule_told(self, whole: SequenceRun, again: Callable[[], SequenceRun]) -> str:
@@ -76,7 +75,7 @@ class Budgeted:
         if self.checkpointing is None:
             return ""
         found = self.schedule(self.checkpointing, whole, again)
-        told = option(self.costs(whole, again, found.length), whole.extent, found)
+        told = Planner(self.costs(whole, again, found.length), whole.extent).option(found)
         return (
             f"checkpoints by {told.name}: {format_bytes(told.bytes)} promised, {found.extra_advances:,} steps run once "
             f"more, {told.ratio:.2f} times the time of full storage expected"

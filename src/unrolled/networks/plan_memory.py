@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unrolled.bptt.costs import Costs
 from unrolled.bptt.memory_plan import MemoryPlan
-from unrolled.bptt.planning import frontier, option
+from unrolled.bptt.planning import Planner
 from unrolled.bptt.schedules import Schedule, store_all
 from unrolled.bptt.segments import SequenceRun
 from unrolled.errors import InputError, OptionError
@@ -62,10 +62,10 @@ def plan_memory(
     with OwnDraws():
         whole, again = rnn.runs(given, given.sequences(inputs), state, resets, context)
         costs, chosen = _chosen(rnn, whole, again)
-    mine = option(costs, whole.extent, chosen)
-    extent, inputs = whole.extent, sum(leaf.nbytes for leaf in leaves(whole.inputs))
+    extent, planner = whole.extent, Planner(costs, whole.extent)
+    mine, inputs = planner.option(chosen), sum(leaf.nbytes for leaf in leaves(whole.inputs))
     outputs = round(costs.outputs * extent.rows / extent.batch)
-    options = tuple(sorted({*frontier(costs, extent), mine}, key=lambda o: (-o.bytes, o.ratio)))
+    options = tuple(sorted({*planner.frontier(), mine}, key=lambda o: (-o.bytes, o.ratio)))
     return MemoryPlan(rnn._get_name(), extent.steps, extent.batch, options, mine, inputs, outputs)
 
 

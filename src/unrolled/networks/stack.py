@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.bptt.checkpointing import checkpointing_of
-from unrolled.bptt.measured import copy_sharing_tensors
+from unrolled.bptt.costs import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SequenceRun
 from unrolled.bptt.truncated import run_by_blocks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.bptt.checkpointing import checkpointing_of
-from unrolled.bptt.measured import copy_sharing_tensors
+from unrolled.bptt.costs import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SegmentRunner, SequenceRun
 from unrolled.bptt.truncated import run_by_blocks
