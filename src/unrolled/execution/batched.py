@@ -10,7 +10,8 @@ from torch import Tensor
 
 from unrolled.execution.timed import Summed, Timed, spread
 from unrolled.lengths import Extent
-from unrolled.plan.sums import contracts_rows, is_multilinear
+from unrolled.operations.operation import Linear, operation_of
+from unrolled.plan.sums import contracts_rows
 from unrolled.recording.interpret import run_op
 from unrolled.recording.program import Custom, Op, Program
 
@@ -130,7 +131,7 @@ class Batched:
 
     def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation that is linear in what was summed."""
-        if is_multilinear(op):
+        if operation_of(op).linear is Linear.EACH:
             tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Summed) else e for v, e in entries.items()}
         else:
             tensors = {v: self.total(v, entry) for v, entry in entries.items()}

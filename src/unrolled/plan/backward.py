@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unrolled.operations.decomposed import decomposition
 from unrolled.plan.fuse import fused
 from unrolled.plan.keep import made_again
 from unrolled.plan.loops import LoopProgram, cut_loop
@@ -107,7 +108,7 @@ def _joint(
     loop: LoopProgram, wanted: Collection[int], needing: Collection[int], sample: Mapping[int, Tensor], rows: int
 ) -> tuple[RawProgram, _Marks]:
     """Forward and backward of one step on one tape: inputs and tangents to outputs and gradients."""
-    tape = Tape(decompose=True)
+    tape = Tape(decomposition)
     given = [_leaf(sample[v], v in needing) for v in loop.program.inputs]
     numbers = [tape.add(tensor) for tensor in given]
     with torch.enable_grad(), tape:

@@ -12,19 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from unrolled.plan.keep import LIGHT
+from unrolled.operations.operation import Cost, operation_of
 from unrolled.plan.partition import Loop, Stage, Steps
 from unrolled.recording.program import Op, Program, Size
 
-_BESIDE = LIGHT | frozenset(
-    """
-    sqrt rsqrt pow log log1p expm1 sin cos erf lerp masked_fill sigmoid_backward tanh_backward threshold_backward
-    mean var var_mean sum amax amin native_layer_norm _softmax _softmax_backward_data
-    split split_with_sizes unsafe_split slice select view _unsafe_view reshape expand unsqueeze squeeze transpose
-    permute alias detach clone to cat slice_backward select_backward full scalar_tensor
-    """.split()
-)
-_PRODUCTS = frozenset(["mm", "addmm"])
 _NUMBERS = (torch.float32, torch.float64, torch.bool)
 
 WEIGHT_BYTES = 512 << 10
@@ -135,16 +126,24 @@ class _Fusing:
     def _beside(self, n: int) -> bool:
         op = self.program.ops[n]
         known = [self.program.values[v] for v in (*op.inputs, *op.outputs) if v >= 0]
-        return n not in self.coupled and op.base in _BESIDE and all(value.dtype in _NUMBERS for value in known)
+        return (
+            n not in self.coupled
+            and operation_of(op).cost <= Cost.FUSED
+            and all(value.dtype in _NUMBERS for value in known)
+        )
 
     def _small_product(self, n: int, inside: set[int]) -> bool:
         op = self.program.ops[n]
-        if op.base not in _PRODUCTS or n in self.coupled:
+        if operation_of(op).cost != Cost.MATRIX or n in self.coupled:
             return False
         most = WEIGHT_BYTES if self.batch_size >= LEAST_ROWS else WEIGHT_BYTES // 4
         return sum(self._weight_bytes(m) for m in {*inside, n}) <= most
 
     def _weight_bytes(self, n: int) -> int:
         op = self.program.ops[n]
-        fixed = [self.program.values[v] for v in op.inputs if v in self.fixed] if op.base in _PRODUCTS else []
+        fixed = (
+            [self.program.values[v] for v in op.inputs if v in self.fixed]
+            if operation_of(op).cost == Cost.MATRIX
+            else []
+        )
         return sum(value.bytes(1) for value in fixed if len(value.shape) == 2)

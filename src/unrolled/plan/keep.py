@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from unrolled.operations.operation import Cost, operation_of
 from unrolled.recording.program import Op
-
-LIGHT = frozenset(
-    """
-    tanh sigmoid relu exp neg abs reciprocal add sub rsub mul div where gt ge lt le eq ne logical_not logical_and
-    logical_or bitwise_not bitwise_and clamp clamp_min clamp_max _to_copy maximum minimum square
-    """.split()
-)
 
 
 def made_again(ops: Collection[Op], read: Sequence[int], there: Collection[int]) -> frozenset[Op]:
@@ -43,4 +37,4 @@ def made_again(ops: Collection[Op], read: Sequence[int], there: Collection[int])
 
 
 def _is_light(op: Op) -> bool:
-    return op.base in LIGHT and len(op.outputs) == 1
+    return operation_of(op).cost <= Cost.LIGHT and len(op.outputs) == 1

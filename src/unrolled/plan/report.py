@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from unrolled.operations.operation import operation_of
 from unrolled.plan.partition import Counter, Loop, Stage
 from unrolled.plan.plan import StepPlan
 from unrolled.recording.program import Op, Program, Ref
@@ -197,22 +198,15 @@ def _kept(plan: StepPlan, rows: int) -> int:
     return total
 
 
-_MOVES_ONLY = frozenset(
-    """
-    t transpose permute view _unsafe_view reshape expand unsqueeze squeeze slice select split split_with_sizes
-    unsafe_split cat stack clone detach alias full slice_backward select_backward
-    """.split()
-)
-
-
 def _flops(program: Program, op: Op, rows: int) -> int:
-    if op.base in _MOVES_ONLY:
+    operation = operation_of(op)
+    if operation.moves:
         return 0
     if not any(program.values[v].differentiable for v in (*op.inputs, *op.outputs) if v >= 0):
         return 0
     made = sum(prod(program.values[v].sizes(rows)) for v in op.outputs if v >= 0)
-    if op.base in ("mm", "addmm", "bmm", "baddbmm"):
-        left = op.args[-2] if len(op.args) == 2 else op.args[1]
+    if operation.factors is not None:
+        left = op.args[operation.factors[0]]
         if isinstance(left, Ref):
             return 2 * made * program.values[left.value].sizes(rows)[-1]
     return made

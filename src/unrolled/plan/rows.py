@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
-from unrolled.plan.rowwise import RULES, Call, CouplesRowsError, Place, pointwise
+from unrolled.operations.operation import rows_of_results
+from unrolled.operations.row_rules import CouplesRowsError, Place, Rows
 from unrolled.recording.program import Custom, Op, Program
 
 
@@ -57,15 +56,7 @@ def rows_of_outputs(program: Program, op: Op, places: Mapping[int, int]) -> list
     """
     if isinstance(op.target, Custom):
         return _rows_of_custom(op.target, [places.get(v) for v in op.inputs])
-    call = Call(program, op, places)
-    if not any(v in places for v in op.inputs):
-        return [call.created(v) for v in op.outputs]
-    name = op.target._schema.name.removeprefix("aten::")  # type: ignore[attr-defined]
-    if name in RULES:
-        return RULES[name](call)
-    if torch.Tag.pointwise in op.target.tags:  # type: ignore[attr-defined]
-        return pointwise(call)
-    raise CouplesRowsError(f"{op.name} is not known to act row by row")
+    return rows_of_results(Rows(program, op, places))
 
 
 def _rows_of_custom(custom: Custom, given: Sequence[Place]) -> list[Place]:

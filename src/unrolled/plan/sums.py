@@ -8,31 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from unrolled.operations.operation import Linear, operation_of
 from unrolled.recording.program import Op, Program, Ref
 
 
 def contracts_rows(op: Op, rows: Mapping[int, int], program: Program) -> bool:
     """Whether an operation adds up over the rows, so that folded over T it adds up over the steps too."""
-    name = op.base
-    places = [rows.get(v) for v in op.inputs]
-    if name == "mm":
-        return places == [1, 0]
-    if name == "bmm":
-        return places == [2, 1]
-    if name == "sum":
+    places = tuple(rows.get(v) for v in op.inputs)
+    if op.base == "sum":
         rank = len(program.values[op.inputs[0]].shape)
         dims = op.args[1] if len(op.args) > 1 and op.args[1] else range(rank)
         return places[0] in {d % rank for d in dims}
-    return False
-
-
-_LINEAR_ALWAYS = frozenset(
-    """
-    t transpose permute view _unsafe_view reshape expand unsqueeze squeeze slice select slice_backward
-    select_backward cat stack neg add sub sum clone to _to_copy detach alias split split_with_sizes constant_pad_nd flip
-    """.split()
-)
-_LINEAR_IN_ONE = frozenset(["mul", "mm", "bmm"])
+    return places == operation_of(op).contracts
 
 
 def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> frozenset[int]:
@@ -59,15 +46,9 @@ def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> 
 
 
 def _linear(op: Op, value: int, same: Collection[int]) -> bool:
-    name = op.base
-    if name in {"add", "sub"}:  # alpha, and adding a number at every step, are not worth the proof
-        return not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
-    if name in _LINEAR_ALWAYS:
-        return True
-    others = [v for v in op.inputs if v != value]
-    return is_multilinear(op) and op.inputs.count(value) == 1 and all(v in same for v in others)
-
-
-def is_multilinear(op: Op) -> bool:
-    """Whether an operation is linear in each operand, rather than in all of them together."""
-    return op.base in _LINEAR_IN_ONE
+    operation = operation_of(op)
+    if operation.linear is Linear.EACH:
+        return op.inputs.count(value) == 1 and all(v in same for v in op.inputs if v != value)
+    if operation.expression:  # a factor, and adding a number at every step, are not worth the proof
+        return operation.linear is not None and not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
+    return operation.linear is not None

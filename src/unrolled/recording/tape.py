@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
-from unrolled.recording.decompose import decomposition
 from unrolled.recording.program import Ref, refs_of
 
 Place = tuple[Any, ...]
@@ -64,8 +63,8 @@ class Tape(DispatchMode):
     """Notes every operation that runs while it is active.
 
     Args:
-        decompose: whether operations that have simpler formulas are written down as these. Only under autograd that
-            has seen the operation itself: its derivative is not everywhere that of the formula.
+        decomposition: for an operation what computes the same by simpler ones, to be written down in its place. Only
+            under autograd that has seen the operation itself: its derivative is not everywhere that of the formula.
 
     Attributes:
         events: the operations, in order.
@@ -75,9 +74,9 @@ class Tape(DispatchMode):
         fresh: externals that the step made itself out of Python numbers.
     """
 
-    def __init__(self, *, decompose: bool = False) -> None:
+    def __init__(self, decomposition: Callable[[Any], Callable[..., Any] | None] = lambda func: None) -> None:
         super().__init__()
-        self.decompose = decompose
+        self.decomposition = decomposition
         self.events: list[Event] = []
         self.tensors: list[Tensor] = []
         self.externals: list[int] = []
@@ -117,7 +116,7 @@ class Tape(DispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         _refuse_unrecordable(func)
-        simpler = decomposition(func) if self.decompose else None
+        simpler = self.decomposition(func)
         if simpler is not None:
             with self:
                 return simpler(*args, **kwargs)

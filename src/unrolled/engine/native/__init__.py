@@ -9,9 +9,9 @@ import torch
 from unrolled.engine.native.bind import NativeLoop, built
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.emit import Source, emit
-from unrolled.engine.native.layout import UnsupportedError
 from unrolled.engine.native.products import affine, worthwhile
 from unrolled.execution.protocol import LoopInputs, LoopResult
+from unrolled.operations.layout import UnsupportedError
 from unrolled.plan.loops import LoopProgram
 
 __all__ = ["BuildError", "affine", "prepare", "run_loop", "worthwhile"]

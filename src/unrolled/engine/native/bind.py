@@ -14,7 +14,6 @@ from torch import Tensor
 
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, one_file
-from unrolled.engine.native.layout import Layout
 from unrolled.engine.native.lower import state_homes
 from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.state_buffer import StateBuffer
@@ -23,6 +22,7 @@ from unrolled.execution.memory import allocate, materialized
 from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
+from unrolled.operations.layout import Layout
 from unrolled.plan.loops import LoopProgram
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,21 @@ from math import prod
 import torch
 
 from unrolled.engine.native.lower import lower, state_homes
-from unrolled.engine.native.nodes import Compute, Copy, Leaf, Lowered, Node, Product, Reduce, Scan, View, contiguous
-from unrolled.engine.native.scalars import ELEMENTWISE, literal
 from unrolled.engine.native.schedule import Scheduled, local, schedule
+from unrolled.operations.nodes import (
+    Compute,
+    Input,
+    Lowered,
+    Node,
+    Product,
+    Reduce,
+    Scalar,
+    Scan,
+    View,
+    Write,
+    contiguous,
+)
+from unrolled.operations.operation import OPERATIONS
 from unrolled.plan.loops import LoopProgram
 
 
@@ -106,7 +119,7 @@ class _Emitter:
         return Source(*found, self.lowered.real, *matrices, self.scratch, self.flops, self.weights)
 
     def _only_packed(self, body: str) -> frozenset[int]:
-        leaves = [node for node in self.lowered.nodes if isinstance(node, Leaf) and node.kind == "fixed"]
+        leaves = [node for node in self.lowered.nodes if isinstance(node, Input) and node.kind == "fixed"]
         read = {node.position for node in leaves if re.search(rf"\b{self.names[node]}\b", body)}
         return frozenset(self.matrices) - read
 
@@ -118,7 +131,7 @@ class _Emitter:
         step: list[str] = []
         for node in self.lowered.nodes:
             name, kind = self.names[node], _c_type(node)
-            if isinstance(node, Leaf):
+            if isinstance(node, Input):
                 self._leaf(node, name, kind, setup, step)
             elif node in self.scheduled.homes:
                 home = self.scheduled.homes[node]
@@ -131,7 +144,7 @@ class _Emitter:
                     self.scratch += -(-node.size * node.dtype.itemsize // 64) * 64
         return setup, step
 
-    def _leaf(self, node: Leaf, name: str, kind: str, setup: list[str], step: list[str]) -> None:
+    def _leaf(self, node: Input, name: str, kind: str, setup: list[str], step: list[str]) -> None:
         a, b, _ = self.loop.counts
         place = {"sequence": 0, "fixed": a, "state": a + b}[node.kind] + node.position
         base, rows = f"(const {kind} *)w->leaves[{place}]", f"w->by_row[{place}]"
@@ -149,7 +162,7 @@ class _Emitter:
             step.append(f"const {kind} *const {name} = {start}; (void){name};")
 
     def row_stride(self, node: Node) -> str:
-        return f"{self.names[node]}_row" if isinstance(node, Leaf) and node.kind != "state" else str(node.size)
+        return f"{self.names[node]}_row" if isinstance(node, Input) and node.kind != "state" else str(node.size)
 
     # -- kernels
 
@@ -212,7 +225,7 @@ class _Emitter:
         dims = nodes[0].dims
         views = [view for node in nodes for view in self._from_memory(node)]
         flat = all(_pattern(view, dims) is not None for view in views) and all(
-            not isinstance(node, Copy) or node.target.strides == contiguous(dims) for node in nodes
+            not isinstance(node, Write) or node.target.strides == contiguous(dims) for node in nodes
         )
         shape = (prod(dims),) if flat else dims
         reads = {view: f"a{number}" for number, view in enumerate(dict.fromkeys(views))}
@@ -271,12 +284,12 @@ class _Emitter:
         arguments = [
             (f"{self.names[a.node]}_v" if self._in_register(a, node) else reads[a])
             if isinstance(a, View)
-            else literal(a)
+            else _literal(a)
             for a in node.arguments
         ]
-        expression = ELEMENTWISE[node.name].expression.format(*arguments, type=_c_type(node))
+        expression = OPERATIONS[node.name].expression.format(*arguments, type=_c_type(node))
         inside.append(f"const {_register_type(node)} {name}_v = {expression};")
-        if isinstance(node, Copy):
+        if isinstance(node, Write):
             target = node.target
             row = f"{self.names[target.node]} + b * {target.node.size} + {target.offset}"
             strides = target.strides
@@ -336,3 +349,16 @@ def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i", sums: Seq
 
 def _indented(lines: Sequence[str], depth: int) -> str:
     return "\n".join("  " * depth + line for line in lines)
+
+
+def _literal(number: Scalar) -> str:
+    """A number as C, exactly; None as an endless bound is written by who knows which."""
+    if number is None:
+        return "NAN"
+    if isinstance(number, bool | int):
+        return f"((real){int(number)})"
+    if math.isnan(number):
+        return "((real)NAN)"
+    if math.isinf(number):
+        return f"((real){'-' if number < 0 else ''}INFINITY)"
+    return f"((real){number.hex()})"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from unrolled.engine.native.arithmetic_rules import ArithmeticRules
-from unrolled.engine.native.join_rules import ConstantRules, JoinRules
-from unrolled.engine.native.layout import Layout, UnsupportedError
-from unrolled.engine.native.nodes import Leaf, Lowered, Node, View
-from unrolled.engine.native.product_rules import ProductRules
-from unrolled.engine.native.scalars import ELEMENTWISE
+from unrolled.operations.elementwise import Arithmetic
+from unrolled.operations.joins import Constants, Joins
+from unrolled.operations.layout import Layout, UnsupportedError
+from unrolled.operations.nodes import Input, Lowered, Node, View
+from unrolled.operations.operation import operation_of
+from unrolled.operations.products import Products
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.program import Op
 
@@ -53,7 +53,7 @@ def lower(loop: LoopProgram) -> Lowered:
     return Lowered(lowering.nodes, emitted, following, totals, lowering.real)
 
 
-class _Lowering(ArithmeticRules, JoinRules, ProductRules, ConstantRules):
+class _Lowering(Arithmetic, Joins, Products, Constants):
     def __init__(self, loop: LoopProgram) -> None:
         self.values = loop.program.values
         self.nodes: list[Node] = []
@@ -64,21 +64,21 @@ class _Lowering(ArithmeticRules, JoinRules, ProductRules, ConstantRules):
         (self.real,) = floats
         for kind, group in (("sequence", loop.sequences), ("fixed", loop.fixed), ("state", loop.states)):
             for position, value in enumerate(group):
-                self.leaf(kind, position, value)
+                self._input(kind, position, value)
 
-    def leaf(self, kind: str, position: int, value: int) -> None:
+    def _input(self, kind: str, position: int, value: int) -> None:
         known = self.values[value]
         layout = Layout.of(known)
         if layout.place is None and kind != "fixed":
             raise UnsupportedError(f"a {kind} without a batch, {known}")
-        leaf = Leaf(layout.dims, self.checked(known.dtype), kind, position, layout.place is not None)
-        self.views[value] = self.add(leaf)
+        node = Input(layout.dims, self.checked(known.dtype), kind, position, layout.place is not None)
+        self.views[value] = self.add(node)
 
     def run(self, op: Op) -> None:
-        rule = getattr(self, f"do_{op.base.strip('_')}", None)
-        if rule is not None:
-            results = rule(op)
-        elif op.base in ELEMENTWISE:
+        operation = operation_of(op)
+        if operation.lower is not None:
+            results = operation.lower(self, op)
+        elif operation.expression:
             results = [self.elementwise(op, op.base)]
         else:
             raise UnsupportedError(op.name.removeprefix("aten."))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unrolled.engine.native.nodes import Compute, Copy, Join, Leaf, Lowered, Node, Product, Reduce, Scan, View
+from unrolled.operations.nodes import Compute, Input, Join, Lowered, Node, Product, Reduce, Scan, View, Write
 
 
 @dataclass
@@ -43,7 +43,7 @@ def local(view: View, reader: Node) -> bool:
     return (
         isinstance(reader, Compute)
         and isinstance(node, Compute)
-        and not isinstance(node, Copy)
+        and not isinstance(node, Write)
         and view.whole
         and (node.dims == reader.dims)
     )
@@ -54,7 +54,7 @@ def schedule(lowered: Lowered) -> Scheduled:
     homes = _emitted_homes(lowered)
     nodes = _alive(lowered.nodes, [*homes, *(view.node for view in (*lowered.next_states, *lowered.totals))])
     levels = _levels(nodes, homes)
-    added = {view.node: None for view in lowered.totals if not isinstance(view.node, Leaf) and view.node not in homes}
+    added = {view.node: None for view in lowered.totals if not isinstance(view.node, Input) and view.node not in homes}
     sums: dict[Node, list[Reduce]] = {}
     for node in nodes:
         if isinstance(node, Reduce) and _on_the_way(node):
@@ -74,8 +74,8 @@ def _emitted_homes(lowered: Lowered) -> dict[Node, int | None]:
     homes: dict[Node, int | None] = {}
     for position, view in enumerate(lowered.emitted):
         node = view.node
-        if isinstance(node, Leaf) or not view.whole or node in homes:
-            node = Compute(view.dims, view.dtype, "copy", (view,))
+        if isinstance(node, Input) or not view.whole or node in homes:
+            node = Compute(view.dims, view.dtype, "same", (view,))
             lowered.nodes.append(node)
         homes[node] = position
     return homes
@@ -85,7 +85,7 @@ def _alive(nodes: Sequence[Node], wanted: Sequence[Node]) -> list[Node]:
     needed = set(wanted)
     kept = []
     for node in reversed(nodes):
-        if node in needed or (isinstance(node, Copy) and node.target.node in needed):
+        if node in needed or (isinstance(node, Write) and node.target.node in needed):
             needed.update(view.node for view in node.views)
             if isinstance(node, Join):
                 needed.update(node.pieces)
@@ -100,13 +100,13 @@ def _levels(nodes: Sequence[Node], homes: dict[Node, int | None]) -> dict[Node, 
             levels[node] = max(levels[piece] for piece in node.pieces)
             continue
         after = [_after(view, node, levels) for view in node.views]
-        levels[node] = 0 if isinstance(node, Leaf) else max([1, *after])
+        levels[node] = 0 if isinstance(node, Input) else max([1, *after])
     return _late(nodes, levels)
 
 
 def _after(view: View, reader: Node, levels: dict[Node, int]) -> int:
     """The first level at which a reader can read a view."""
-    if isinstance(view.node, Leaf):
+    if isinstance(view.node, Input):
         return 1
     return levels[view.node] + (0 if local(view, reader) else 1)
 

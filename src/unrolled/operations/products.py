@@ -1,33 +1,39 @@
-"""Lowering products: rows times a fixed matrix, and a row's matrices times each other."""
+"""Products: rows times a fixed matrix, and a row's matrices times each other."""
 
 from __future__ import annotations
 
-from unrolled.engine.native.layout import UnsupportedError
-from unrolled.engine.native.nodes import Compute, Leaf, Product, View, thick
-from unrolled.engine.native.reduction_rules import ReductionRules
-from unrolled.engine.native.scalars import Scalar
+from unrolled.operations.layout import UnsupportedError
+from unrolled.operations.nodes import Compute, Input, Product, Scalar, View, thick
+from unrolled.operations.operation import Cost, Linear, Operation, lowers
+from unrolled.operations.reductions import Reductions
+from unrolled.operations.row_rules import Rows
 from unrolled.recording.program import Op
 
 
-class ProductRules(ReductionRules):
+class Products(Reductions):
     """Products by the kernel where the matrix is fixed and of two dimensions; others entry by entry, added up."""
 
-    def do_mm(self, op: Op) -> list[View]:
+    @lowers("mm", Operation(Rows.mm, cost=Cost.MATRIX, linear=Linear.EACH, contracts=(1, 0), factors=(0, 1)))
+    def _mm(self, op: Op) -> list[View]:
         return [self._by_matrix(op, 0, 1)]
 
-    def do_addmm(self, op: Op) -> list[View]:
+    @lowers("addmm", Operation(Rows.addmm, cost=Cost.MATRIX, factors=(1, 2)))
+    def _addmm(self, op: Op) -> list[View]:
         return [self._added(op, self._by_matrix(op, 1, 2))]
 
-    def do_bmm(self, op: Op) -> list[View]:
+    @lowers("bmm", Operation(Rows.bmm, linear=Linear.EACH, contracts=(2, 1), factors=(0, 1)))
+    def _bmm(self, op: Op) -> list[View]:
         return [self._batched(op, 0, 1)]
 
-    def do_baddbmm(self, op: Op) -> list[View]:
+    @lowers("baddbmm", Operation(Rows.bmm, factors=(1, 2)))
+    def _baddbmm(self, op: Op) -> list[View]:
         return [self._added(op, self._batched(op, 1, 2))]
 
-    def do_mv(self, op: Op) -> list[View]:
+    @lowers("mv", Operation())
+    def _mv(self, op: Op) -> list[View]:
         if self.layout(op, 0).place != 0 or self.layout(op, 1).place is not None:
             raise UnsupportedError("a product that is not of rows with a fixed vector")
-        return [self._contracted(self.given(op, 0), self.given(op, 1))]
+        return [self._contracted(self.argument(op, 0), self.argument(op, 1))]
 
     def _added(self, op: Op, result: View) -> View:
         """What is added to a product. A factor of zero hides even NaN."""
@@ -42,19 +48,19 @@ class ProductRules(ReductionRules):
         return view if factor == 1 else self.compute("mul", view, factor)
 
     def _by_matrix(self, op: Op, left: int, right: int) -> View:
-        row, matrix = self.given(op, left), self.given(op, right)
+        row, matrix = self.argument(op, left), self.argument(op, right)
         leaf = matrix.node
-        fixed = isinstance(leaf, Leaf) and not leaf.rows and matrix.whole
-        if self.layout(op, left).place != 0 or not isinstance(leaf, Leaf) or not fixed:
+        fixed = isinstance(leaf, Input) and not leaf.rows and matrix.whole
+        if self.layout(op, left).place != 0 or not isinstance(leaf, Input) or not fixed:
             raise UnsupportedError("a product that is not of rows with a fixed matrix")
         if not _readable(row):
-            row = self.compute("copy", row, dtype=row.dtype)
+            row = self.compute("same", row, dtype=row.dtype)
         return self.add(Product((*row.dims[:-1], leaf.dims[1]), self.real, row, leaf))
 
     def _batched(self, op: Op, left: int, right: int) -> View:
         """Matrices `[n, k]` times matrices `[k, m]`; the batch is n, or m, or counts them."""
         one, other = self.layout(op, left), self.layout(op, right)
-        a, b = self.given(op, left), self.given(op, right)
+        a, b = self.argument(op, left), self.argument(op, right)
         if (one.place, other.place) not in ((0, 0), (1, None), (None, 2)):
             raise UnsupportedError("a batched product that adds up over the batch")
         if one.place == 1 and one.many == 1:
@@ -75,5 +81,5 @@ class ProductRules(ReductionRules):
 def _readable(row: View) -> bool:
     """Whether the kernel finds the rows where a view has them: each a run, and one after the other if many."""
     if len(row.dims) > 1:
-        return row.whole and not isinstance(row.node, Leaf)
+        return row.whole and not isinstance(row.node, Input)
     return row.strides == (1,) and (row.whole or not isinstance(row.node, Compute))

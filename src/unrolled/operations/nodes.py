@@ -1,9 +1,9 @@
-"""Nodes and views: a loop's program in terms of what a row of the batch holds.
+"""Nodes and views: the program of a step as computations on the entries of one row of the batch.
 
-Every value is looked at through a `View` of some node's memory: an offset and one stride for each dimension that is not
-the batch. Slices, splits, selections, permutations and expansions are views and cost nothing. What is left are four
-kinds of node: leaves (what is given), element-wise computations, products with a fixed matrix, and reductions along
-dimensions of a row; and joins, whose pieces are written side by side.
+Every value is a `View` of some node's memory: an offset, and one stride for each dimension that is not the batch.
+Slices, splits, selections, permutations and expansions are views and cost nothing. What is left are the kinds of node:
+inputs, element-wise computations, products with a fixed matrix, reductions along dimensions of a row, and joins, whose
+pieces are written side by side.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypeAlias
 
 import torch
 
-from unrolled.engine.native.scalars import Scalar
+Scalar: TypeAlias = int | float | bool | None
+"""A number among the arguments of a computation; None for a bound that is not there."""
 
 
 @dataclass(eq=False)
@@ -41,7 +43,7 @@ class Node:
 
 
 @dataclass(eq=False)
-class Leaf(Node):
+class Input(Node):
     """A sequence, a fixed value or a state, by its position among them; `rows` is False for one without a batch."""
 
     kind: str = ""
@@ -87,7 +89,7 @@ class Product(Node):
     """A row, or each of a row's rows `[..., K]`, times a fixed matrix `[K, N]`."""
 
     row: View = None  # type: ignore[assignment]
-    matrix: Leaf = None  # type: ignore[assignment]
+    matrix: Input = None  # type: ignore[assignment]
 
     @property
     def views(self) -> Sequence[View]:
@@ -116,13 +118,13 @@ class Scan(Reduce):
 
 @dataclass(eq=False)
 class Join(Node):
-    """Pieces written side by side; they are `Copy` nodes that point here."""
+    """Pieces written side by side, each by a `Write` that points here."""
 
-    pieces: list[Copy] = field(default_factory=list)
+    pieces: list[Write] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Copy(Compute):
+class Write(Compute):
     """A computation whose result is written into a part of a join."""
 
     target: View = None  # type: ignore[assignment]

@@ -1,20 +1,22 @@
-"""Lowering reductions along dimensions of a row."""
+"""Reductions along dimensions of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
 
-from unrolled.engine.native.layout import UnsupportedError
-from unrolled.engine.native.nodes import Reduce, Scan, View, contiguous
-from unrolled.engine.native.view_rules import ViewRules
+from unrolled.operations.layout import UnsupportedError
+from unrolled.operations.nodes import Reduce, Scan, View, contiguous
+from unrolled.operations.operation import Cost, Linear, Operation, lowers
+from unrolled.operations.row_rules import along
+from unrolled.operations.views import Views
 from unrolled.recording.program import Op
 
 
-class ReductionRules(ViewRules):
+class Reductions(Views):
     """Sums, extremes, moments and softmax along dimensions of a row."""
 
     def reduced(self, name: str, view: View, dims: Sequence[int]) -> View:
@@ -32,71 +34,58 @@ class ReductionRules(ViewRules):
             raise UnsupportedError("a reduction along the batch")
         return sorted(have.dim(d, "a reduction") for d in (given if isinstance(given, tuple) else (given,)))
 
-    def _reduction(self, name: str) -> Callable[[Op], list[View]]:
-        def rule(op: Op) -> list[View]:
-            dims = self._dims(op, self.given(op, 1, dict(op.kwargs).get("dim")))
-            view = self.cast(self.given(op, 0), self.real)
-            result = self.reduced("sum" if name == "mean" else name, view, dims)
-            if name == "mean":
-                result = self.compute("mul", result, 1.0 / prod(view.dims[d] for d in dims))
-            return [self.counted(op, result)]
+    @lowers("sum", Operation(along(1, 2), cost=Cost.FUSED, linear=Linear.JOINTLY))
+    @lowers("mean amax amin", Operation(along(1, 2), cost=Cost.FUSED))
+    @lowers("prod", Operation(along(1, 2)))
+    def _reduction(self, op: Op) -> list[View]:
+        dims = self._dims(op, self.argument(op, 1, dict(op.kwargs).get("dim")))
+        view = self.cast(self.argument(op, 0), self.real)
+        result = self.reduced("sum" if op.base == "mean" else op.base, view, dims)
+        if op.base == "mean":
+            result = self.compute("mul", result, 1.0 / prod(view.dims[d] for d in dims))
+        return [self._counted(op, result)]
 
-        return rule
-
-    @property
-    def do_sum(self) -> Callable[[Op], list[View]]:
-        return self._reduction("sum")
-
-    @property
-    def do_mean(self) -> Callable[[Op], list[View]]:
-        return self._reduction("mean")
-
-    @property
-    def do_amax(self) -> Callable[[Op], list[View]]:
-        return self._reduction("amax")
-
-    @property
-    def do_amin(self) -> Callable[[Op], list[View]]:
-        return self._reduction("amin")
-
-    @property
-    def do_prod(self) -> Callable[[Op], list[View]]:
-        return self._reduction("prod")
-
-    def do_any(self, op: Op) -> list[View]:
+    @lowers("any", Operation(along(1, 2)))
+    def _any(self, op: Op) -> list[View]:
         return [self._truth(op, "amax")]
 
-    def do_all(self, op: Op) -> list[View]:
+    @lowers("all", Operation(along(1, 2)))
+    def _all(self, op: Op) -> list[View]:
         return [self._truth(op, "amin")]
 
     def _truth(self, op: Op, name: str) -> View:
         """Whether any or all entries are not zero; NaN is not."""
-        view = self.compute("cast", self.compute("ne", self.given(op, 0), 0, dtype=torch.bool))
-        result = self.reduced(name, view, self._dims(op, self.given(op, 1)))
+        view = self.compute("cast", self.compute("ne", self.argument(op, 0), 0, dtype=torch.bool))
+        result = self.reduced(name, view, self._dims(op, self.argument(op, 1)))
         return self.compute("ne", self._shaped(op, 0, result), 0, dtype=torch.bool)
 
-    def counted(self, op: Op, result: View) -> View:
+    def _counted(self, op: Op, result: View) -> View:
         """A whole node as the operation gives it: in its shape, a count of bools as integers."""
         result, dtype = self._shaped(op, 0, result), self.checked(self.values[op.outputs[0]].dtype)
         return result if dtype == self.real else self.compute("cast", result, dtype=dtype)
 
-    def do_max(self, op: Op) -> list[View]:
+    @lowers("max", Operation(along(1, 2)))
+    def _max(self, op: Op) -> list[View]:
         if len(op.outputs) != 2 or op.outputs[1] >= 0:
             raise UnsupportedError("the place of a maximum")
-        view = self.given(op, 0)
+        view = self.argument(op, 0)
         return [self._shaped(op, 0, self.reduced("amax", view, self._dims(op, op.args[1])))]
 
-    def do_var(self, op: Op) -> list[View]:
+    @lowers("var", Operation(along(1, 2), cost=Cost.FUSED))
+    def _var(self, op: Op) -> list[View]:
         return [self._shaped(op, 0, self._moments(op)[0])]
 
-    def do_std(self, op: Op) -> list[View]:
+    @lowers("std", Operation(along(1, 2)))
+    def _std(self, op: Op) -> list[View]:
         return [self._shaped(op, 0, self.compute("sqrt", self._moments(op)[0]))]
 
-    def do_std_mean(self, op: Op) -> list[View]:
+    @lowers("std_mean", Operation(along(1, 3)))
+    def _std_mean(self, op: Op) -> list[View]:
         var, mean = self._moments(op)
         return [self._shaped(op, 0, self.compute("sqrt", var)), self._shaped(op, 1, mean)]
 
-    def do_var_mean(self, op: Op) -> list[View]:
+    @lowers("var_mean", Operation(along(1, 3), cost=Cost.FUSED))
+    def _var_mean(self, op: Op) -> list[View]:
         return [self._shaped(op, output, moment) for output, moment in enumerate(self._moments(op))]
 
     def _shaped(self, op: Op, output: int, view: View) -> View:
@@ -106,32 +95,35 @@ class ReductionRules(ViewRules):
 
     def _moments(self, op: Op) -> tuple[View, View]:
         """Variance and mean, with the dimensions kept."""
-        view, keywords = self.given(op, 0), dict(op.kwargs)
-        dims = self._dims(op, self.given(op, 1, keywords.get("dim")))
+        view, keywords = self.argument(op, 0), dict(op.kwargs)
+        dims = self._dims(op, self.argument(op, 1, keywords.get("dim")))
         count = prod(view.dims[d] for d in dims)
         # The older overloads take `unbiased` by position, the newer ones `correction` by name.
         correction = int(op.args[2]) if len(op.args) > 2 else keywords.get("correction", 1)
         mean = self.compute("mul", self.reduced("sum", view, dims), 1.0 / count)
-        apart = self.compute("sub", view, mean)
-        total = self.reduced("sum", self.compute("mul", apart, apart), dims)
+        deviation = self.compute("sub", view, mean)
+        total = self.reduced("sum", self.compute("mul", deviation, deviation), dims)
         scale = 1.0 / (count - correction) if count > correction else float("nan")
         return self.compute("mul", total, scale), mean
 
-    def do_cumsum(self, op: Op) -> list[View]:
-        view, (dim,) = self.given(op, 0), self._dims(op, op.args[1])
+    @lowers("cumsum", Operation(along(1, default=-1)))
+    def _cumsum(self, op: Op) -> list[View]:
+        view, (dim,) = self.argument(op, 0), self._dims(op, op.args[1])
         order = [*(d for d in range(len(view.dims)) if d != dim), dim]
         turned = self.ordered(view, order)
         scan = self.add(Scan(turned.dims, self.real, "cumsum", turned, view.dims[dim]))
         return [self.ordered(scan, [order.index(d) for d in range(len(order))])]
 
-    def do_softmax(self, op: Op) -> list[View]:
-        view = self.given(op, 0)
+    @lowers("_softmax", Operation(along(1, default=-1), cost=Cost.FUSED))
+    def _softmax(self, op: Op) -> list[View]:
+        view = self.argument(op, 0)
         dims = self._dims(op, op.args[1])
         powers = self.compute("exp", self.compute("sub", view, self.reduced("amax", view, dims)))
         return [self.compute("div", powers, self.reduced("sum", powers, dims))]
 
-    def do_softmax_backward_data(self, op: Op) -> list[View]:
-        grad, output = self.given(op, 0), self.given(op, 1)
+    @lowers("_softmax_backward_data", Operation(along(2), cost=Cost.FUSED))
+    def _softmax_backward(self, op: Op) -> list[View]:
+        grad, output = self.argument(op, 0), self.argument(op, 1)
         dims = self._dims(op, op.args[2])
         total = self.reduced("sum", self.compute("mul", grad, output), dims)
         return [self.compute("mul", output, self.compute("sub", grad, total))]

@@ -1,7 +1,7 @@
-"""Layouts: where the batch is in a value's shape, and how its tensor is looked at with the rows first.
+"""Layouts: which dimension of a value is the batch, and how its tensor is viewed with the rows first.
 
 A row's entries are what is left of a shape without the batch. The rows need not be the first dimension, and several
-entries of each row may follow each other in it: `[2B, H]` is `[B, 2, H]` looked at in another way.
+entries of each row may follow each other in it: `[2B, H]` is viewed as `[B, 2, H]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unrolled.recording.program import Size, Value
 
 
 class UnsupportedError(Exception):
-    """An operation that this engine does not emit; the message names it."""
+    """An operation that cannot be written in nodes; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Layout:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether tensors of this layout are looked at as they are."""
+        """Whether tensors of this layout need no other view."""
         return self.place is None or self.first
 
     def is_batch(self, dim: int) -> bool:

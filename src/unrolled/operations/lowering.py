@@ -1,4 +1,7 @@
-"""What the rules of lowering are made of: the view of an argument, a computation, a shape."""
+"""Lowering: the program of one step, rewritten operation by operation as nodes over a row of the batch.
+
+This is what the rules of all families are made of: the view of an argument, a computation, a shape.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ from typing import Any
 
 import torch
 
-from unrolled.engine.native.layout import Layout, UnsupportedError
-from unrolled.engine.native.nodes import Compute, Leaf, Node, View, contiguous
-from unrolled.engine.native.scalars import ELEMENTWISE, Scalar
+from unrolled.operations.layout import Layout, UnsupportedError
+from unrolled.operations.nodes import Compute, Node, Scalar, View, contiguous
+from unrolled.operations.operation import OPERATIONS
 from unrolled.recording.program import Op, Ref, Value
 
 _COUNT = torch.int64
-_CONDITIONS = {"where": 0, "masked_fill": 1}
 _PLAIN_KEYWORDS = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")
 
 
-class Rules:
-    """The base of all rules: a method `do_<name>` lowers one operation."""
+class Lowering:
+    """The base of all families of operations.
+
+    Attributes:
+        values: what is known of the program's values.
+        nodes: the nodes written so far.
+        views: for each value that was lowered, where its entries are.
+        real: the dtype of all floating-point numbers.
+    """
 
     values: Sequence[Value]
     nodes: list[Node]
@@ -36,14 +45,10 @@ class Rules:
         self.nodes.append(node)
         return View(node, node.dims, contiguous(node.dims))
 
-    def given(self, op: Op, index: int, default: Any = None) -> Any:
+    def argument(self, op: Op, index: int, default: Any = None) -> Any:
         """An argument: the view of a value, or a number as it is."""
         arg = op.args[index] if index < len(op.args) else default
         return self.views[arg.value] if isinstance(arg, Ref) else arg
-
-    def rowless(self, view: View) -> bool:
-        """Whether a view is of a fixed value without a batch."""
-        return isinstance(view.node, Leaf) and not view.node.rows
 
     def layout(self, op: Op, index: int = 0) -> Layout:
         """Where the batch is in an argument."""
@@ -90,7 +95,8 @@ class Rules:
 
     def elementwise(self, op: Op, name: str, done: Sequence[str] = ()) -> View:
         """Lower an operation that is one expression for each entry; `done` keywords have chosen the expression."""
-        out, keywords = self.layout_of(op), {key: given for key, given in op.kwargs if key not in done}
+        out, keywords = self.layout_of(op), {key: value for key, value in op.kwargs if key not in done}
+        operation = OPERATIONS[name]
         if out.place is None:
             raise UnsupportedError(f"{name} of values without a batch inside of a loop")
         dtype = self._result(op, name)
@@ -98,9 +104,9 @@ class Rules:
         if keywords.get("alpha", 1) != 1:
             arguments[1] = self.compute("mul", arguments[1], keywords["alpha"])
         if dtype == self.real:
-            arguments = [self._number(arg, index == _CONDITIONS.get(name)) for index, arg in enumerate(arguments)]
-        arguments += ELEMENTWISE[name].keywords(keywords)
-        unknown = set(keywords).difference(_PLAIN_KEYWORDS, dict(ELEMENTWISE[name].named))
+            arguments = [self._number(arg, index == operation.condition) for index, arg in enumerate(arguments)]
+        arguments += [keywords.get(keyword, default) for keyword, default in operation.keywords]
+        unknown = set(keywords).difference(_PLAIN_KEYWORDS, dict(operation.keywords))
         if unknown:
             raise UnsupportedError(f"{op.name} with {', '.join(sorted(unknown))}")
         return self.compute(name, *arguments, dims=out.dims, dtype=dtype)
@@ -120,7 +126,7 @@ class Rules:
     def in_memory(self, row: View) -> View:
         """A view of entries that lie one after the other."""
         if row.strides != (1,) or (isinstance(row.node, Compute) and not row.whole):
-            return self.compute("copy", row, dtype=row.dtype)
+            return self.compute("same", row, dtype=row.dtype)
         return row
 
     def shape_of(self, op: Op, output: int = 0) -> tuple[int, ...]:

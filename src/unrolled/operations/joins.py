@@ -1,4 +1,4 @@
-"""Lowering operations that write pieces side by side, and values made of numbers."""
+"""Joins: operations that write tensors side by side; and values that are made of numbers alone."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from itertools import accumulate
 
 import torch
 
-from unrolled.engine.native.layout import Layout, UnsupportedError
-from unrolled.engine.native.nodes import Copy, Join, View, contiguous, thick
-from unrolled.engine.native.scalars import Scalar
-from unrolled.engine.native.view_rules import ViewRules
+from unrolled.operations.layout import Layout, UnsupportedError
+from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous, thick
+from unrolled.operations.operation import Cost, Linear, Operation, lowers
+from unrolled.operations.row_rules import Rows, along
+from unrolled.operations.views import Views
 from unrolled.recording.program import Op
 
 
-class JoinRules(ViewRules):
-    """What writes pieces side by side: joins, and the backward of slices."""
+class Joins(Views):
+    """Joins, padding, and the backward of slices."""
 
-    def do_cat(self, op: Op) -> list[View]:
+    @lowers("cat", Operation.moving(Rows.cat))
+    def _cat(self, op: Op) -> list[View]:
         refs, out = op.args[0], self.layout_of(op)
-        dim = out.dim(self.given(op, 1, dict(op.kwargs).get("dim", 0)), "a join")
+        dim = out.dim(self.argument(op, 1, dict(op.kwargs).get("dim", 0)), "a join")
         pieces = [self.aligned(ref, out) for ref in refs if len(self.values[ref.value].shape) == len(out.shape)]
         return [self.joined(out.dims, dim, pieces, pieces[0].dtype)]
 
-    def do_stack(self, op: Op) -> list[View]:
+    @lowers("stack", Operation(Rows.stack, linear=Linear.JOINTLY, moves=True))
+    def _stack(self, op: Op) -> list[View]:
         out = self.layout_of(op)
-        dim = out.dim(self.given(op, 1, 0), "a stack")
+        dim = out.dim(self.argument(op, 1, 0), "a stack")
         pieces = [thick(self.views[ref.value], dim) for ref in op.args[0]]
         return [self.joined(out.dims, dim, pieces, pieces[0].dtype)]
 
@@ -43,20 +46,22 @@ class JoinRules(ViewRules):
         for piece, start, step in pieces:
             part = (*dims[:dim], piece.dims[dim], *dims[dim + 1 :])
             strides = (*place.strides[:dim], place.strides[dim] * step, *place.strides[dim + 1 :])
-            copy = Copy(part, dtype, "copy", (piece,), View(join, part, strides, start * place.strides[dim]))
-            self.nodes.append(copy)
-            join.pieces.append(copy)
+            write = Write(part, dtype, "same", (piece,), View(join, part, strides, start * place.strides[dim]))
+            self.nodes.append(write)
+            join.pieces.append(write)
         self.nodes.append(join)
         return place
 
-    def do_slice_backward(self, op: Op) -> list[View]:
-        view, out = self.given(op, 0), self.layout_of(op)
+    @lowers("slice_backward", Operation.moving(Rows.slice_backward))
+    def _slice_backward(self, op: Op) -> list[View]:
+        view, out = self.argument(op, 0), self.layout_of(op)
         dim = out.dim(op.args[2], "the backward of a slice")
         begin, _, _ = slice(op.args[3], op.args[4]).indices(out.dims[dim])
         return [self.padded(view, out.dims, dim, begin, op.args[5])]
 
-    def do_select_backward(self, op: Op) -> list[View]:
-        view, out = self.given(op, 0), self.layout_of(op)
+    @lowers("select_backward", Operation.moving(Rows.select_backward))
+    def _select_backward(self, op: Op) -> list[View]:
+        view, out = self.argument(op, 0), self.layout_of(op)
         dim = out.dim(op.args[2], "the backward of a selection")
         return [self.padded(thick(view, dim), out.dims, dim, op.args[3] % out.dims[dim])]
 
@@ -74,9 +79,10 @@ class JoinRules(ViewRules):
                 pieces.append((self.compute("literal", fill, dims=part, dtype=view.dtype), run.start, run.step))
         return self.placed(dims, dim, pieces, view.dtype)
 
-    def do_constant_pad_nd(self, op: Op) -> list[View]:
-        view, have = self.given(op, 0), self.layout(op)
-        sides, fill = op.args[1], self.given(op, 2, 0)
+    @lowers("constant_pad_nd", Operation(Rows.pad, linear=Linear.JOINTLY))
+    def _constant_pad_nd(self, op: Op) -> list[View]:
+        view, have = self.argument(op, 0), self.layout(op)
+        sides, fill = op.args[1], self.argument(op, 2, 0)
         for back, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True)):
             if before or after:
                 dim = have.dim(-1 - back, "padding")
@@ -86,9 +92,10 @@ class JoinRules(ViewRules):
                 view = self.padded(view, longer, dim, max(before, 0), 1, float(fill))
         return [view]
 
-    def do_roll(self, op: Op) -> list[View]:
-        view, have = self.given(op, 0), self.layout(op)
-        if not self.given(op, 2, ()):
+    @lowers("roll", Operation(along(2)))
+    def _roll(self, op: Op) -> list[View]:
+        view, have = self.argument(op, 0), self.layout(op)
+        if not self.argument(op, 2, ()):
             raise UnsupportedError("a roll along the batch")
         for shift, d in zip(op.args[1], op.args[2], strict=True):
             dim = have.dim(d, "a roll")
@@ -99,25 +106,27 @@ class JoinRules(ViewRules):
         return [view]
 
 
-class ConstantRules(ViewRules):
+class Constants(Views):
     """Values made of numbers."""
 
-    def do_zeros_like(self, op: Op) -> list[View]:
+    @lowers("zeros new_zeros", Operation(alike=True))
+    @lowers("zeros_like", Operation(Rows.first))
+    def _zeros(self, op: Op) -> list[View]:
         return [self._literal(op, 0.0)]
 
-    do_zeros = do_new_zeros = do_zeros_like
-
-    def do_ones_like(self, op: Op) -> list[View]:
+    @lowers("ones new_ones", Operation(alike=True))
+    @lowers("ones_like", Operation(Rows.first))
+    def _ones(self, op: Op) -> list[View]:
         return [self._literal(op, 1.0)]
 
-    do_ones = do_new_ones = do_ones_like
-
-    def do_full(self, op: Op) -> list[View]:
+    @lowers("full", Operation(alike=True, cost=Cost.FUSED, moves=True))
+    @lowers("new_full", Operation(alike=True))
+    @lowers("full_like", Operation(Rows.first))
+    def _full(self, op: Op) -> list[View]:
         return [self._literal(op, op.args[-1])]
 
-    do_full_like = do_new_full = do_full
-
-    def do_scalar_tensor(self, op: Op) -> list[View]:
+    @lowers("scalar_tensor", Operation(alike=True, cost=Cost.FUSED))
+    def _scalar_tensor(self, op: Op) -> list[View]:
         return [self._literal(op, op.args[0])]
 
     def _literal(self, op: Op, number: Scalar) -> View:
