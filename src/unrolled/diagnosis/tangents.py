@@ -27,9 +27,9 @@ from unrolled.diagnosis.results import JacobianProfile, Lyapunov
 from unrolled.diagnosis.walk import Walk
 from unrolled.errors import OptionError
 from unrolled.introspection.copies import Copy
-from unrolled.plan.coupling import couples_rows
+from unrolled.plan.independence import couples_rows
+from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError
-from unrolled.recording.twin import twin_of
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 _TANGENTS = 32

@@ -21,8 +21,8 @@ from unrolled.diagnosis.walk import row_norms
 from unrolled.internals import DispatchMode
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.networks.families import family_of, recurrent_weights
+from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError
-from unrolled.recording.twin import twin_of
 from unrolled.trees import flatten, leaves, map_leaves, paths
 from unrolled.unseen import OwnDraws
 

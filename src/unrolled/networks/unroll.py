@@ -29,7 +29,7 @@ from unrolled.networks.layout import BatchLayout, Lengths, given_as, is_plain, r
 from unrolled.networks.windows import Windowed
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.report import Plan, report
-from unrolled.recording.twin import twin_of
+from unrolled.recording.guards.twin import twin_of
 from unrolled.tracing.vmap import run_mapped, transformed
 from unrolled.trees import Tree, map_leaves
 from unrolled.unseen import OwnDraws

@@ -16,8 +16,8 @@ from unrolled.plan.partition import Loop, Stage, colour, places, read_outside
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
 from unrolled.recording.program import dependents
-from unrolled.recording.record import ROWS, Recording, Sample, leaves_and_structure, record_step, sample_rows
-from unrolled.trees import Tree
+from unrolled.recording.record import ROWS, Recording, record_step, samples_of
+from unrolled.trees import Tree, leaves
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,8 @@ def plan_step(
     Raises:
         UnrecordableError: if the step cannot be recorded; the message says why.
     """
-    trees = [leaves_and_structure(tree) for tree in (inputs, state, context)]
-    structures = [structure for _, structure in trees]
-    samples = [Sample(*(sample_rows(leaves, batch_size, n) for leaves, _ in trees)) for n in ROWS]
-    recording = record_step(cell, (samples[0], samples[1]), structures)
+    samples = samples_of((inputs, state, context), batch_size)
+    recording = record_step(cell, samples)
     given = (*recording.inputs, *recording.fixed)
     externals = [external.fetch(cell).requires_grad for external in recording.externals]
     asked = {v for v, needed in zip(given, [*needing, *externals], strict=True) if needed}
@@ -128,7 +126,11 @@ def plan_step(
 
 
 def _coloured(
-    cell: nn.Module, recording: Recording, samples: Sequence[Sample], asked: set[int], batch_size: int | None
+    cell: nn.Module,
+    recording: Recording,
+    samples: Sequence[tuple[Tree, Tree, Tree]],
+    asked: set[int],
+    batch_size: int | None,
 ) -> StepPlan:
     program = recording.program
     apart = colour(program, recording.state, recording.next_state, recording.inputs)
@@ -164,9 +166,9 @@ def _loop_ops(stages: Sequence[Stage]) -> set[int]:
     return {n for stage in stages if isinstance(stage, Loop) for n in stage.ops}
 
 
-def _values(cell: nn.Module, recording: Recording, sample: Sample, rows: int) -> dict[int, Tensor]:
+def _values(cell: nn.Module, recording: Recording, sample: tuple[Tree, Tree, Tree], rows: int) -> dict[int, Tensor]:
     externals = [external.fetch(cell) for external in recording.externals]
-    return sample_values(recording.program, [*sample.inputs, *sample.state, *sample.context, *externals], rows)
+    return sample_values(recording.program, [*leaves(sample), *externals], rows)
 
 
 def _handed(recording: Recording, stages: Sequence[Stage]) -> dict[int, int]:

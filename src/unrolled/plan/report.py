@@ -149,7 +149,7 @@ class _StateNames:
 def _sources(recording: Recording, state: _StateNames) -> dict[int, int | str]:
     """For each value the operation that makes it, or the name of what it is in the step's arguments and weights."""
     inputs, _, context, _ = recording.structures
-    names = [*paths(inputs, "input"), *state.received, *(paths(context, "context") if context is not None else ())]
+    names = [*paths(inputs, "input"), *state.received, *paths(context, "context")]
     names += [external.name for external in recording.externals]
     return {**dict(zip(recording.program.inputs, names, strict=True)), **recording.program.producers()}
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from unrolled.internals import has_memory, watching
 from unrolled.recording.functions import RawProgram, fold_functions
 from unrolled.recording.merge import merge
 from unrolled.recording.program import Program
 from unrolled.recording.tape import NumbersStayUnread, Tape, UnrecordableError
-from unrolled.trees import Structure, Tree, flatten, unflatten
+from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves
 from unrolled.unseen import silent
 
 ROWS = (3, 5)
@@ -22,7 +23,7 @@ ROWS = (3, 5)
 
 @dataclass(frozen=True)
 class External:
-    """A tensor that the step reads and was not handed: where in the cell it is found at every call."""
+    """A tensor that the step reads and is not an argument of it: where in the cell it is found at every call."""
 
     module: str
     attribute: str
@@ -39,15 +40,6 @@ class External:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What one recording is given: some rows of real input, state and context, as leaves."""
-
-    inputs: list[Tensor]
-    state: list[Tensor]
-    context: list[Tensor]
-
-
-@dataclass(frozen=True)
 class Recording:
     """A cell's step as a program.
 
@@ -56,13 +48,13 @@ class Recording:
 
     Attributes:
         program: the step.
-        structures: of input, state, context, output.
+        structures: of input, state, context (one without leaves where there is none) and output.
         externals: the tensors that it reads out of the cell.
         counts: how many leaves input, state and context have.
     """
 
     program: Program
-    structures: tuple[Structure, Structure, Structure | None, Structure]
+    structures: tuple[Structure, Structure, Structure, Structure]
     externals: tuple[External, ...]
     counts: tuple[int, int, int]
 
@@ -92,72 +84,65 @@ class Recording:
         return self.program.outputs[len(self.program.outputs) - self.counts[1] :]
 
 
-def sample_rows(tensors: Sequence[Tensor], batch_size: int, rows: int) -> list[Tensor]:
-    """Some rows of tensors `[B, ...]`, the same ones over and over if there are fewer; others are copied whole."""
-    index = torch.arange(rows) % batch_size
-    picked = []
-    for tensor in tensors:
-        by_row = tensor.dim() > 0 and tensor.shape[0] == batch_size
-        rows_of = tensor.detach()[index.to(tensor.device)] if by_row else tensor.detach()
-        picked.append(rows_of.clone().requires_grad_(tensor.is_floating_point()))
-    return picked
+def samples_of(trees: tuple[Tree, Tree, Tree], batch_size: int) -> list[tuple[Tree, Tree, Tree]]:
+    """Input, state and context to record a step on, with `ROWS[0]` and `ROWS[1]` rows of the given ones.
+
+    Args:
+        trees: input, state and context (None for none); of leaves `[B, ...]` some rows are taken, the same ones over
+            and over if there are fewer, and other leaves are taken whole.
+        batch_size: B.
+    """
+
+    def sampled(tensor: Tensor, rows: int) -> Tensor:
+        picked = tensor.detach()
+        if tensor.dim() > 0 and len(tensor) == batch_size:
+            picked = picked[(torch.arange(rows) % batch_size).to(tensor.device)]
+        return picked.clone().requires_grad_(tensor.is_floating_point())
+
+    return [map_leaves(lambda x, rows=rows: sampled(x, rows), trees) for rows in ROWS]
 
 
-def record_step(cell: nn.Module, samples: tuple[Sample, Sample], structures: Sequence[Structure | None]) -> Recording:
+def arguments_of(input: Tree, state: Tree, context: Tree) -> tuple[Tree, ...]:
+    """What a cell's step is called with."""
+    return (input, state) if context is None else (input, state, context)
+
+
+def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> Recording:
     """Record one step of a cell.
 
     Args:
         cell: the cell. It is run twice, and what it does to its own attributes stays done: see `guards`.
-        samples: what to run it on, with `ROWS[0]` and `ROWS[1]` rows.
-        structures: of input, state and context (None for no context).
+        samples: what to run it on, from `samples_of`.
 
     Raises:
         UnrecordableError: if the step cannot be written down as a list of operations.
     """
-    runs = [_run(cell, sample, structures) for sample in samples]
-    raw = [run[0] for run in runs]
-    names = [run[1] for run in runs]
-    if names[0] != names[1] or runs[0][2] != runs[1][2]:
+    (first, externals, output), (second, *others) = [_run(cell, sample) for sample in samples]
+    if others != [externals, output]:
         raise UnrecordableError("it reads or returns other tensors at another batch size")
-    sample = samples[0]
-    program = merge(raw[0], raw[1], ROWS)
-    return Recording(
-        program,
-        (*structures, runs[0][2]),  # type: ignore[arg-type]
-        tuple(names[0]),
-        (len(sample.inputs), len(sample.state), len(sample.context)),
-    )
+    input, state, context = flatten(samples[0])[1].children
+    a, b, c = (len(leaves(tree)) for tree in samples[0])
+    return Recording(merge(first, second, ROWS), (input, state, context, output), externals, (a, b, c))
 
 
-def _run(
-    cell: nn.Module, sample: Sample, structures: Sequence[Structure | None]
-) -> tuple[RawProgram, list[External], Structure]:
+def _run(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProgram, tuple[External, ...], Structure]:
     tape = Tape()
-    given = [tape.add(tensor) for tensor in (*sample.inputs, *sample.state, *sample.context)]
-    arguments = [
-        unflatten(structure, leaves)
-        for structure, leaves in zip(structures, (sample.inputs, sample.state, sample.context), strict=True)
-        if structure is not None
-    ]
+    inputs = [tape.add(tensor) for tensor in leaves(sample)]
     with silent(), torch.enable_grad(), NumbersStayUnread(), tape:
-        output, state = cell(*arguments)
-    leaves, output_structure = flatten(output)
-    outputs = [tape.number(leaf) for leaf in (*leaves, *flatten(state)[0])]
+        output, state = cell(*arguments_of(*sample))
+    tensors, structure = flatten(output)
+    outputs = [tape.number(leaf) for leaf in (*tensors, *leaves(state))]
     fold_functions(tape)
     if any(not event.differentiable for event in tape.events):
         raise UnrecordableError("it turns gradients off for a part of its step")
-    externals = [_located(cell, tape, value) for value in tape.externals]
-    return (
-        RawProgram(tape.tensors, given + tape.externals, tape.events, outputs),
-        externals,
-        output_structure,
-    )
+    externals = tuple([_located(cell, tape, value) for value in tape.externals])
+    return RawProgram(tape.tensors, inputs + tape.externals, tape.events, outputs), externals, structure
 
 
 def _located(cell: nn.Module, tape: Tape, value: int) -> External:
     tensor = tape.tensors[value]
     for module_name, module in cell.named_modules():
-        for name, held in _held_tensors(module):
+        for name, held in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if held is tensor:
                 return External(module_name, name)
     shape = list(tensor.shape)
@@ -166,14 +151,22 @@ def _located(cell: nn.Module, tape: Tape, value: int) -> External:
     raise UnrecordableError(f"it reads a tensor {shape} that is no parameter, buffer or attribute of the cell")
 
 
-def _held_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module._parameters.items()
-    yield from module._buffers.items()
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield name, value
+def why_not_recorded(tensors: Iterable[Tensor]) -> str | None:
+    """Why a call on these tensors is left to the reference before anything is recorded; None if it need not be.
 
-
-def leaves_and_structure(tree: Tree) -> tuple[list[Tensor], Structure | None]:
-    """`flatten`, with None for no tree at all."""
-    return ([], None) if tree is None else flatten(tree)
+    Args:
+        tensors: all of inputs, state, context, parameters and buffers.
+    """
+    looking_on = watching()
+    if looking_on is not None:
+        return looking_on
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"a tensor is a {type(tensor).__name__}, which may compute in its own way"
+        if torch.is_autocast_enabled(tensor.device.type):
+            return "under autocast torch chooses the dtype of each operation as it runs"
+        if not has_memory(tensor):
+            return "inside of a transform of torch.func"
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            return "forward-mode derivatives"
+    return None

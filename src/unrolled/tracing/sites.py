@@ -24,7 +24,7 @@ from unrolled.execution.run import run_plan
 from unrolled.lengths import Extent
 from unrolled.lru import LRUCache
 from unrolled.plan.plan import StepPlan
-from unrolled.recording.guards import fingerprint
+from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.program import Size
 from unrolled.tracing.samples import CallSpec, apart, call_with, held, real
 from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
@@ -129,9 +129,7 @@ class Site:
         remaining = iter(tensors)
         structures, counts = self.plan.recording.structures[:3], self.plan.recording.counts
         parts = [list(itertools.islice(remaining, count)) for count in counts]
-        inputs, state, context = (
-            unflatten(s, part) if s is not None else None for s, part in zip(structures, parts, strict=True)
-        )
+        inputs, state, context = (unflatten(s, part) for s, part in zip(structures, parts, strict=True))
         return inputs, state, context
 
     def reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 import sys
 import threading
 import types
@@ -12,14 +11,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
-"""What random numbers come from."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps its hooks, which must be called for every copy."""
 
 INERT: tuple[Any, ...] = (
     types.BuiltinFunctionType,
@@ -102,10 +94,16 @@ def functions_of(value: Any) -> Iterator[Any]:
         yield value
 
 
-def name_of(code: types.CodeType, kind: type) -> str:
+def name_in_class(code: types.CodeType, kind: type) -> str:
     """By what name a class finds a function with this code; the function's own where it is another one's."""
     for base in kind.__mro__:
         for name, value in vars(base).items():
             if any(type(found) is types.FunctionType and found.__code__ is code for found in functions_of(value)):
                 return name
     return code.co_name
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has hooks, which must be called for every copy."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, hooks, None) for hooks in names)

@@ -7,8 +7,6 @@ import types
 from functools import lru_cache
 from typing import NamedTuple
 
-_COMPUTED = frozenset(["getattr", "setattr", "delattr", "hasattr", "vars", "dir", "__dict__", "attrgetter"])
-
 
 class Names(NamedTuple):
     """Of one code object, with those of the functions that are written inside of it.
@@ -38,6 +36,7 @@ def names_in(code: types.CodeType) -> Names:
         (['SETTINGS'], ['gain', 'rnn'], False)
     """
     globals_, attributes, modules = set[str](), set[str](), set[str]()
+    computing = {"getattr", "setattr", "delattr", "hasattr", "vars", "dir", "__dict__", "attrgetter"}
     matches = False
     for instruction in dis.get_instructions(code):
         matches = matches or instruction.opname == "MATCH_CLASS"
@@ -55,7 +54,7 @@ def names_in(code: types.CodeType) -> Names:
         frozenset(globals_.union(*(names.globals for names in inner))),
         frozenset(attributes.union(*(names.attributes for names in inner))),
         frozenset(modules.union(*(names.modules for names in inner))),
-        any(names.computed for names in inner) or not _COMPUTED.isdisjoint(globals_ | attributes),
+        any(names.computed for names in inner) or not computing.isdisjoint(globals_ | attributes),
     )
     return found._replace(attributes=found.attributes | _spelled(code)) if found.computed or matches else found
 

@@ -19,9 +19,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from unrolled.internals import has_memory
-from unrolled.recording import places
-from unrolled.recording.kinds import (
-    GENERATORS,
+from unrolled.recording.guards.generators import GENERATORS
+from unrolled.recording.guards.kinds import (
     HIDING,
     INERT,
     attributes_of,
@@ -29,22 +28,35 @@ from unrolled.recording.kinds import (
     is_common,
     is_pure,
     is_written_in_python,
-    name_of,
+    name_in_class,
     slots_of,
 )
-from unrolled.recording.names import Names, names_in
-from unrolled.recording.places import CONTAINERS, MISSING, PLAIN, Fetch, Place
+from unrolled.recording.guards.names import Names, names_in
+from unrolled.recording.guards.places import (
+    CONTAINERS,
+    MISSING,
+    PLAIN,
+    ArrayContent,
+    ClassEntry,
+    ClassNames,
+    ClassOf,
+    ClosureVariable,
+    Content,
+    ContextValue,
+    Definition,
+    Entry,
+    KindOfTensor,
+    Place,
+    Referent,
+    Slot,
+    is_small,
+)
 from unrolled.recording.tape import IrreversibleError
 
-_MOST_PLACES, _MOST_ITEMS, _MOST_BYTES = 4096, 1024, 4096
-# A class with more names than these is not looked over as a whole, but name by name.
-_FEW_NAMES = 40
-_MODE = re.compile("_?(get|is|are)_")
-# Builtins that reach where no name leads.
-_OPENING = frozenset(["eval", "exec", "compile", "open", "input", "globals", "locals", "__import__"])
+_MOST_PLACES, _MOST_ITEMS = 4096, 1024
 
 
-class Reach:
+class Reachable:
     """The places that were found so far.
 
     Args:
@@ -75,6 +87,13 @@ class Reach:
         self._entered: set[types.CodeType] = set()
         self._methods: set[tuple[types.CodeType, type]] = set()
         self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
+
+    def put_arrays_back(self) -> list[str]:
+        """Put back the numbers of large arrays that were changed; what these are called."""
+        changed = [(now, before, label) for now, before, label in self.large if now.tobytes() != before.tobytes()]
+        for now, before, _ in changed:
+            now[...] = before
+        return [label for *_, label in changed]
 
     # -- what runs ----------------------------------------------------------------------------------------------------
 
@@ -107,9 +126,11 @@ class Reach:
             module = getattr(function, "__module__", None) or getattr(owner, "__module__", "")
             known = is_pure(module)
         elif isinstance(owner, types.ModuleType):
-            if owner.__name__.startswith("torch") and _MODE.match(name):
+            if owner.__name__.startswith("torch") and re.match("_?(get|is|are)_", name):
                 self._mode(name, function)
-            known = is_pure(owner.__name__) and not (owner.__name__ == "builtins" and name in _OPENING)
+            # Builtins that reach where no name leads.
+            opening = ("eval", "exec", "compile", "open", "input", "globals", "locals", "__import__")
+            known = is_pure(owner.__name__) and not (owner.__name__ == "builtins" and name in opening)
         else:
             known = isinstance(owner, (*PLAIN, *CONTAINERS, tuple, frozenset, Tensor, np.ndarray, *GENERATORS))
             known = known or is_pure(type(owner).__module__) or isinstance(owner, ContextVar)
@@ -132,41 +153,41 @@ class Reach:
         kind = first if isinstance(first, type) else type(first)
         if (code, kind) not in self._methods and is_written_in_python(kind):
             self._methods.add((code, kind))
-            self._class_entry(kind, name_of(code, kind), names_in(code))
+            self._class_entry(kind, name_in_class(code, kind), names_in(code))
 
     def _globals(self, held: dict[str, Any], names: Names) -> None:
         module = held.get("__name__", "")
         for name in names.globals:
             if name in held:
-                self._at(places.held_in, held, name, f"{module}.{name}", names)
+                self._at(Entry, held, name, f"{module}.{name}", names)
                 if names.computed and isinstance(held[name], types.ModuleType) and not is_common(held[name].__name__):
                     self._opened(f"it looks up names in {held[name].__name__} that it makes as it runs")
             else:
                 builtins = held.get("__builtins__", {})
                 builtins = vars(builtins) if isinstance(builtins, types.ModuleType) else builtins
-                self._at(places.held_in, held, name, f"{module}.{name}", names)
-                self._at(places.held_in, builtins, name, name, names)
+                self._at(Entry, held, name, f"{module}.{name}", names)
+                self._at(Entry, builtins, name, name, names)
         for name in names.modules:
-            self._at(places.held_in, sys.modules, name, name, names)
+            self._at(Entry, sys.modules, name, name, names)
 
     # -- what it reaches ----------------------------------------------------------------------------------------------
 
-    def _at(self, fetch: Fetch, owner: Any, name: Any, label: str, names: Names) -> None:
+    def _at(self, kind: type[Place], owner: Any, name: Any, label: str, names: Names) -> None:
         """Note a place, and follow what stands there."""
-        key = (fetch, id(owner), name)
+        key = (kind, id(owner), name)
         place = self.places.get(key)
         if place is None:
             if len(self.places) >= _MOST_PLACES:
                 self._opened(f"it can read more than {_MOST_PLACES} places")
                 return
-            place = self.places[key] = Place(fetch, owner, name, label, fetch(owner, name), self._reader)
+            place = self.places[key] = kind(owner, name, label, self._reader)
         self._follow(place.now(), names, label, outside=True)
 
-    def _note(self, fetch: Fetch, owner: Any, label: str) -> None:
+    def _note(self, kind: type[Place], owner: Any, label: str) -> None:
         """Note a place whose content is followed in another way."""
-        key = (fetch, id(owner), "")
+        key = (kind, id(owner), "")
         if key not in self.places:
-            self.places[key] = Place(fetch, owner, "", label, fetch(owner, ""), self._reader)
+            self.places[key] = kind(owner, "", label, self._reader)
 
     def _follow(self, value: Any, names: Names, label: str, *, outside: bool) -> None:
         if issubclass(type(value), PLAIN) or value is MISSING:
@@ -224,9 +245,9 @@ class Reach:
 
     def _defined(self, function: types.FunctionType) -> None:
         label, inside = function.__qualname__, names_in(function.__code__)
-        self._note(places.definition, function, f"the definition of {label}")
+        self._note(Definition, function, f"the definition of {label}")
         for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self._at(places.closed_over, cell, "", f"{variable} of {label}", inside)
+            self._at(ClosureVariable, cell, "", f"{variable} of {label}", inside)
         held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values())
         for value in held:
             self._follow(value, inside, f"a default of {label}", outside=True)
@@ -246,11 +267,11 @@ class Reach:
         for base in kind.__mro__:
             if not is_written_in_python(base):
                 return
-            few = len(vars(base)) <= _FEW_NAMES
+            few = len(vars(base)) <= 40  # a class with more names is looked over name by name, not as a whole
             if few:
-                self._note(places.names_of_class, base, f"the names of {base.__qualname__}")
+                self._note(ClassNames, base, f"the names of {base.__qualname__}")
             if name in vars(base) or not few:
-                self._at(places.of_class, base, name, f"{base.__qualname__}.{name}", names)
+                self._at(ClassEntry, base, name, f"{base.__qualname__}.{name}", names)
             if name in vars(base):
                 return
 
@@ -258,7 +279,7 @@ class Reach:
         held = vars(module)
         for name in names.attributes:
             if name in held:
-                self._at(places.held_in, held, name, f"{module.__name__}.{name}", names)
+                self._at(Entry, held, name, f"{module.__name__}.{name}", names)
 
     def _object(self, thing: Any, names: Names, label: str, outside: bool) -> None:
         kind: Any = type(thing)
@@ -267,32 +288,24 @@ class Reach:
         label = label or kind.__qualname__
         slots = slots_of(kind)
         if outside:
-            self._at(places.type_of, thing, "", f"the class of {label}", names)
+            self._at(ClassOf, thing, "", f"the class of {label}", names)
         else:
             self._class(kind, names, label, outside)
         if isinstance(thing, nn.Module):
             for name in ("_parameters", "_buffers", "_modules"):
-                self._at_or_through(held[name], names, f"{label}.{name}", outside)
-        for name in self._looked_up(names, [*held, *slots]):
-            if name in slots:
-                value = places.named(thing, name)
                 if outside:
-                    self._at(places.named, thing, name, f"{label}.{name}", names)
-                else:
-                    self._follow(value, names, f"{label}.{name}", outside=False)
-            elif outside:
-                self._at(places.held_in, held, name, f"{label}.{name}", names)
+                    self._outside[id(held[name])] = held[name]
+                self._follow(held[name], names, f"{label}.{name}", outside=outside)
+        for name in self._looked_up(names, [*held, *slots]):
+            place, owner = (Slot, thing) if name in slots else (Entry, held)
+            if outside:
+                self._at(place, owner, name, f"{label}.{name}", names)
             else:
-                self._follow(held.get(name, MISSING), names, f"{label}.{name}", outside=False)
+                self._follow(place(owner, name, label).first, names, f"{label}.{name}", outside=False)
         if outside:
             self._class(kind, names, label, outside)
         if isinstance(thing, CONTAINERS):
             self._container(thing, names, label, outside)
-
-    def _at_or_through(self, value: Any, names: Names, label: str, outside: bool) -> None:
-        if outside:
-            self._outside[id(value)] = value
-        self._follow(value, names, label, outside=outside)
 
     def _looked_up(self, names: Names, held: Iterable[str]) -> Iterable[str]:
         """Which names are looked up in a thing that holds these: all of them, where code makes names as it runs."""
@@ -306,13 +319,13 @@ class Reach:
                 self._opened(f"it reads {label}, which holds more than {_MOST_ITEMS} things")
             return
         if outside:
-            self._note(places.content, container, f"what {label} holds")
+            self._note(Content, container, f"what {label} holds")
         self._items(container, names, label, outside)
         held = attributes_of(container)
         if type(container) not in CONTAINERS and held is not None:
             self._class(type(container), names, label, outside)
             if outside:
-                self._note(places.content, held, f"the attributes of {label}")
+                self._note(Content, held, f"the attributes of {label}")
             self._items(held, names, label, outside)
 
     def _items(self, container: Any, names: Names, label: str, outside: bool) -> None:
@@ -324,13 +337,15 @@ class Reach:
     def _bound(self, method: types.MethodType, names: Names, label: str, outside: bool) -> None:
         self._follow(method.__func__, names, label, outside=True)
         self._follow(method.__self__, names, label, outside=outside)
-        self._follow(method.__self__, names_in(getattr(method.__func__, "__code__", _NOTHING)), label, outside=outside)
+        code = getattr(method.__func__, "__code__", None)
+        if code is not None:
+            self._follow(method.__self__, names_in(code), label, outside=outside)
 
     def _partial(self, partial: Any, names: Names, label: str, outside: bool) -> None:
         for value in (partial.func, *partial.args, *partial.keywords.values()):
             self._follow(value, names, label, outside=outside)
         if outside:
-            self._at(places.named, partial, "keywords", f"{label}.keywords", names)
+            self._at(Slot, partial, "keywords", f"{label}.keywords", names)
             self._follow(partial.keywords, names, label, outside=True)
 
     def _wrapped(self, wrapper: Any, names: Names, label: str, outside: bool) -> None:
@@ -339,7 +354,7 @@ class Reach:
 
     def _tensor(self, tensor: Tensor, names: Names, label: str, outside: bool) -> None:
         if outside:
-            self._note(places.kind_of, tensor, label)
+            self._note(KindOfTensor, tensor, label)
             if has_memory(tensor):
                 self.memory[tensor.untyped_storage().data_ptr()] = label
 
@@ -352,17 +367,17 @@ class Reach:
     def _array(self, values: np.ndarray, names: Names, label: str, outside: bool) -> None:
         if not outside:
             return
-        if values.nbytes > _MOST_BYTES or values.dtype.hasobject:
+        if not is_small(values):
             self._opened(f"it reads {label}, an array of {values.nbytes} bytes")
             self.large.append((values, values.copy(), label))
             return
-        self._note(places.array, values, label)
+        self._note(ArrayContent, values, label)
 
     def _variable(self, variable: ContextVar[Any], names: Names, label: str, outside: bool) -> None:
-        self._at(places.value_of_variable, variable, "", f"the context variable {variable.name}", names)
+        self._at(ContextValue, variable, "", f"the context variable {variable.name}", names)
 
     def _reference(self, reference: Any, names: Names, label: str, outside: bool) -> None:
-        self._at(places.referent, reference, "", f"what {label} refers to", names)
+        self._at(Referent, reference, "", f"what {label} refers to", names)
 
     def _hidden(self, thing: Any, names: Names, label: str, outside: bool) -> None:
         """What looks like an object of Python's and keeps what it reads out of sight."""
@@ -376,6 +391,3 @@ class Reach:
 
     def _opened(self, why: str) -> None:
         self.open = self.open or why
-
-
-_NOTHING = (lambda: None).__code__

@@ -1,11 +1,15 @@
-"""Generators of random numbers beside torch's default ones: their states, as plain values that can be put back."""
+"""Generators of random numbers other than torch's default ones: their states, as plain values to put back."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import torch
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
+"""What random numbers come from."""
 
 
 def state_of(generator: Any) -> Any:
@@ -34,7 +38,7 @@ def state_of(generator: Any) -> Any:
 
 
 def set_state(generator: Any, state: Any) -> None:
-    """Set a generator to a state that `state_of` told."""
+    """Set a generator to a state that `state_of` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     elif isinstance(generator, np.random.Generator):

@@ -17,12 +17,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from unrolled.internals import modules_are_patched
-from unrolled.recording.kinds import HOOKS
-from unrolled.recording.places import PLAIN
+from unrolled.recording.guards.kinds import has_hooks
+from unrolled.recording.guards.places import PLAIN, is_small
+from unrolled.recording.guards.surroundings import Surroundings
 from unrolled.recording.tape import UnrecordableError
-from unrolled.recording.watch import watcher_of
 
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 # Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}
 _BY_IDENTITY = (
@@ -32,7 +31,6 @@ _BY_IDENTITY = (
     types.MethodDescriptorType,
     types.WrapperDescriptorType,
 )
-_MOST_BYTES = 4096
 # What a recording has on whatever the mode of the call: a step that asks is recorded only for calls that have it too.
 _RECORDED_WITH = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
 
@@ -43,14 +41,15 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     Raises:
         UnrecordableError: if the cell holds something that cannot be compared, or there are hooks on all modules.
     """
-    if any(getattr(nn.modules.module, hooks, None) for hooks in _GLOBAL_HOOKS):
+    on_all = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    if any(getattr(nn.modules.module, hooks, None) for hooks in on_all):
         raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
-    watcher = watcher_of(cell)
-    modes = tuple([_mode(*asked) for asked in watcher.modes.items()])
-    return held_by(cell), watcher.version(), modes, modules_are_patched()
+    surroundings = Surroundings.of(cell)
+    modes = tuple([_mode(*asked) for asked in surroundings.modes.items()])
+    return contents_of(cell), surroundings.version(), modes, modules_are_patched()
 
 
-def held_by(cell: nn.Module) -> tuple[Any, ...]:
+def contents_of(cell: nn.Module) -> tuple[Any, ...]:
     """What a cell itself holds.
 
     Raises:
@@ -80,7 +79,7 @@ class _Freezer:
         tensors = tuple(
             [(key, self.kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
         )
-        return (name, type(module), plain, tensors, any(held.get(hooks) for hooks in HOOKS))
+        return (name, type(module), plain, tensors, has_hooks(module))
 
     def kind(self, tensor: Tensor | None) -> Any:
         """What of a parameter or buffer a program depends on, and which one it is: it may be held by other names."""
@@ -97,7 +96,7 @@ class _Freezer:
             return ("a tensor", self.tensors.setdefault(id(value), len(self.tensors)))
         if isinstance(value, types.FunctionType):
             return value
-        if isinstance(value, np.ndarray | np.generic) and value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
+        if isinstance(value, np.ndarray | np.generic) and is_small(value):
             return (str(value.dtype), value.shape, value.tobytes())
         if isinstance(value, _BY_IDENTITY):
             return value

@@ -1,0 +1,195 @@
+"""Watching a step run: what it can read outside of its cell, and whether it writes there.
+
+One step of a twin of the cell is run, forward and backward, under Python's own profiler hook, which reports every
+function that is entered. What these functions can reach is noted before they run.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled.internals import DispatchMode, has_memory
+from unrolled.recording.guards.generators import state_of
+from unrolled.recording.guards.kinds import has_hooks
+from unrolled.recording.guards.names import names_in
+from unrolled.recording.guards.reach import Reachable
+from unrolled.recording.tape import IrreversibleError, UnrecordableError
+from unrolled.trees import Tree, leaves
+from unrolled.unseen import OwnDraws, silent
+
+
+class _Profiled:
+    """A context in which Python reports what runs to a function; whoever it reported to before is put back."""
+
+    def __init__(self, note: Callable[[types.FrameType, str, Any], object]) -> None:
+        self._note = note
+
+    def __enter__(self) -> None:
+        self._before: Any = sys.getprofile()
+        sys.setprofile(self._note)
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(None)
+        if hasattr(self._before, "enable") and not callable(self._before):  # a profiler written in C
+            self._before.enable()
+        else:
+            sys.setprofile(self._before)
+
+
+class WatchedStep(_Profiled):
+    """A context in which a step runs and what it can read is noted; collections of garbage wait.
+
+    Args:
+        reach: what is found.
+        twin: the module whose step it is.
+
+    Attributes:
+        states: of generators of random numbers, by the generator's id, before anything was drawn.
+        hooked: a module that has hooks, by its name; empty if none of those that ran has any.
+    """
+
+    def __init__(self, reach: Reachable, twin: nn.Module) -> None:
+        super().__init__(self._event)
+        self.states: dict[int, Any] = {}
+        self.hooked = ""
+        self._reach = reach
+        self._others: set[types.CodeType] = set()
+        self._names = {id(module): name for name, module in twin.named_modules()}
+        self._own_modules = (__name__, "unrolled.recording.guards.twin")
+        self._calls = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+        self._autograd = _codes_of_autograd()
+        self._dispatch = _codes_of_dispatch() | {_NoWrites.__torch_dispatch__.__code__}
+        self._dispatching: types.FrameType | None = None
+        self._refusal: UnrecordableError | None = None
+
+    def __enter__(self) -> None:
+        # Who asks to be called at collections would be called in the middle of the step.
+        self._collecting = gc.isenabled()
+        gc.disable()
+        super().__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__()
+        if self._collecting:
+            gc.enable()
+        if self._refusal is not None:
+            raise self._refusal
+
+    def run(self, step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
+        """Run a step, forward and backward.
+
+        Args:
+            step: runs it.
+            by: what a gradient can be asked for.
+        """
+        no_writes = _NoWrites(self._reach.memory)
+        with silent(), no_writes, self:
+            results = step()
+        ends = [x for x in leaves(results) if x.requires_grad]
+        if ends and by:
+            with no_writes, self:
+                _go_back(ends, by)
+
+    def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if self._dispatching is not None:
+            if event == "return" and frame is self._dispatching:
+                self._dispatching = None
+            return
+        if event == "call" and frame.f_code in self._dispatch:
+            self._dispatching = frame
+            return
+        if frame.f_globals.get("__name__") in self._own_modules:
+            return
+        try:
+            if event == "call":
+                self._called(frame)
+            elif event == "return" and frame.f_back is not None and argument is not None:
+                self._reach.pass_on(argument, names_in(frame.f_back.f_code))
+            elif event == "c_call":
+                self._reach.call(argument)
+        except UnrecordableError as refusal:
+            self._refusal = self._refusal or refusal
+            raise
+        known = self._reach.generators
+        if len(known) > len(self.states):
+            self.states |= {key: state_of(known[key]) for key in known.keys() - self.states.keys()}
+
+    def _called(self, frame: types.FrameType) -> None:
+        code = frame.f_code
+        if code in self._autograd and frame.f_back is not None and frame.f_back.f_code not in self._others:
+            return
+        self._others.add(code)
+        self._reach.enter(code, frame)
+        if code in self._calls:
+            module = frame.f_locals.get("self")
+            if has_hooks(module):
+                self.hooked = self.hooked or self._names.get(id(module), "") or "it"
+
+
+class _NoWrites(DispatchMode):
+    """A context in which nothing is written into tensors that are not the step's: their numbers are not kept.
+
+    Args:
+        memory: what they lie in, by address, and what they are called.
+    """
+
+    def __init__(self, memory: dict[int, str]) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            given = [*zip(func._schema.arguments, args, strict=False)]
+            given += [(argument, (kwargs or {}).get(argument.name)) for argument in func._schema.arguments[len(args) :]]
+            for argument, tensor in given:
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(tensor, Tensor) and has_memory(tensor):
+                    self._refuse(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, tensor: Tensor) -> None:
+        label = self._memory.get(tensor.untyped_storage().data_ptr())
+        if label is not None:
+            raise IrreversibleError(f"its step changes {label}, outside of the cell, for the next one")
+
+
+def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
+    torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _codes_of_autograd() -> frozenset[types.CodeType]:
+    """What runs whenever a gradient is asked for, which is nothing of the step's."""
+    found = set[types.CodeType]()
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    with _Profiled(lambda frame, *_: found.add(frame.f_code)):
+        _go_back([y], [x])
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=1)
+def _codes_of_dispatch() -> frozenset[types.CodeType]:
+    """What torch enters for every operation under a mode, as a step is tried out: nothing of the step's."""
+    found = set[types.CodeType]()
+
+    def probe() -> None:
+        torch.rand(1) + 1
+
+    def note(frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_back is not None and frame.f_back.f_code is probe.__code__:
+            found.add(frame.f_code)
+
+    with OwnDraws(), _Profiled(note):
+        probe()
+    return frozenset(found)
