@@ -128,7 +128,7 @@ def test_what_is_followed_does_not_cost_the_engine(name):
 
 def test_without_guards_the_mutations_are_found(monkeypatch):
     """The test above can fail: with nothing looked at again, a changed global stays what it was."""
-    monkeypatch.setattr("unrolled.recording.guards.surroundings.Surroundings.version", lambda self: 0)
+    monkeypatch.setattr("unrolled.recording.guards.environment.Environment.version", lambda self: 0)
     monkeypatch.setattr("unrolled.engine.witness.Turns.next", lambda self, steps, always: None)
     cell, put = made("global", ["attribute"], array=False)
     x = torch.ones(3, 2, H, dtype=torch.float64, requires_grad=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import unrolled as ur
 from matching import assert_match
-from unrolled.recording.guards.surroundings import Surroundings
+from unrolled.recording.guards.environment import Environment
 
 T, B, H = 5, 2, 3
 
@@ -219,7 +219,7 @@ def test_nothing_is_collected_in_the_middle_of_a_watched_step():
         raise RuntimeError(f"collecting: {gc.isenabled()}")
 
     with pytest.raises(RuntimeError, match="collecting: False"):
-        Surroundings().watch(Cell(torch.tanh), [], step, [])
+        Environment().watch(Cell(torch.tanh), [], step, [])
     assert gc.isenabled()
 
 

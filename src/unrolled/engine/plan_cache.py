@@ -22,8 +22,8 @@ from unrolled.lru import LRUCache
 from unrolled.plan.independence import couples_rows
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
+from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
-from unrolled.recording.guards.surroundings import Surroundings
 from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
 from unrolled.recording.record import why_not_recorded
 from unrolled.recording.tape import IrreversibleError, UnrecordableError
@@ -76,7 +76,7 @@ class PlanCache:
         self._coupling: LRUCache[bool] = LRUCache(_MOST_PLANS)
         self._said: set[Decision] = set()
         # What is learnt of cells' surroundings stays for as long as their network is there.
-        self._watchers: set[Surroundings] = set()
+        self._watchers: set[Environment] = set()
         self._made: dict[Any, int] = {}
         self._doubted: dict[Any, int] = {}
 
@@ -94,7 +94,7 @@ class PlanCache:
             context: what is the same at every step, or None.
             extent: how far the inputs reach.
         """
-        self._watchers.add(Surroundings.of(cell))
+        self._watchers.add(Environment.of(cell))
         sample = map_leaves(lambda x: x[0], steps_at(inputs, extent, 0))
 
         def key() -> Any:
@@ -118,7 +118,7 @@ class PlanCache:
             context: what is the same at every step, or None.
             extent: how far the inputs reach; None for T and B of their own.
         """
-        self._watchers.add(Surroundings.of(cell))
+        self._watchers.add(Environment.of(cell))
         extent = extent or Extent(*leaves(inputs)[0].shape[:2])
         decision = self._witnessed(cell, inputs, state, context, extent)
         if extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
@@ -137,7 +137,7 @@ class PlanCache:
             rows = extent.sizes[t]
             first, same_for_all = (_rows(tree, rows, extent) for tree in (state, context))
             try:
-                with unseen(), Surroundings.of(cell).kept():
+                with unseen(), Environment.of(cell).kept():
                     steps = steps_at(inputs, extent, t)
                     hold_against_the_cell(decision.plan, cell, steps, first, same_for_all, self.runner, kind[-1])
             except Exception as error:  # a cell that fails is told by the reference, which names the copy
@@ -189,7 +189,7 @@ class PlanCache:
         return decision
 
     def _moving(self, cell: nn.Module) -> Decision:
-        moved = Surroundings.of(cell).moved or f"what {name_of(cell)} holds"
+        moved = Environment.of(cell).moved or f"what {name_of(cell)} holds"
         why = f"{moved} has changed before each of the latest calls; as a buffer of the cell it could, without this"
         return self._told_once(Decision(None, "reference", why, moving=True))
 
@@ -204,7 +204,7 @@ class PlanCache:
     def _planned_and_checked(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]
     ) -> Decision:
-        watcher = Surroundings.of(cell)
+        watcher = Environment.of(cell)
         try:
             with unseen():
                 inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
@@ -331,4 +331,4 @@ def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree, *, watched:
             return False
         except UnrecordableError:  # it is tried all the same
             pass
-        return couples_rows(twin, input, state, context, Surroundings.of(cell).snapshot())
+        return couples_rows(twin, input, state, context, Environment.of(cell).snapshot())

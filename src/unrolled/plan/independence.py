@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.plan.rows import find_rows, rows_in_front
+from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
-from unrolled.recording.guards.surroundings import Surroundings
 from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
 from unrolled.recording.record import arguments_of, record_step, samples_of, why_not_recorded
 from unrolled.recording.tape import UnrecordableError
@@ -59,7 +59,7 @@ def _is_proved(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool
             watch_step(cell, input, state, context)
         twin = twin_of(cell)
         samples = samples_of((input, state, context), len(leaves(input)[0]))
-        with unseen(), Surroundings.of(cell).kept():
+        with unseen(), Environment.of(cell).kept():
             program = record_step(twin, samples).program
             rows, coupled = find_rows(program, rows_in_front(program))
             return not scratch_of(cell, twin) and not coupled and all(rows.get(value) == 0 for value in program.outputs)

@@ -17,9 +17,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from unrolled.internals import modules_are_patched
+from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.kinds import has_hooks
 from unrolled.recording.guards.places import PLAIN, is_small
-from unrolled.recording.guards.surroundings import Surroundings
 from unrolled.recording.tape import UnrecordableError
 
 # Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
@@ -44,9 +44,9 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     on_all = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
     if any(getattr(nn.modules.module, hooks, None) for hooks in on_all):
         raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
-    surroundings = Surroundings.of(cell)
-    modes = tuple([_mode(*asked) for asked in surroundings.modes.items()])
-    return contents_of(cell), surroundings.version(), modes, modules_are_patched()
+    environment = Environment.of(cell)
+    modes = tuple([_mode(*asked) for asked in environment.modes.items()])
+    return contents_of(cell), environment.version(), modes, modules_are_patched()
 
 
 def contents_of(cell: nn.Module) -> tuple[Any, ...]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.internals import modules_are_patched
+from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import contents_of
-from unrolled.recording.guards.surroundings import Surroundings
 from unrolled.recording.record import arguments_of
 from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
@@ -47,20 +47,20 @@ def watch_step(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> None
     """
     if modules_are_patched():  # a plan for the time of a trace: what is reached now is the tracer's, and goes with it
         return
-    surroundings = Surroundings.of(cell)
+    environment = Environment.of(cell)
 
     def kind_of_step() -> Any:
-        return contents_of(cell), surroundings.version(), TreeSpec.of((input, state, context))
+        return contents_of(cell), environment.version(), TreeSpec.of((input, state, context))
 
-    if not surroundings.open and kind_of_step() in surroundings.agreed:  # tried for another reason in the same call
+    if not environment.open and kind_of_step() in environment.agreed:  # tried for another reason in the same call
         return
     own: list[Any] = []
     twin = twin_of(cell, own)
     arguments = map_leaves(_with_gradient, arguments_of(input, state, context))
     by = [x for x in (*leaves(arguments), *twin.parameters()) if x.requires_grad]
     with torch.enable_grad():
-        surroundings.watch(twin, own, lambda: twin(*arguments), by)
-    surroundings.agreed.add(kind_of_step())
+        environment.watch(twin, own, lambda: twin(*arguments), by)
+    environment.agreed.add(kind_of_step())
 
 
 def _with_gradient(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Surroundings: what steps of a cell can read outside of it, and whether that has changed since.
+"""Environment: what steps of a cell can read outside of it, and whether that has changed since.
 
 They are learnt by watching steps run (`watch`). What a step changes in them is put back at once, and such a step is not
 recorded; what others change in them is seen at the next call, and another plan is made.
@@ -24,7 +24,7 @@ from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree
 
 
-class Surroundings:
+class Environment:
     """The places that steps of a cell can read outside of it, and the values that were seen there.
 
     Attributes:
@@ -34,7 +34,7 @@ class Surroundings:
         moved: the place that was last found changed, in words.
     """
 
-    _known: ClassVar[WeakKeyDictionary[nn.Module, weakref.ref[Surroundings]]] = WeakKeyDictionary()
+    _known: ClassVar[WeakKeyDictionary[nn.Module, weakref.ref[Environment]]] = WeakKeyDictionary()
     _lock: ClassVar[Any] = threading.RLock()
     _most_versions: ClassVar[int] = 8
 
@@ -51,18 +51,18 @@ class Surroundings:
         self._others: list[tuple[Callable[[], Any], Any]] = []
 
     @classmethod
-    def of(cls, cell: nn.Module) -> Surroundings:
-        """What is known of the surroundings of a cell, by all runs that were watched.
+    def of(cls, cell: nn.Module) -> Environment:
+        """The environment of a cell, as far as the runs that were watched have shown it.
 
-        It goes when nobody keeps it: what surrounds a cell may lead back to the cell, which must be able to go.
+        It goes when nobody keeps it: what is around a cell may lead back to the cell, which must be able to go.
         """
         with cls._lock:
             known = cls._known.get(cell)
-            surroundings = known() if known is not None else None
-            if surroundings is None:
-                surroundings = cls()
-                cls._known[cell] = weakref.ref(surroundings)
-            return surroundings
+            environment = known() if known is not None else None
+            if environment is None:
+                environment = cls()
+                cls._known[cell] = weakref.ref(environment)
+            return environment
 
     def version(self) -> int:
         """A number that stands for the values in all places; the same one when they are again what they were."""
