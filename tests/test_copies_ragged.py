@@ -64,7 +64,7 @@ def assert_shares_add_up(rnn: nn.Module, copies: Any) -> None:
     """Every trained parameter's `.grad` is the sum of shares in those copies that have it, and all have some."""
     sums: dict[int, Tensor] = {}
     for one in lists(copies):
-        for name, weight in one._network.weights.items():
+        for name, weight in one.weights.items():
             shares = one.weight_grad[name]
             assert shares.shape == (len(one), *weight.shape)
             norms = torch.stack([torch.linalg.vector_norm(share) for share in shares])

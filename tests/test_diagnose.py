@@ -97,7 +97,7 @@ def every_probe(copies: ur.Copies, resets: Tensor | None, reverse: bool) -> dict
                 places = copies[s].rows.tolist()
                 if row not in places:
                     break
-                by = [x for x in copies[s]._state_in.passed if x.is_floating_point()]
+                by = [x for x in copies[s].taps.state.passed if x.is_floating_point()]
                 grads = torch.autograd.grad(copy.output[place].sum(), by, retain_graph=True, allow_unused=True)
                 norms = [0.0 if grad is None else float(grad[places.index(row)].norm()) for grad in grads]
                 found.setdefault(lag, []).append(math.hypot(*norms))

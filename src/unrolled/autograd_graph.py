@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a tensor is of a dtype that has gradients."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def nodes_behind(
     tensors: Iterable[Tensor], *, known: Iterable[Tensor] = (), beyond: Callable[[Any], bool] = lambda _: True
 ) -> Iterator[Any]:

@@ -13,7 +13,6 @@ from unrolled.cells.contract import name_of
 from unrolled.diagnosis.flow import gradient_flow, weight_shares
 from unrolled.diagnosis.lag import lag_profile, reach
 from unrolled.diagnosis.nonfinite import first_bad_gradient, first_bad_value, is_finite
-from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import Diagnosis, JacobianProfile, LayerDiagnosis, Lyapunov, Missing
 from unrolled.diagnosis.tangents import UnmeasurableError, measure_tangents, trajectory_of
 from unrolled.diagnosis.units import unit_figures
@@ -22,7 +21,6 @@ from unrolled.diagnosis.walk import Walk
 from unrolled.errors import GradientError, InputError, NonFiniteError, OptionError
 from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import copies
-from unrolled.introspection.recorded import observe
 from unrolled.networks.layout import Lengths
 from unrolled.trees import Tree, leaves
 
@@ -84,13 +82,13 @@ def diagnose(
     _check(loss, probes, horizon, lyapunov)
     with torch.random.fork_rng():
         run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
-        named = list(networks_in(run))
+        named = run.named_networks()
         steps = max(len(one) for _, one in named)
         if steps < 2:
             raise InputError(f"a diagnosis needs rows of at least 2 steps, got {steps}; gradients have no way to go")
         value = loss(run.outputs, run.state)
         _refuse_bad(value, run)
-        grads = observe(named[0][1]._network.listener, value)
+        grads = run.observe(value)
         if not is_finite(list(grads.values())):
             raise (
                 first_bad_value(run)
@@ -102,7 +100,7 @@ def diagnose(
         layers = [_diagnosed(name, one, resets, probes, lyapunov) for name, one in named]
     trained = {id(parameter) for parameter in rnn.parameters()}
     norms = [float(torch.linalg.vector_norm(grad.to_dense())) for leaf, grad in grads.items() if id(leaf) in trained]
-    given, cut = named[0][1]._network.given, horizon or getattr(rnn, "horizon", None)
+    given, cut = run.layout, horizon or getattr(rnn, "horizon", None)
     return Diagnosis(
         network=rnn._get_name(),
         T=steps,
@@ -111,7 +109,7 @@ def diagnose(
         loss=float(value.detach()),
         grad_norm=math.hypot(*norms),
         layers=tuple(layers),
-        verdict=verdict_of(layers, [one._network.cell for _, one in named], cut),
+        verdict=verdict_of(layers, [one.cell for _, one in named], cut),
     )
 
 
@@ -148,7 +146,7 @@ def _diagnosed(name: str, run: Copies, resets: Tensor | None, probes: int, lyapu
         missing += [Missing(figure, _why_no_lag(run)) for figure in ("lag", "reach")]
     return LayerDiagnosis(
         name=name,
-        cell=name_of(run._network.cell),
+        cell=name_of(run.cell),
         flow=gradient_flow(run),
         lag=lag,
         reach=None if lag is None else reach(lag),

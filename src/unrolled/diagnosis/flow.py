@@ -43,7 +43,7 @@ def weight_shares(copies: Copies) -> tuple[WeightShares, ...]:
     Args:
         copies: of one network, after a backward pass.
     """
-    names = list(copies._network.weights)
+    names = list(copies.weights)
     norms: dict[str, list[float]] = {name: [] for name in names}
     dots: dict[str, list[float]] = {name: [] for name in names}
     sums: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def weight_shares(copies: Copies) -> tuple[WeightShares, ...]:
 
 def _each(copies: Copies, names: list[str]) -> Iterator[dict[str, Tensor]]:
     for copy in copies:
-        yield copy._shares(names) if names else {}
+        yield copy.shares(names) if names else {}
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unrolled.diagnosis.nonfinite import first_bad_gradient, first_bad_value, is_finite
-from unrolled.diagnosis.places import networks_in
 from unrolled.errors import NonFiniteError, OptionError
 from unrolled.introspection.layered import copies
-from unrolled.introspection.recorded import observe
 from unrolled.networks.layered import Layered
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
@@ -119,7 +117,7 @@ class Guard:
                 returned = [x for x in leaves((run.outputs, run.state)) if x.is_floating_point() or x.is_complex()]
                 pairs = [(x, grad) for x, grad in zip(returned, call.grads, strict=True) if grad is not None]
                 loss = sum(((x * grad.detach()).sum() for x, grad in pairs), torch.zeros(()))
-                observe(next(networks_in(run))[1]._network.listener, loss)
+                run.observe(loss)
                 found = first_bad_value(run) or first_bad_gradient(run)
             if found is not None:
                 return found

@@ -59,10 +59,10 @@ class _Taken(NamedTuple):
 def _taken(walk: Walk, k: int) -> _Taken:
     """What the loss takes of copy k."""
     copy = walk.copies[k]
-    outputs = [grad for grad in copy._output_out.filled if grad is not None]
-    states = [grad for grad in copy.handed_on.filled if grad is not None]
+    outputs = [grad for grad in copy.taps.output.grads_or_zeros if grad is not None]
+    states = [grad for grad in copy.taps.next_state.grads_or_zeros if grad is not None]
     if k + 1 < len(walk.copies):
-        passed = [grad.unsqueeze(0) for grad in walk.copies[k + 1]._state_in.filled if grad is not None]
+        passed = [grad.unsqueeze(0) for grad in walk.copies[k + 1].taps.state.grads_or_zeros if grad is not None]
         returned = walk.handed_back(k + 1, passed)
         # Exactly zero where the loss takes nothing: the sum that is left has one term.
         states = [grad - back.squeeze(0) for grad, back in zip(states, returned, strict=True)]
@@ -132,7 +132,7 @@ def _started(grad: Tensor, which: Tensor, rows: Tensor, many: int, norms: Tensor
 def _pulled(copy: Copy, outputs: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
     """Cotangents of what a copy gave out, pulled back to the state that it received; all probes in one pass."""
     by = [x for x in leaves(copy.seen) if x.is_floating_point() or x.is_complex()]
-    raw = [x for x in (*copy._output_out.raw, *copy.handed_on.raw) if x.is_floating_point() or x.is_complex()]
+    raw = [x for x in (*copy.taps.output.raw, *copy.taps.next_state.raw) if x.is_floating_point() or x.is_complex()]
     pairs = [(x, given) for x, given in zip(raw, (*outputs, *states), strict=True) if x.requires_grad]
     many = len(states[0]) if states else 1
     if not pairs:

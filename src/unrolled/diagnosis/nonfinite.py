@@ -17,12 +17,11 @@ from torch import Tensor
 
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import name_of
-from unrolled.diagnosis.places import networks_in
 from unrolled.errors import NonFiniteError
 from unrolled.internals import DispatchMode
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import LayeredCopies
-from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.trees import Tree, leaves
 
 _ATEN = torch.ops.aten
 _SUMMED_AS = {torch.float16: torch.float32}
@@ -120,11 +119,11 @@ def first_bad_value(run: Copies | LayeredCopies) -> NonFiniteError | None:
     Args:
         run: copies of the run that went wrong.
     """
-    for place, copies in networks_in(run, ""):
+    for place, copies in run.named_networks():
         broken = _broken_weight(place, copies)
         if broken is not None:
             return broken
-        for copy in copies[:: -1 if copies._network.reverse else 1]:
+        for copy in copies.in_order:
             for what, tree in (("input", copy.input), ("state", copy.state)):
                 if not is_finite(leaves(tree)):
                     return _received(place, copies, copy, what, tree)
@@ -134,8 +133,8 @@ def first_bad_value(run: Copies | LayeredCopies) -> NonFiniteError | None:
 
 
 def _broken_weight(place: str, copies: Copies) -> NonFiniteError | None:
-    weights = dict(copies._network.cell.named_parameters())
-    for name, path in parameter_names(copies._network.cell).items():
+    weights = dict(copies.cell.named_parameters())
+    for name, path in parameter_names(copies.cell).items():
         weight = weights[path].detach()
         if not is_finite([weight]):
             value = weight[~weight.isfinite()][0].item()
@@ -165,11 +164,8 @@ def _received(place: str, copies: Copies, copy: Copy, what: str, tree: Tree) -> 
 
 
 def _made_by(place: str, copies: Copies, copy: Copy) -> NonFiniteError:
-    network, rows = copies._network, len(copy.rows)
-    context = () if network.context is None else (map_leaves(lambda x: x[:rows], network.context.tree),)
-    given = map_leaves(Tensor.detach, (copy.input, copy.state))
     with torch.no_grad(), torch.random.fork_rng(), _FirstBad() as watch:
-        network.cell(*given, *context)
+        copies.cell(*copies.arguments(copy))
     bad = next(x.detach() for x in leaves((copy.output, copy.next_state)) if _is_bad(x))
     return _told(place, copies, copy, watch.found, bad, "gave")
 
@@ -180,13 +176,13 @@ def first_bad_gradient(run: Copies | LayeredCopies) -> NonFiniteError | None:
     Args:
         run: copies after a backward pass, from the same gradients by outputs and state that went wrong.
     """
-    for place, copies in reversed(list(networks_in(run, ""))):
-        for copy in copies[:: 1 if copies._network.reverse else -1]:
-            came = _gradients(copy._output_out.grads, copy.handed_on.grads)
+    for place, copies in reversed(run.named_networks()):
+        for copy in reversed(copies.in_order):
+            came = _gradients(copy.taps.output.grads, copy.taps.next_state.grads)
             if not is_finite(came):
                 bad = next(filter(_is_bad, came))
                 return _told(place, copies, copy, None, bad, "received, on the way back,")
-            if not is_finite(_gradients(copy._input_in.grads, copy._state_in.grads)) or _share_is_bad(copy):
+            if not is_finite(_gradients(copy.taps.input.grads, copy.taps.state.grads)) or _share_is_bad(copy):
                 return _made_on_the_way_back(place, copies, copy)
     return None
 
@@ -196,14 +192,14 @@ def _gradients(*grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _share_is_bad(copy: Copy) -> bool:
-    names = list(copy._network.weights)
-    return bool(names) and not is_finite(list(copy._shares(names).values()))
+    names = list(copy.aliases)
+    return bool(names) and not is_finite(list(copy.shares(names).values()))
 
 
 def _made_on_the_way_back(place: str, copies: Copies, copy: Copy) -> NonFiniteError:
-    passages = (copy._input_in, copy._state_in, copy._weights_in)
-    by = [x for passage in passages for x in passage.passed if x.requires_grad]
-    flowed = [pair for passage in (copy._output_out, copy.handed_on) for pair in passage.flowed()]
+    taps = copy.taps
+    by = [x for entered in (taps.input, taps.state, taps.weights) for x in entered.passed if x.requires_grad]
+    flowed = taps.output.flowed + taps.next_state.flowed
     of, grads = zip(*flowed, strict=True)
     with _FirstBad() as watch:
         found = torch.autograd.grad(of, by, grads, retain_graph=True, allow_unused=True)
@@ -234,5 +230,5 @@ def _told(place: str, copies: Copies, copy: Copy, made: _Bad | None, bad: Tensor
 
 
 def _named(place: str, copies: Copies) -> str:
-    name = name_of(copies._network.cell)
+    name = name_of(copies.cell)
     return f"{name} ({place})" if place else name

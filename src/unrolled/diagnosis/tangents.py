@@ -92,14 +92,13 @@ def trajectory_of(walk: Walk, rows: int) -> Trajectory:
         UnmeasurableError: for a cell that couples rows, cannot be copied, or has no state that moves.
     """
     first = walk.copies[0]
-    context = None if walk.network.context is None else walk.network.context.tree
+    context = walk.run.context
     _check(walk, first.input, first.state)
     try:
-        cell = twin_of(walk.network.cell).requires_grad_(False)
+        cell = twin_of(walk.run.cell).requires_grad_(False)
     except UnrecordableError as error:
-        raise UnmeasurableError(f"{name_of(walk.network.cell)} {error}") from error
-    some = None if context is None else map_leaves(lambda x: x[: walk.sizes[0]].detach(), context)
-    if couples_rows(cell, first.input, first.state, some):
+        raise UnmeasurableError(f"{name_of(walk.run.cell)} {error}") from error
+    if couples_rows(cell, first.input, first.state, walk.run.context_of(first)):
         raise UnmeasurableError("rows depend on each other in a step, so that no row has a Jacobian of its own")
     many = max(walk.sizes)
     picked = sorted({round(n * (many - 1) / max(rows - 1, 1)) for n in range(min(rows, many))})

@@ -23,7 +23,7 @@ from unrolled.introspection.copies import Copies, Copy
 from unrolled.networks.families import family_of, recurrent_weights
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError
-from unrolled.trees import flatten, leaves, map_leaves, paths
+from unrolled.trees import flatten, leaves, paths
 from unrolled.unseen import OwnDraws
 
 _ATEN = torch.ops.aten
@@ -71,7 +71,7 @@ def unit_figures(copies: Copies) -> tuple[UnitFigures, list[Missing]]:
     Args:
         copies: all copies of one run.
     """
-    cell, missing = copies._network.cell, list[Missing]()
+    cell, missing = copies.cell, list[Missing]()
     gates: tuple[Gate, ...] = ()
     memory: tuple[EffectiveMemory, ...] = ()
     try:
@@ -88,7 +88,7 @@ def unit_figures(copies: Copies) -> tuple[UnitFigures, list[Missing]]:
 
 def _state_norms(copies: Copies) -> tuple[StateNorm, ...]:
     tensors, structure = flatten(copies[0].next_state)
-    names: Sequence[str] = state_names(copies._network.cell)
+    names: Sequence[str] = state_names(copies.cell)
     if len(names) != len(tensors):
         names = [f"state{path}" for path in paths(structure)]
     found = []
@@ -116,7 +116,7 @@ def _radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]
 
 
 def _gates(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...]]:
-    cell = twin_of(copies._network.cell)
+    cell = twin_of(copies.cell)
     tallies: list[_Tally] = []
     with torch.no_grad(), OwnDraws():
         for copy in copies:
@@ -127,9 +127,9 @@ def _gates(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...
                 raise UnrecordableError(f"copy {copy.t} computes other activations than copy 0: not one gate for each")
             for tally, (_, value) in zip(tallies, noticed, strict=True):
                 tally.add(value)
-    names = _names(copies._network.cell, [tally.operation for tally in tallies])
+    names = _names(copies.cell, [tally.operation for tally in tallies])
     gates = tuple(tally.gate(name) for tally, name in zip(tallies, names, strict=True))
-    known = family_of(copies._network.cell)
+    known = family_of(copies.cell)
     if known is None or known[1].keeps is None or known[1].keeps[0] not in names:
         return gates, ()
     keeping, high = known[1].keeps
@@ -138,11 +138,9 @@ def _gates(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...
 
 def _activations(cell: nn.Module, copies: Copies, copy: Copy) -> list[tuple[str, Tensor]]:
     """The activations of one copy with rows, each `[n, units]`."""
-    passage, rows = copies._network.context, len(copy.rows)
-    context = () if passage is None else (map_leaves(lambda x: x[:rows].detach(), passage.tree),)
-    given = map_leaves(Tensor.detach, (copy.input, copy.state))
+    rows = len(copy.rows)
     with _Noticed() as noticed:
-        cell(*given, *context)
+        cell(*copies.arguments(copy))
     if noticed.fused:
         raise UnrecordableError(f"its gates are computed inside of {noticed.fused}; take a cell of this package")
     return [(kind, x.reshape(rows, -1)) for kind, x in noticed.found if x.dim() and x.shape[0] == rows]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from unrolled import sequence
-from unrolled.introspection.copies import Copies, Copy
-from unrolled.introspection.recorded import RecordedRun
+from unrolled.introspection.copies import Copies
 
 
 class Walk:
@@ -25,19 +24,16 @@ class Walk:
         copies: in the order in which they ran.
         sizes: how many rows each of these has.
         fresh: for each a bool `[n]`, the rows that started afresh just before it; None for none.
-        order: which of the caller's rows each row is.
     """
 
     def __init__(self, copies: Copies, resets: Tensor | None) -> None:
-        self.network: RecordedRun = copies._network
-        given, reverse = self.network.given, self.network.reverse
-        self.copies: Sequence[Copy] = list(copies)[:: -1 if reverse else 1]
-        self.sizes = [given.extent.sizes[copy.t] for copy in self.copies]
-        self.order = self.network.order
+        layout, reverse = copies.layout, copies.reverse
+        self.run, self.copies = copies, copies.in_order
+        self.sizes = [len(copy.rows) for copy in self.copies]
         self.fresh: list[Tensor | None] = [None] * len(self.copies)
         if resets is not None and self.copies:
-            mask = given.sequences(given.resets(resets, reverse=reverse))
-            self.fresh = list(sequence.each_step(mask, given.extent))[:: -1 if reverse else 1]
+            mask = layout.sequences(layout.resets(resets, reverse=reverse))
+            self.fresh = list(sequence.each_step(mask, layout.extent))[:: -1 if reverse else 1]
 
     def shared(self, k: int) -> int:
         """How many rows copy k and the one that ran before it both have."""

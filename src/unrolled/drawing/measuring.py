@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.diagnose import diagnose
-from unrolled.diagnosis.places import networks_in
 from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.diagnosis.telling import figures_of
 from unrolled.drawing.figures import layer_charts, memory_chart, schedule_chart
@@ -19,7 +18,6 @@ from unrolled.drawing.portrait import MISSING, Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import copies
-from unrolled.introspection.recorded import observe
 from unrolled.lengths import Extent
 from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Lengths, given_as
@@ -71,9 +69,9 @@ def portrait(
     _check(T, B, row)
     with torch.random.fork_rng(), torch.enable_grad():
         run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
-        named = list(networks_in(run))
+        named = run.named_networks()
         if loss is not None:
-            observe(named[0][1]._network.listener, loss(run.outputs, run.state))
+            run.observe(loss(run.outputs, run.state))
     found = None
     if loss is not None and T > 1:
         with torch.random.fork_rng():
@@ -145,11 +143,10 @@ def _layer(
 
 
 def _step_plan(run: Copies, network: Unrolled) -> Plan:
-    first, context = run[0], run._network.context
-    rows = len(first.rows)
+    first = run[0]
     twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
-    same = None if context is None else map_leaves(lambda leaf: leaf[:rows].detach(), context.tree)
-    return network.step_plan(twice, map_leaves(Tensor.detach, first.state), same, Extent(2, rows))
+    state = map_leaves(Tensor.detach, first.state)
+    return network.step_plan(twice, state, run.context_of(first), Extent(2, len(first.rows)))
 
 
 def _strips(run: Copies, row: int, *, with_grads: bool) -> Iterator[Strip]:
@@ -180,7 +177,7 @@ def _names(letter: str, tree: Tree) -> list[str]:
 
 
 def _state_names(run: Copies) -> list[str]:
-    names, found = list(state_names(run._network.cell)), _names("s", run[0].state)
+    names, found = list(state_names(run.cell)), _names("s", run[0].state)
     return names if len(names) == len(found) else found
 
 

@@ -59,27 +59,36 @@ class TruncationBias(Result):
     def __str__(self) -> str:
         rows = [("all", self.whole), *self.parameters.items()]
         width = max(len(name) for name, _ in rows)
-        told = (f"  {name:<{width}}  {bias.angle:5.1f} degrees  x {bias.ratio:.3f}" for name, bias in rows)
         head = f"truncated (horizon {self.horizon}, stride {self.stride}) against full gradient: angle, norm"
-        return "\n".join([head, *told])
+        lines = (f"  {name:<{width}}  {bias.angle:5.1f} degrees  x {bias.ratio:.3f}" for name, bias in rows)
+        return "\n".join([head, *lines])
 
 
 @dataclass(frozen=True)
 class StepGrads:
-    """One step of a run, as it is walked.
+    """One step of a run: what the loss took of it, and what gradients flow on to.
 
     Attributes:
         flowed: the tensors that the loss took from it, each with its gradient.
         weights: the parameters by name, as this step's copies alone read them.
-        handed: the tensors of the state that it handed on, of those that have a gradient.
+        next_state: the tensors of the state that it passed on, of those that have a gradient.
     """
 
     flowed: Sequence[tuple[Tensor, Tensor]]
     weights: Mapping[str, Tensor]
-    handed: Sequence[Tensor]
+    next_state: Sequence[Tensor]
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[StepGrads]) -> StepGrads:
+        """One step of all layers of a stack; parameters are named by the number of their layer first."""
+        return cls(
+            [pair for layer in layers for pair in layer.flowed],
+            {f"{n}.{name}": weight for n, layer in enumerate(layers) for name, weight in layer.weights.items()},
+            [state for layer in layers for state in layer.next_state],
+        )
 
 
-def asked_truncation(horizon: int | None, stride: int | None, own: Truncation | None) -> Truncation:
+def truncation_to_compare(horizon: int | None, stride: int | None, own: Truncation | None) -> Truncation:
     """The truncation that is asked for, or the network's own.
 
     Raises:
@@ -100,7 +109,7 @@ def truncation_bias(
 
     Args:
         truncation: its horizon and stride.
-        steps: all of the run, in the order in which they were walked.
+        steps: all of the run, in the order in which they ran.
         initial: the tensors of initial states that parameters may have made.
         made_of: the parameters by name.
     """
@@ -121,13 +130,13 @@ def _total(
     begins, weights = [x for x in initial if x.requires_grad], list(made_of.values())
     for block in blocks:
         flowed = [pair for step in steps[block.begin : block.end] for pair in step.flowed]
-        asked = [pair for step in steps[block.cut : block.end] for pair in step.weights.items()]
-        handed = steps[block.cut - 1].handed if block.cut else []
-        found = derivative(flowed, [*(x for _, x in asked), *begins, *handed], "the truncated gradient")
-        shares = [(name, grad) for (name, _), grad in zip(asked, found, strict=False)]
-        whole, cut_off = found[len(asked) : len(asked) + len(begins)], found[len(asked) + len(begins) :]
+        aliases = [pair for step in steps[block.cut : block.end] for pair in step.weights.items()]
+        at_cut = steps[block.cut - 1].next_state if block.cut else []
+        found = derivative(flowed, [*(x for _, x in aliases), *begins, *at_cut], "the truncated gradient")
+        shares = [(name, grad) for (name, _), grad in zip(aliases, found, strict=False)]
+        whole, cut_off = found[len(aliases) : len(aliases) + len(begins)], found[len(aliases) + len(begins) :]
         # Rows may begin, or start afresh, at any step: only what came to them past the cut is taken off.
-        before = derivative(list(zip(handed, cut_off, strict=True)), begins, "the gradient that is cut off")
+        before = derivative(list(zip(at_cut, cut_off, strict=True)), begins, "the gradient that is cut off")
         through = [(x, a - b) for x, a, b in zip(begins, whole, before, strict=True)]
         shares += zip(made_of, derivative(through, weights, "the initial state"), strict=True)
         for name, grad in shares:

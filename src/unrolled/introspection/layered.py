@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast, overload
+from typing import TypeAlias, cast, overload
 
 from torch import Tensor, nn
 
 from unrolled.bptt.truncation import Truncation
 from unrolled.errors import OptionError
-from unrolled.introspection.bias import StepGrads, TruncationBias, asked_truncation, truncation_bias
-from unrolled.introspection.copies import Copies
-from unrolled.introspection.recorded import backward_through
-from unrolled.introspection.recording import recorded
+from unrolled.introspection.bias import StepGrads, TruncationBias, truncation_bias, truncation_to_compare
+from unrolled.introspection.copies import Copies, TappedRun
+from unrolled.introspection.recording import record
 from unrolled.introspection.taps import GradientTap
 from unrolled.networks.layered import Layered
 from unrolled.networks.layout import BatchLayout, Lengths, given_as
@@ -24,7 +23,7 @@ from unrolled.trees import Tree
 Part: TypeAlias = "Copies | LayeredCopies"
 
 
-class LayeredCopies(Sequence[Part]):
+class LayeredCopies(TappedRun, Sequence[Part]):
     """The copies of layers, or of two directions, after one run; made by `copies`.
 
     For a stack, `copies[l]` are the copies of layer l. For a bidirectional network there are two, `forwards` and
@@ -41,18 +40,20 @@ class LayeredCopies(Sequence[Part]):
         >>> copies.backward(copies.outputs.sum())
         >>> sorted(copies[1].backwards.weight_grad)[-1], copies[1].backwards[0].state_grad[0].shape
         ('weight_ih_l1_reverse', torch.Size([2, 4]))
+        >>> [name for name, _ in copies.named_networks()]
+        ['layer 0, forwards', 'layer 0, backwards', 'layer 1, forwards', 'layer 1, backwards']
     """
 
     def __init__(
         self,
         name: str,
-        listener: GradientTap,
+        tap: GradientTap,
         parts: Sequence[Part],
         outputs: Tree,
         state: Tree,
         truncation: Truncation | None,
     ) -> None:
-        self._name, self._listener, self._truncation = name, listener, truncation
+        self._name, self._tap, self._truncation = name, tap, truncation
         self._parts = tuple(parts)
         self.outputs, self.state = outputs, state
 
@@ -69,17 +70,23 @@ class LayeredCopies(Sequence[Part]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        """Do all that `loss.backward(gradient)` does, and remember what flowed back through each copy of each layer.
+    @property
+    def layout(self) -> BatchLayout:
+        """How the caller laid the batch out."""
+        return self._parts[0].layout
 
-        Args:
-            loss: a tensor computed from these copies; a scalar unless `gradient` is given.
-            gradient: the gradient by `loss`, of its shape.
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What a person would call each part."""
+        return tuple(f"layer {number}" for number in range(len(self)))
 
-        Raises:
-            GradientError: if the loss has no gradient, or is no scalar and comes without one.
-        """
-        backward_through(self._listener, loss, gradient)
+    def named_networks(self) -> list[tuple[str, Copies]]:
+        """The copies of each single network, and its name, in the order in which they ran."""
+        return [
+            (f"{name}, {inner}" if inner else name, copies)
+            for name, part in zip(self.part_names, self, strict=True)
+            for inner, copies in part.named_networks()
+        ]
 
     def truncated(self, horizon: int | None = None, stride: int | None = None) -> TruncationBias:
         """What truncation does to the gradient: its angle and norm beside the full one; see `Copies.truncated`.
@@ -94,39 +101,36 @@ class LayeredCopies(Sequence[Part]):
             OptionError: if there is no horizon, or a layer walks backwards.
             GradientError: before `backward`.
         """
-        truncation = asked_truncation(horizon, stride, self._truncation)
-        self._listener.require_backward()
-        networks = self.networks
+        truncation = truncation_to_compare(horizon, stride, self._truncation)
+        self._tap.require_backward()
+        networks = [copies for _, copies in self.named_networks()]
         if any(copies.reverse for copies in networks):
             raise OptionError(f"a truncated network walks forwards, but {self._name} has a layer that walks backwards")
-        columns = [copies.step_grads(shown=copies is networks[-1]) for copies in networks]
-        steps = [_together(step) for step in zip(*columns, strict=True)]
+        columns = [copies.step_grads(with_outputs=copies is networks[-1]) for copies in networks]
+        steps = [StepGrads.of_layers(layers) for layers in zip(*columns, strict=True)]
         initial = [tensor for copies in networks for tensor in copies.initial_states]
         named = {f"{n}.{name}": x for n, copies in enumerate(networks) for name, x in copies.weights.items()}
         return truncation_bias(truncation, steps, initial, named)
 
-    @property
-    def networks(self) -> list[Copies]:
-        """The copies of each network, the first layer's first."""
-        return [one for part in self for one in (part.networks if isinstance(part, LayeredCopies) else [part])]
-
     def __repr__(self) -> str:
-        told = (f"[{number}] {part!r}".replace("\n", "\n  ") for number, part in enumerate(self))
-        return "\n  ".join([f"LayeredCopies({self._name}, {len(self)})", *told])
+        parts = (f"[{number}] {part!r}".replace("\n", "\n  ") for number, part in enumerate(self))
+        return "\n  ".join([f"LayeredCopies({self._name}, {len(self)})", *parts])
 
 
 class DirectedCopies(LayeredCopies):
     """The copies of a bidirectional network."""
 
+    part_names = ("forwards", "backwards")
+
     @property
     def forwards(self) -> Copies:
         """The copies of the direction that walks from the first step to the last."""
-        return cast("Copies", self._parts[0])
+        return cast("Copies", self[0])
 
     @property
     def backwards(self) -> Copies:
         """The copies of the direction that walks from the last step to the first; `backwards[t]` is the one at t."""
-        return cast("Copies", self._parts[1])
+        return cast("Copies", self[1])
 
 
 def copies(
@@ -137,7 +141,7 @@ def copies(
     lengths: Lengths = None,
     resets: Tensor | None = None,
     context: Tree = None,
-) -> Any:  # Copies or LayeredCopies: for torch.nn's layers their options decide
+) -> Copies | LayeredCopies:
     """Run an unrolled network and keep its copies as objects.
 
     A horizon or a memory budget of the network is not heeded: copies keep the whole graph, and show the full gradient;
@@ -173,49 +177,41 @@ def copies(
         >>> torch.allclose(copies.weight_grad["weight_hh"].sum(0), rnn.cell.weight_hh.grad, atol=1e-6)
         True
     """
-    listener, layer = GradientTap(), rnn
-    if isinstance(layer, TorchLayer):
-        asked = inputs
-        rnn, inputs, state = layer.prepared(inputs, state)
-    if not isinstance(rnn, Unrolled | Layered):
+    network, layer_inputs = rnn, inputs
+    if isinstance(rnn, TorchLayer):
+        network, inputs, state = rnn.prepared(inputs, state)
+    if not isinstance(network, Unrolled | Layered):
         raise OptionError(
             f"copies takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
         )
-    given = given_as(inputs, lengths, batch_first=rnn.batch_first)
-    made, outputs, last = _recorded(rnn, given, given.sequences(inputs), state, resets, context, listener)
-    if isinstance(layer, TorchLayer) and isinstance(made, LayeredCopies):
-        made.outputs, made.state = layer.returned(asked, given.outputs(outputs), last)
+    layout = given_as(inputs, lengths, batch_first=network.batch_first)
+    recorder = _Recorder(layout, resets)
+    made, outputs, last = recorder.run(network, layout.sequences(inputs), state, context)
+    if isinstance(rnn, TorchLayer) and isinstance(made, LayeredCopies):
+        made.outputs, made.state = rnn.returned(layer_inputs, layout.outputs(outputs), last)
     return made
 
 
-def _recorded(
-    part: nn.Module,
-    given: BatchLayout,
-    steps: Tree,
-    state: Tree,
-    resets: Tensor | None,
-    context: Tree,
-    listener: GradientTap,
-) -> tuple[Part, Tree, Tree]:
-    """The copies of a network or of one of its parts, its outputs as engines return them, and its last state."""
-    if isinstance(part, Unrolled):
-        one = recorded(part, given, steps, state, resets, context, listener)
-        return one, one.joined, one.state
-    parts: list[Part] = []
+class _Recorder:
+    """Records the copies of a network, and of all the networks that it is made of, with one tap for all of them."""
 
-    def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
-        made, outputs, last = _recorded(part, given, steps, state, resets, context, listener)
-        parts.append(made)
-        return outputs, last
+    def __init__(self, layout: BatchLayout, resets: Tensor | None) -> None:
+        self.layout, self.resets, self.tap = layout, resets, GradientTap()
 
-    rnn = cast("Layered", part)
-    outputs, last = rnn.composed_by(run, steps, state, context)
-    kind = DirectedCopies if isinstance(rnn, Bidirectional) else LayeredCopies
-    return kind(rnn._get_name(), listener, parts, given.outputs(outputs), last, rnn.truncation), outputs, last
+    def run(self, network: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Part, Tree, Tree]:
+        """The copies of a network, its outputs as engines return them, and its last state."""
+        if isinstance(network, Unrolled):
+            copies = record(network, self.layout, steps, state, self.resets, context, self.tap)
+            return copies, copies.joined, copies.state
+        parts: list[Part] = []
 
+        def run_part(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+            made, outputs, last = self.run(part, steps, state, context)
+            parts.append(made)
+            return outputs, last
 
-def _together(step: Sequence[StepGrads]) -> StepGrads:
-    """One step of all layers."""
-    flowed = [pair for one in step for pair in one.flowed]
-    weights = {f"{n}.{name}": x for n, one in enumerate(step) for name, x in one.weights.items()}
-    return StepGrads(flowed, weights, [x for one in step for x in one.handed])
+        whole = cast("Layered", network)
+        outputs, last = whole.composed_by(run_part, steps, state, context)
+        kind = DirectedCopies if isinstance(whole, Bidirectional) else LayeredCopies
+        made = kind(whole._get_name(), self.tap, parts, self.layout.outputs(outputs), last, whole.truncation)
+        return made, outputs, last

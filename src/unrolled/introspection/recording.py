@@ -2,117 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from unrolled.cells.contract import CheckedStep, make_state, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError
-from unrolled.introspection.copies import Copies, Copy
-from unrolled.introspection.recorded import Received, RecordedRun
-from unrolled.introspection.taps import GradientTap, TappedTree, ways_past
+from unrolled.introspection.copies import Copies, Copy, CopyTaps
+from unrolled.introspection.recorded_run import ReceivedState, RecordedRun
+from unrolled.introspection.taps import GradientTap, ways_past
 from unrolled.networks.layout import BatchLayout
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, map_leaves
 from unrolled.wrappers.resetting import afresh
 
 
-def recorded(
+def record(
     rnn: Unrolled,
-    given: BatchLayout,
+    layout: BatchLayout,
     steps: Tree,
     state: Tree,
     resets: Tensor | None,
     context: Tree,
-    listener: GradientTap,
+    tap: GradientTap,
 ) -> Copies:
     """The copies of a run over sequences that are laid out as engines take them; see `Unrolled.through`.
 
     Args:
         rnn: the network.
-        given: how the caller gave the batch.
+        layout: how the caller laid the batch out.
         steps: the inputs.
         state: `[B, ...]` with the caller's rows, or None.
         resets: as the caller gave them, or None.
         context: `[B, ...]` with the caller's rows, or None.
-        listener: what remembers the gradients.
+        tap: remembers the gradients.
     """
-    first, fresh, inputs = rnn.checked(given, steps, state, context), None, steps
-    if resets is not None and given.extent.rows:
-        fresh = first if state is None else make_state(rnn.cell, steps, given.batch)
-        inputs = steps, rnn.checked_resets(given, resets, fresh)
-    network = RecordedRun(
-        rnn.cell, given, listener, first, fresh, context, reverse=rnn.reverse, own_state=state is None
-    )
-    network.truncation = rnn.truncation
-    if not given.extent.rows:
-        network.no_outputs = rnn.no_outputs(given, steps, first, context)
-        return Copies(network, (), ())
-    recording = _Recording(network)
-    reference.run(recording, inputs, network.first, given.extent, reverse=rnn.reverse)
-    run = sorted(recording.made, key=lambda copy: copy.t)
-    return Copies(network, run, run)
+    first, fresh, inputs = rnn.checked(layout, steps, state, context), None, steps
+    if resets is not None and layout.extent.rows:
+        fresh = first if state is None else make_state(rnn.cell, steps, layout.batch)
+        inputs = steps, rnn.checked_resets(layout, resets, fresh)
+    run = RecordedRun(rnn, layout, tap, first, fresh, context, own_state=state is None)
+    if not layout.extent.rows:
+        run.no_outputs = rnn.no_outputs(layout, steps, first, context)
+        return Copies(run, (), ())
+    step = _RecordingStep(run)
+    reference.run(step, inputs, run.first, layout.extent, reverse=rnn.reverse)
+    made = sorted(step.made, key=lambda copy: copy.t)
+    return Copies(run, made, made)
 
 
-class _AliasedStep(CheckedStep):
-    """A checked step of a cell whose parameters are replaced by one copy's own aliases of them."""
+class _RecordingStep(CheckedStep):
+    """A step for the reference engine that makes a copy of every call.
 
-    def __init__(self, network: RecordedRun, aliases: Sequence[Tensor]) -> None:
-        context = None if network.context is None else network.context.tree
-        super().__init__(network.cell, context, network.given.extent)
-        self._aliases = dict(zip(network.paths.values(), aliases, strict=True))
+    The cell's parameters are replaced by aliases that the copy alone reads.
+    """
+
+    def __init__(self, run: RecordedRun) -> None:
+        super().__init__(run.cell, None if run.context is None else run.context.tree, run.layout.extent)
+        self.recorded = run
+        self.made: list[Copy] = []
+        self._aliases: dict[str, Tensor] = {}
+
+    def __call__(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
+        run = self.recorded
+        if run.fresh is not None:
+            input, resets = input
+            state = afresh(resets, map_leaves(lambda leaf: leaf[: len(resets)], run.fresh.tree), state)
+        entered = run.tap.insert(input, state, list(run.weights.values()))
+        self._aliases = dict(zip(run.paths.values(), entered[2].passed, strict=True))
+        # Behind nodes of its own: what asks for the state's gradient alone shall not pay for the weights'.
+        seen = map_leaves(lambda leaf: leaf.view_as(leaf), entered[1].tree)
+        returned = super().__call__(t, entered[0].tree, seen)
+        taps = CopyTaps(*entered, *run.tap.insert(*returned))
+        self._refuse_other_ways(t, taps)
+        self.made.append(Copy(run, t, taps, self._received(t), input, state, seen))
+        return taps.output.tree, taps.next_state.tree
 
     def run(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
         return torch.func.functional_call(self.cell, self._aliases, (input, state, *self.rest(t)))
 
+    def _received(self, t: int) -> ReceivedState:
+        run, sizes = self.recorded, self.recorded.layout.extent.sizes
+        before = self.made[-1] if self.made else None
+        if not run.layout.extent.ragged:
+            return ReceivedState((before.taps.next_state if before else run.initial, None))
+        running = min(sizes[before.t], sizes[t]) if before else 0
+        passed_on = [(before.taps.next_state, slice(running))] if before and running else []
+        begin = [(run.initial, run.order[running : sizes[t]])] if running < sizes[t] else []
+        return ReceivedState(*passed_on, *begin)
 
-class _Recording:
-    """A step for the reference engine that makes a copy of every call."""
-
-    def __init__(self, network: RecordedRun) -> None:
-        self.network = network
-        self.made: list[Copy] = []
-
-    def __call__(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:
-        network = self.network
-        if network.fresh is not None:
-            input, resets = input
-            state = afresh(resets, map_leaves(lambda leaf: leaf[: len(resets)], network.fresh.tree), state)
-        entered = network.through_door(input, state, list(network.weights.values()))
-        # By nodes of its own, not the door's: what asks for the state's gradient alone shall not pay for the weights'.
-        seen = map_leaves(lambda leaf: leaf.view_as(leaf), entered[1].tree)
-        returned = _AliasedStep(network, entered[2].passed)(t, entered[0].tree, seen)
-        left = network.through_door(*returned)
-        _refuse_other_ways(network, t, entered, left)
-        self.made.append(Copy(network, t, self._received(t), entered, left, input, state, seen))
-        return left[0].tree, left[1].tree
-
-    def _received(self, t: int) -> Received:
-        """Where the rows of the state come from that copy t is handed."""
-        network, sizes = self.network, self.network.given.extent.sizes
-        if not network.given.extent.ragged:
-            return Received((self.made[-1].handed_on if self.made else network.initial, None))
-        have = min(sizes[self.made[-1].t], sizes[t]) if self.made else 0
-        handed = [(self.made[-1].handed_on, slice(have))] if have else []
-        begin = [(network.initial, network.order[have : sizes[t]])] if have < sizes[t] else []
-        return Received(*handed, *begin)
-
-
-def _refuse_other_ways(network: RecordedRun, t: int, entered: Sequence[TappedTree], left: Sequence[TappedTree]) -> None:
-    """What reaches a copy by another way than through its door would be missing from its share, or be in another's."""
-    doors = [*entered, network.context] if network.context is not None else entered
-    beside, others = ways_past(doors, [tensor for passage in left for tensor in passage.raw])
-    names = {path: name for name, path in network.paths.items()}
-    hidden = [names.get(path, path) for path, weight in network.trained.items() if id(weight) in beside]
-    if hidden:
-        raise CellError(
-            f"copy {t} of {name_of(network.cell)} reads {', '.join(hidden)} by another way than its registered name, "
-            "so its share cannot be told; read the parameter as an attribute of its module in every step"
-        )
-    if others:
-        raise CellError(
-            f"copy {t} of {name_of(network.cell)} uses something that an earlier copy computed and did not hand on in "
-            "its state (a cached weight?), so their shares cannot be told apart; compute it in every step"
-        )
+    def _refuse_other_ways(self, t: int, taps: CopyTaps) -> None:
+        """What reaches a copy by a way that is not tapped would be missing from its share, or be in another's."""
+        run, entered = self.recorded, [taps.input, taps.state, taps.weights]
+        known = entered if run.context is None else [*entered, run.context]
+        leaves, others = ways_past(known, taps.output.raw + taps.next_state.raw)
+        names = {path: name for name, path in run.paths.items()}
+        hidden = [names.get(path, path) for path, weight in run.trained.items() if id(weight) in leaves]
+        if hidden:
+            raise CellError(
+                f"copy {t} of {name_of(run.cell)} reads {', '.join(hidden)} by another way than its registered name, "
+                "so its share cannot be told; read the parameter as an attribute of its module in every step"
+            )
+        if others:
+            raise CellError(
+                f"copy {t} of {name_of(run.cell)} uses something that an earlier copy computed and did not hand on in "
+                "its state (a cached weight?), so their shares cannot be told apart; compute it in every step"
+            )
