@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import unrolled as ur
-from unrolled.drawing import Leaf, Parameter, Sketch
-from unrolled.drawing.draw import _sketches, draw
+from unrolled.drawing.draw import draw
 from unrolled.drawing.lettering import columns, shortened
+from unrolled.drawing.probe import sketches_of
+from unrolled.drawing.sketch import Parameter, Sketch, TensorLabel
 from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
 
@@ -54,7 +55,7 @@ class Nested(nn.Module):
 
 
 def _sketched(*given) -> Sketch:
-    (sketch,) = _sketches(*given)
+    (sketch,) = sketches_of(*given)
     return sketch
 
 
@@ -62,8 +63,8 @@ def rule(x, s):
     return s + x, s + x
 
 
-def leaf(name: str, *shape: int) -> Leaf:
-    return Leaf(name, "", shape, "float32")
+def leaf(name: str, *shape: int) -> TensorLabel:
+    return TensorLabel(name, "", shape, "float32")
 
 
 def sketches(T: int) -> dict[str, Sketch]:
@@ -113,15 +114,15 @@ def test_the_sketch_says_what_the_network_is():
         cell="Nested",
         T=7,
         B=4,
-        input=(Leaf("x['tokens']", "['tokens']", (4,), "int64"),),
+        input=(TensorLabel("x['tokens']", "['tokens']", (4,), "int64"),),
         state=(
-            Leaf("s['clock']", "['clock']", (4,), "int64"),
-            Leaf("s['memory'].fast", "['memory'].fast", (4, 6), "float32"),
-            Leaf("s['memory'].slow", "['memory'].slow", (4, 6), "float32"),
+            TensorLabel("s['clock']", "['clock']", (4,), "int64"),
+            TensorLabel("s['memory'].fast", "['memory'].fast", (4, 6), "float32"),
+            TensorLabel("s['memory'].slow", "['memory'].slow", (4, 6), "float32"),
         ),
         output=(
-            Leaf("o['clock']", "['clock']", (4,), "int64"),
-            Leaf("o['logits']", "['logits']", (4, 6), "float32"),
+            TensorLabel("o['clock']", "['clock']", (4,), "int64"),
+            TensorLabel("o['logits']", "['logits']", (4, 6), "float32"),
         ),
         parameters=(
             Parameter("start", (6,), shared=False),
@@ -177,7 +178,7 @@ def test_a_context_is_drawn():
 
     cell = ur.as_cell(attend, state=lambda B, **_: torch.zeros(B, 3))
     sketch = _sketched(ur.unroll(cell), torch.ones(2, 4, 3), None, {"keys": torch.ones(4, 9, 3)})
-    assert sketch.context == (Leaf("context['keys']", "['keys']", (4, 9, 3), "float32"),)
+    assert sketch.context == (TensorLabel("context['keys']", "['keys']", (4, 9, 3), "float32"),)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -191,7 +192,7 @@ def test_a_layer_takes_one_sequence_without_a_batch(batch_first):
 def test_layers_and_directions_are_drawn_one_after_the_other():
     rnn = ur.LSTM(3, 5, num_layers=2, bidirectional=True, batch_first=True)
     state = torch.zeros(4, 4, 5), torch.zeros(4, 4, 5)
-    found = _sketches(rnn, torch.ones(4, 7, 3), state, None)
+    found = sketches_of(rnn, torch.ones(4, 7, 3), state, None)
     ways = "forwards", "backwards"
     assert [s.place for s in found] == [f"layer {n}, {way}" for n in (0, 1) for way in ways]
     assert [s.input[0].shape for s in found] == [(4, 3), (4, 3), (4, 10), (4, 10)]
@@ -205,7 +206,7 @@ def test_layers_and_directions_are_drawn_one_after_the_other():
 def test_a_stack_of_other_cells_is_drawn_and_nothing_changes(tmp_path, capsys):
     cells = [ur.GRUCell(3, 4, learn_initial_state=True), ur.as_cell(nn.LSTMCell(4, 2))]
     rnn, random = ur.stack(cells, dropout=0.5), torch.get_rng_state()
-    assert [s.cell for s in _sketches(rnn, torch.ones(2, 4, 3), None, None)] == ["GRUCell", "LSTMCell"]
+    assert [s.cell for s in sketches_of(rnn, torch.ones(2, 4, 3), None, None)] == ["GRUCell", "LSTMCell"]
     draw(rnn, torch.ones(2, 4, 3))
     printed = capsys.readouterr().out
     assert printed.index("GRUCell, layer 0") < printed.index("LSTMCell, layer 1")

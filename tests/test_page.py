@@ -20,10 +20,10 @@ from matplotlib.text import Text
 from torch import Tensor
 
 import unrolled as ur
+from unrolled.drawing.graph_layout import placed
 from unrolled.drawing.inside import inside
-from unrolled.drawing.layered import placed
 from unrolled.drawing.measuring import portrait
-from unrolled.drawing.paper import figure_of, picture
+from unrolled.drawing.paper import chart_picture, figure_of
 from unrolled.drawing.portrait import MISSING, Chart, Series
 from unrolled.drawing.vega import specification
 from unrolled.errors import GradientError, InputError, OptionError
@@ -203,7 +203,7 @@ def test_a_picture_of_a_chart_has_its_numbers(charts: dict[str, Chart], key: str
     ]
     np.testing.assert_array_equal(drawn, np.array(wanted, float))
     assert (axes.get_xscale(), axes.get_yscale()) == tuple("log" if x else "linear" for x in (chart.log_x, chart.log_y))
-    assert picture(chart, ".svg") == picture(chart, ".svg")
+    assert chart_picture(chart, ".svg") == chart_picture(chart, ".svg")
 
 
 @pytest.mark.parametrize("key", KEYS)

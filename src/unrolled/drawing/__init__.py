@@ -1,5 +1,5 @@
-"""Pictures of unrolled networks: a sketch says what is to be drawn, a renderer for each format draws it."""
+"""Pictures of unrolled networks.
 
-from unrolled.drawing.sketch import Leaf, Parameter, Sketch
-
-__all__ = ["Leaf", "Parameter", "Sketch"]
+In come a network and its inputs. One step gives a `Sketch`, a whole run with its diagnosis gives a `Portrait`: both are
+plain data without tensors. Renderers, one for each format, make files of these and measure nothing.
+"""

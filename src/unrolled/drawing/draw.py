@@ -1,34 +1,27 @@
-"""Drawing an unrolled network: one step tells all that a picture needs."""
+"""The front door of drawing: checks what is asked, has it measured, renders it, and writes the file."""
 
 from __future__ import annotations
 
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from unrolled.drawing import Sketch
 from unrolled.drawing.measuring import portrait
-from unrolled.drawing.paper import PICTURES, converted, picture
-from unrolled.drawing.portrait import Chart, Portrait
-from unrolled.drawing.probe import probed
+from unrolled.drawing.paper import PICTURES, chart_picture, converted
+from unrolled.drawing.probe import sketches_of
+from unrolled.drawing.sketch import Sketch
 from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
 from unrolled.drawing.webpage import webpage
 from unrolled.errors import InputError, OptionError
-from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Lengths
-from unrolled.networks.torch_layers import TorchLayer
-from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree
-
-ENDINGS = (".html", *PICTURES, ".txt")
-"""What can be drawn, by the file's suffix."""
 
 
 def draw(
@@ -82,28 +75,28 @@ def draw(
         unrolled over T = 2 time steps, batch B = 5
         ...
     """
-    target = None if path is None else _destination(path)
+    target = None if path is None else _checked_path(path)
     kind = "" if target is None else target.suffix.lower()
-    _check(kind, loss, chart, row, lengths, resets)
+    _refuse_unused(kind, loss, chart, row, lengths, resets)
+    if isinstance(inputs, PackedSequence):
+        raise InputError("draw takes no PackedSequence; pad it: torch.nn.utils.rnn.pad_packed_sequence")
+    options: dict[str, Any] = {"state": state, "lengths": lengths, "resets": resets, "context": context}
     if target is None:
-        _print(_sketches(rnn, inputs, state, context))
+        _print(*sketches_of(rnn, inputs, state, context))
         return None
-    _refuse_packed(inputs)
-    given: dict[str, Any] = {"state": state, "lengths": lengths, "resets": resets, "context": context}
     if kind == ".html":
-        found = portrait(rnn, inputs, loss, **given, row=row, horizon=horizon)
-        _write(target, webpage(found).encode())
+        content = webpage(portrait(rnn, inputs, loss, **options, row=row, horizon=horizon)).encode()
     elif chart is not None:
-        found = portrait(rnn, inputs, loss, **given)
-        _write(target, picture(_chart(found, chart), kind))
+        content = chart_picture(portrait(rnn, inputs, loss, **options).chart(chart), kind)
     elif kind == ".txt":
-        _write(target, text(*_sketches(rnn, inputs, state, context)).encode())
+        content = text(*sketches_of(rnn, inputs, state, context)).encode()
     else:
-        _write(target, converted(svg(*_sketches(rnn, inputs, state, context)), kind))
+        content = converted(svg(*sketches_of(rnn, inputs, state, context)), kind)
+    _write_picture(target, content)
     return target
 
 
-def _check(kind: str, loss: Any, chart: Any, row: Any, lengths: Any, resets: Any) -> None:
+def _refuse_unused(kind: str, loss: Any, chart: Any, row: Any, lengths: Any, resets: Any) -> None:
     """Refuse what a picture of this kind would not show."""
     if chart is not None and kind not in PICTURES:
         got = f"a {kind} file" if kind else "no path"
@@ -114,42 +107,16 @@ def _check(kind: str, loss: Any, chart: Any, row: Any, lengths: Any, resets: Any
         raise InputError(f"row must be an integer, got {row!r}")
     if kind == ".html" or chart is not None:
         return
-    unused = {"loss": loss, "row": row or None, "lengths": lengths, "resets": resets}
-    named = [name for name, value in unused.items() if value is not None]
-    if named:
+    values = {"loss": loss, "row": row or None, "lengths": lengths, "resets": resets}
+    unused = [name for name, value in values.items() if value is not None]
+    if unused:
         raise OptionError(
-            f"a picture of the network shows nothing of {named[0]}=; leave it out, name a chart (chart='flow'), or "
+            f"a picture of the network shows nothing of {unused[0]}=; leave it out, name a chart (chart='flow'), or "
             "draw a page (.html)"
         )
 
 
-def _chart(found: Portrait, key: str) -> Chart:
-    many = len(found.layers) > 1
-    charts = {f"{c.key} {n}" if many else c.key: c for n, layer in enumerate(found.layers) for c in layer.charts}
-    charts |= {c.key: c for c in found.charts}
-    if key not in charts:
-        known = ", ".join(map(repr, charts)) or "none"
-        raise OptionError(f"chart must be one of {known}, got {key!r}; those of gradients need loss=")
-    return charts[key]
-
-
-def _refuse_packed(inputs: Tree) -> None:
-    if isinstance(inputs, PackedSequence):
-        raise InputError("draw takes no PackedSequence; pad it: torch.nn.utils.rnn.pad_packed_sequence")
-
-
-def _sketches(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tuple[Sketch, ...]:
-    _refuse_packed(inputs)
-    if isinstance(rnn, TorchLayer):
-        rnn, inputs, state = rnn.prepared(inputs, state)
-    if not isinstance(rnn, Unrolled | Layered):
-        raise OptionError(
-            f"draw takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
-        )
-    return probed(rnn, inputs, state, context)
-
-
-def _print(sketches: Sequence[Sketch]) -> None:
+def _print(*sketches: Sketch) -> None:
     """Print the picture, in ASCII where the terminal's encoding lacks a character of it."""
     picture, encoding = text(*sketches), getattr(sys.stdout, "encoding", None)
     try:
@@ -159,14 +126,15 @@ def _print(sketches: Sequence[Sketch]) -> None:
     print(picture, end="")
 
 
-def _destination(path: str | os.PathLike[str]) -> Path:
+def _checked_path(path: str | os.PathLike[str]) -> Path:
     """The file, once it is clear that it can be written."""
-    offered = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+    endings = (".html", *PICTURES, ".txt")
+    offered = f"{', '.join(endings[:-1])} or {endings[-1]}"
     try:
         target = Path(path)
     except TypeError as error:
         raise OptionError(f"path must be a str or a Path ending in {offered}, got {path!r:.80}") from error
-    if target.suffix.lower() not in ENDINGS:
+    if target.suffix.lower() not in endings:
         raise OptionError(f"path must end in {offered}, got {str(target)!r}; leave path out to print the picture")
     try:
         there = target.parent.is_dir()
@@ -182,7 +150,7 @@ def _destination(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _write(target: Path, content: bytes) -> None:
+def _write_picture(target: Path, content: bytes) -> None:
     """Write the whole file or, if that fails, none of it."""
     final = target.resolve()
     part = final.with_name(f".{uuid.uuid4().hex}.part")

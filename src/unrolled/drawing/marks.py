@@ -5,21 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
-from unrolled.drawing.lettering import extent
-
-SUBSCRIPT = 0.72
-"""A subscript's font size, relative to its label's."""
-
-ASCENT, DESCENT = 0.95, 0.3
-"""How far letters reach above and below the baseline, relative to the font size."""
+from unrolled.drawing.lettering import printable, shortened, text_width
 
 HEAD = 8.0
 """The length of an arrowhead."""
 
 
-class Extent(NamedTuple):
+class Bounds(NamedTuple):
     """A rectangle that holds a mark."""
 
     left: float
@@ -27,10 +22,27 @@ class Extent(NamedTuple):
     right: float
     bottom: float
 
+    @classmethod
+    def around(cls, marks: Iterable[Mark]) -> Bounds:
+        """The rectangle that holds all of some marks."""
+        lefts, tops, rights, bottoms = zip(*(mark.bounds for mark in marks), strict=True)
+        return cls(min(lefts), min(tops), max(rights), max(bottoms))
+
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text; (x, y) is where its baseline starts, or its middle or end with that anchor."""
+    """A line of text.
+
+    Attributes:
+        x: where the baseline starts, or its middle or end with that anchor.
+        y: the height of the baseline.
+        text: what is shown.
+        size: the font size.
+        style: the classes that style it.
+        anchor: "start", "middle" or "end".
+        subscript: a smaller text after it.
+        full: what the text was shortened from; '' where nothing is left out.
+    """
 
     x: float
     y: float
@@ -40,22 +52,33 @@ class Label:
     anchor: str = "start"
     subscript: str = ""
     full: str = ""
-    """What the text was shortened from."""
+
+    @property
+    def subscript_size(self) -> float:
+        """The font size of the subscript."""
+        return self.size * 0.72
 
     @property
     def width(self) -> float:
-        """An upper bound of its width, whole so that lines beside it are sharp."""
-        return math.ceil(extent(self.text, self.size, self.style) + extent(self.subscript, self.size * SUBSCRIPT))
+        """An upper bound of its width, whole so that lines next to it are sharp."""
+        text = text_width(self.text, self.size, self.style)
+        return math.ceil(text + text_width(self.subscript, self.subscript_size))
 
     @property
-    def extent(self) -> Extent:
+    def bounds(self) -> Bounds:
         """A rectangle that holds it in any font."""
         left = self.x - self.width * {"start": 0, "middle": 0.5, "end": 1}[self.anchor]
-        return Extent(left, self.y - ASCENT * self.size, left + self.width, self.y + DESCENT * self.size)
+        return Bounds(left, self.y - 0.95 * self.size, left + self.width, self.y + 0.3 * self.size)
 
     def at(self, x: float, y: float) -> Label:
         """The same label somewhere else."""
         return replace(self, x=x, y=y)
+
+    def fitted(self, text: str, room: float, *, middle: bool = False) -> Label:
+        """The same label with as much of a text as there is room for; `full` has all of it."""
+        full = printable(text)
+        text = shortened(full, room, partial(text_width, size=self.size, style=self.style), middle=middle)
+        return replace(self, text=text, full="" if text == full else full)
 
 
 @dataclass(frozen=True)
@@ -70,52 +93,52 @@ class Box:
     radius: float = 8
 
     @property
-    def extent(self) -> Extent:
+    def bounds(self) -> Bounds:
         """The rectangle itself."""
-        return Extent(self.x, self.y, self.x + self.width, self.y + self.height)
+        return Bounds(self.x, self.y, self.x + self.width, self.y + self.height)
 
 
 @dataclass(frozen=True)
 class Stroke:
-    """An open line: `path` in SVG's path language, with an arrowhead whose tip is at `tip` if there is one.
+    """An open line, with an arrowhead if it has a tip.
 
     Attributes:
-        path: the line without its head.
-        style: the classes that colour it.
-        extent: a rectangle that holds it.
+        path: the line without its head, in SVG's path language.
+        style: the classes that style it.
+        bounds: a rectangle that holds it.
         tip: where the arrow points to.
         towards: the unit vector along which it points there.
     """
 
     path: str
     style: str
-    extent: Extent
+    bounds: Bounds
     tip: tuple[float, float] | None = None
     towards: tuple[int, int] = (1, 0)
 
     @classmethod
     def line(cls, x0: float, y0: float, x1: float, y1: float, style: str) -> Stroke:
         """A straight line."""
-        return cls(f"M{x0:g} {y0:g}L{x1:g} {y1:g}", style, _spanned(x0, y0, x1, y1))
+        bounds = Bounds(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+        return cls(f"M{x0:g} {y0:g}L{x1:g} {y1:g}", style, bounds)
 
     @classmethod
     def arrow(cls, x0: float, y0: float, x1: float, y1: float, style: str) -> Stroke:
-        """A level or upright arrow whose tip is exactly at (x1, y1)."""
-        towards = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
+        """A horizontal or vertical arrow whose tip is exactly at (x1, y1)."""
+        u, v = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
         # The line ends inside the head: ending at the tip, its blunt end would show on both sides of it.
-        end_x, end_y = x1 - towards[0] * (HEAD - 1), y1 - towards[1] * (HEAD - 1)
-        line = cls.line(x0, y0, end_x, end_y, style)
-        return replace(line, tip=(x1, y1), towards=towards, extent=_spanned(x0, y0, x1, y1))
+        short = cls.line(x0, y0, x1 - u * (HEAD - 1), y1 - v * (HEAD - 1), style)
+        return replace(short, bounds=cls.line(x0, y0, x1, y1, style).bounds, tip=(x1, y1), towards=(u, v))
+
+    @property
+    def head(self) -> str:
+        """The arrowhead in SVG's path language, '' for a line without a tip."""
+        if self.tip is None:
+            return ""
+        (x, y), (u, v), half = self.tip, self.towards, HEAD * 0.45
+        back_x, back_y, side_x, side_y = x - u * HEAD, y - v * HEAD, -v * half, u * half
+        corners = (back_x + side_x, back_y + side_y), (back_x - side_x, back_y - side_y)
+        return f"M{x:g} {y:g}" + "".join(f"L{a:g} {b:g}" for a, b in corners) + "Z"
 
 
 Mark = Label | Box | Stroke
-
-
-def _spanned(x0: float, y0: float, x1: float, y1: float) -> Extent:
-    return Extent(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-
-
-def around(marks: Iterable[Mark]) -> Extent:
-    """The rectangle that holds all of some marks."""
-    lefts, tops, rights, bottoms = zip(*(mark.extent for mark in marks), strict=True)
-    return Extent(min(lefts), min(tops), max(rights), max(bottoms))

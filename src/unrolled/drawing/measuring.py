@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -13,8 +14,8 @@ from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.diagnose import diagnose
 from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.diagnosis.telling import figures_of
-from unrolled.drawing.figures import layer_charts, memory_chart, schedule_chart
-from unrolled.drawing.portrait import MISSING, Chart, Layer, Portrait, Strip
+from unrolled.drawing.charts import layer_charts, memory_chart, schedule_chart
+from unrolled.drawing.portrait import Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import copies
@@ -26,13 +27,7 @@ from unrolled.networks.stack import Stack
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
 from unrolled.plan.report import Plan
-from unrolled.trees import Structure, Tree, flatten, leaves_along, map_leaves, paths
-
-_ENTRIES = 64
-_DECADES = 12
-"""How far down a page shows gradients, in powers of ten below the largest one."""
-
-_MOST_COPIES = 4000
+from unrolled.trees import Tree, flatten, leaves_along, map_leaves, paths
 
 
 def portrait(
@@ -64,49 +59,43 @@ def portrait(
         OptionError: for more copies than a page can hold.
         InputError: for a row that the batch does not have.
     """
-    given = given_as(inputs, lengths, batch_first=getattr(rnn, "batch_first", False))
-    T, B = given.extent.steps, given.extent.batch
-    _check(T, B, row)
+    extent = given_as(inputs, lengths, batch_first=getattr(rnn, "batch_first", False)).extent
+    T, B = extent.steps, extent.batch
+    _check_page(T, B, row)
+    options = {"lengths": lengths, "resets": resets, "context": context}
     with torch.random.fork_rng(), torch.enable_grad():
-        run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
-        named = run.named_networks()
+        run = copies(rnn, inputs, state, **options)
+        runs = run.named_networks()
         if loss is not None:
             run.observe(loss(run.outputs, run.state))
-    found = None
+    diagnosis = None
     if loss is not None and T > 1:
         with torch.random.fork_rng():
-            found = diagnose(
-                rnn, inputs, loss, state=state, lengths=lengths, resets=resets, context=context, horizon=horizon
-            )
-    parts = _networks(rnn)
-    diagnoses: Sequence[LayerDiagnosis | None] = found.layers if found else [None] * len(named)
+            diagnosis = diagnose(rnn, inputs, loss, state=state, **options, horizon=horizon)
+    diagnoses: Sequence[LayerDiagnosis | None] = diagnosis.layers if diagnosis else [None] * len(runs)
     layers = tuple(
-        _layer(name, one, part, given, row, with_grads=loss is not None)
-        for (name, one), part, given in zip(named, parts, diagnoses, strict=True)
+        _MeasuredLayer(part, network, row, loss is not None).layer(name, found)
+        for (name, part), network, found in zip(runs, _networks(rnn), diagnoses, strict=True)
     )
-    notes = _notes(T, with_loss=loss is not None)
-    options = {"lengths": lengths, "resets": resets, "context": context}
     charts = _memory_charts(rnn, inputs, state, options)
-    verdict = found.verdict.to_dict() if found else None
+    verdict = diagnosis.verdict.to_dict() if diagnosis else None
+    notes: tuple[str, ...] = ()
+    if loss is None:
+        example = "ur.draw(rnn, inputs, 'page.html', loss=lambda outputs, state: ...)"
+        notes = (f"Gradients, the verdict and most figures need a loss: {example}",)
+    elif T == 1:
+        notes = ("Figures over time and a verdict need at least two copies.",)
     return Portrait(rnn._get_name(), T, B, row, layers, charts, verdict, notes)
 
 
-def _notes(T: int, *, with_loss: bool) -> tuple[str, ...]:
-    if not with_loss:
-        return (
-            "Gradients, the verdict and most figures need a loss: "
-            "ur.draw(rnn, inputs, 'page.html', loss=lambda outputs, state: ...)",
-        )
-    return () if T > 1 else ("Figures over time and a verdict need at least two copies.",)
-
-
-def _check(T: int, B: int, row: int) -> None:
+def _check_page(T: int, B: int, row: int) -> None:
+    most = 4000
     if not T:
         raise InputError("a page needs a row with at least one step, got lengths that are all 0; pass a longer row")
     if not 0 <= row < B:
         raise InputError(f"row must be one of the batch's {B}, from 0 to {B - 1}, got {row}")
-    if T > _MOST_COPIES:
-        raise OptionError(f"a page holds up to {_MOST_COPIES} copies, got {T}; pass a part of the sequence")
+    if most < T:
+        raise OptionError(f"a page holds up to {most} copies, got {T}; pass a part of the sequence")
 
 
 def _networks(rnn: nn.Module) -> list[Unrolled]:
@@ -122,89 +111,82 @@ def _memory_charts(rnn: nn.Module, inputs: Tree, state: Tree, options: dict[str,
     return schedule_chart(plan.chosen.schedule), memory_chart(plan.to_dict())
 
 
-def _layer(
-    name: str, run: Copies, network: Unrolled, found: LayerDiagnosis | None, row: int, *, with_grads: bool
-) -> Layer:
-    """One network: its plan, its strips and its figures."""
-    plan = _step_plan(run, network)
-    cell = name_of(network.cell)
-    return Layer(
-        name=name or cell,
-        cell=cell,
-        engine=f"engine {plan.engine}: {plan.why}",
-        reverse=network.reverse,
-        operations=plan.operations,
-        results=plan.results,
-        strips=tuple(_strips(run, row, with_grads=with_grads)),
-        charts=layer_charts(found) if found else (),
-        figures=tuple(figures_of(found)) if found else (),
-        missing=tuple(f"{missing.figure}: {missing.why}" for missing in found.missing) if found else (),
-    )
+@dataclass(frozen=True)
+class _MeasuredLayer:
+    """One network after its run.
 
+    Attributes:
+        copies: its copies.
+        network: the network itself.
+        row: the row of the batch that strips show.
+        with_grads: whether there are gradients to show.
+    """
 
-def _step_plan(run: Copies, network: Unrolled) -> Plan:
-    first = run[0]
-    twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
-    state = map_leaves(Tensor.detach, first.state)
-    return network.step_plan(twice, state, run.context_of(first), Extent(2, len(first.rows)))
+    copies: Copies
+    network: Unrolled
+    row: int
+    with_grads: bool
 
+    def layer(self, name: str, diagnosis: LayerDiagnosis | None) -> Layer:
+        """Its plan, its strips, and with a diagnosis its figures."""
+        plan = self._step_plan()
+        cell = name_of(self.network.cell)
+        return Layer(
+            name=name or cell,
+            cell=cell,
+            engine=f"engine {plan.engine}: {plan.why}",
+            reverse=self.network.reverse,
+            operations=plan.operations,
+            results=plan.results,
+            strips=tuple(self._strips()),
+            charts=layer_charts(diagnosis) if diagnosis else (),
+            figures=tuple(figures_of(diagnosis)) if diagnosis else (),
+            missing=tuple(f"{one.figure}: {one.why}" for one in diagnosis.missing) if diagnosis else (),
+        )
 
-def _strips(run: Copies, row: int, *, with_grads: bool) -> Iterator[Strip]:
-    """Input, state and output, and their gradients."""
-    first = run[0]
-    inputs = _names("x", first.input), flatten(first.input)[1]
-    states = _state_names(run), flatten(first.state)[1]
-    outputs = _names("o", first.output), flatten(first.output)[1]
-    roles: list[tuple[str, Callable[[Copy], Tree], tuple[list[str], Structure]]] = [
-        ("input", lambda copy: copy.input, inputs),
-        ("state", lambda copy: copy.state, states),
-        ("output", lambda copy: copy.output, outputs),
-    ]
-    grads: list[tuple[str, Callable[[Copy], Tree], tuple[list[str], Structure]]] = [
-        ("input gradient", lambda copy: copy.input_grad, inputs),
-        ("state gradient", lambda copy: copy.total_state_grad, states),
-        ("output gradient", lambda copy: copy.output_grad, outputs),
-    ]
-    for role, of, (names, structure) in roles + (grads if with_grads else []):
-        columns = zip(*(leaves_along(of(copy), structure) for copy in run), strict=True)
-        for name, column in zip(names, columns, strict=True):
-            if all(leaf is not None for leaf in column):
-                yield _strip(f"dL/d{name}" if "gradient" in role else name, role, run, column, row)
+    def _step_plan(self) -> Plan:
+        first = self.copies[0]
+        twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
+        state = map_leaves(Tensor.detach, first.state)
+        return self.network.step_plan(twice, state, self.copies.context_of(first), Extent(2, len(first.rows)))
 
+    def _strips(self) -> Iterator[Strip]:
+        """Input, state and output, and their gradients, of each tensor that all copies have."""
+        first = self.copies[0]
+        own_names = list(state_names(self.copies.cell))
+        trees = {"input": ("x", first.input), "state": ("s", first.state), "output": ("o", first.output)}
+        parts: list[tuple[str, str, Callable[[Copy], Tree]]] = [
+            ("input", "", lambda copy: copy.input),
+            ("state", "", lambda copy: copy.state),
+            ("output", "", lambda copy: copy.output),
+        ]
+        if self.with_grads:
+            parts += [
+                ("input", " gradient", lambda copy: copy.input_grad),
+                ("state", " gradient", lambda copy: copy.total_state_grad),
+                ("output", " gradient", lambda copy: copy.output_grad),
+            ]
+        for kind, suffix, part_of in parts:
+            letter, tree = trees[kind]
+            structure = flatten(tree)[1]
+            names = [f"{letter}{path}" for path in paths(structure)]
+            if kind == "state" and len(own_names) == len(names):
+                names = own_names
+            columns = zip(*(leaves_along(part_of(copy), structure) for copy in self.copies), strict=True)
+            for name, column in zip(names, columns, strict=True):
+                if all(leaf is not None for leaf in column):
+                    yield self._strip(f"dL/d{name}" if suffix else name, kind + suffix, column)
 
-def _names(letter: str, tree: Tree) -> list[str]:
-    return [f"{letter}{path}" for path in paths(flatten(tree)[1])]
-
-
-def _state_names(run: Copies) -> list[str]:
-    names, found = list(state_names(run.cell)), _names("s", run[0].state)
-    return names if len(names) == len(found) else found
-
-
-def _strip(name: str, role: str, run: Copies, column: Sequence[Tensor], row: int) -> Strip:
-    """One row of one leaf in all copies; blank where the row has ended."""
-    column = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in column]
-    size = max(column[0][0].numel(), 1) if column[0].dim() else 1
-    shown = min(size, _ENTRIES)
-    values = np.full((len(run), shown), np.nan)
-    for t, (copy, leaf) in enumerate(zip(run, column, strict=True)):
-        at = (copy.rows == row).nonzero().flatten()
-        if len(at) and leaf.dim():
-            values[t] = leaf[int(at[0])].detach().flatten()[:shown].double().cpu().numpy()
-        elif not leaf.dim():
-            values[t] = float(leaf)
-    finite = np.isfinite(values)
-    scale = float(np.abs(values[finite]).max()) if finite.any() else 0.0
-    decades = _DECADES if "gradient" in role else 0
-    levels = np.full(values.shape, MISSING, dtype=np.uint8)
-    levels[finite] = np.rint((_scaled(values[finite] / (scale or 1.0), decades) + 1) * 127).astype(np.uint8)
-    return Strip(name, role, shown, size, scale, levels.tobytes(), decades)
-
-
-def _scaled(shares: np.ndarray, decades: int) -> np.ndarray:
-    """Shares of the largest value, from -1 to 1; on a logarithmic scale of each sign, so that what vanishes is seen."""
-    if not decades:
-        return shares
-    sizes = np.abs(shares)
-    logs = np.log10(sizes, where=sizes > 0, out=np.full_like(sizes, -np.inf))
-    return np.sign(shares) * np.maximum(1 + logs / decades, 0)
+    def _strip(self, name: str, role: str, column: Sequence[Tensor]) -> Strip:
+        """One row of one tensor in all copies; blank where the row has ended."""
+        column = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in column]
+        size = max(column[0][0].numel(), 1) if column[0].dim() else 1
+        entries = min(size, 64)
+        values = np.full((len(self.copies), entries), np.nan)
+        for t, (copy, leaf) in enumerate(zip(self.copies, column, strict=True)):
+            place = (copy.rows == self.row).nonzero().flatten()
+            if not leaf.dim():
+                values[t] = float(leaf)
+            elif len(place):
+                values[t] = leaf[int(place[0])].detach().flatten()[:entries].double().cpu().numpy()
+        return Strip.encoded(name, role, values, size)

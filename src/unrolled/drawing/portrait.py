@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from unrolled.errors import OptionError
 from unrolled.plan.report import PlannedOperation
 
 MISSING = 255
@@ -23,9 +28,9 @@ class Strip:
         entries: how many entries of a copy are shown.
         of: how many there are.
         scale: the largest absolute value.
+        levels: `entries` bytes for each copy, from 0 to 254; `MISSING` for what is not there.
         decades: 0 for a linear scale, where an entry is `(byte / 127 - 1) * scale`; otherwise how many powers of ten
             lie between the largest value and zero: its size is `scale * 10 ** (decades * (|byte / 127 - 1| - 1))`.
-        levels: `entries` bytes for each copy, from 0 to 254; `MISSING` for what is not there.
     """
 
     name: str
@@ -36,6 +41,28 @@ class Strip:
     levels: bytes
     decades: int = 0
 
+    @classmethod
+    def encoded(cls, name: str, role: str, values: np.ndarray, size: int) -> Strip:
+        """A strip of some values, those of gradients on a logarithmic scale, so that what vanishes is seen.
+
+        Args:
+            name: as a picture calls it.
+            role: what it is to a copy; see the attribute.
+            values: the entries that are shown, `[T, entries]`; NaN for what is not there.
+            size: how many entries there are.
+        """
+        finite = np.isfinite(values)
+        scale = float(np.abs(values[finite]).max()) if finite.any() else 0.0
+        shares = values[finite] / (scale or 1.0)
+        decades = 12 if "gradient" in role else 0
+        if decades:
+            sizes = np.abs(shares)
+            logs = np.log10(sizes, where=sizes > 0, out=np.full_like(sizes, -np.inf))
+            shares = np.sign(shares) * np.maximum(1 + logs / decades, 0)
+        levels = np.full(values.shape, MISSING, dtype=np.uint8)
+        levels[finite] = np.rint((shares + 1) * 127).astype(np.uint8)
+        return cls(name, role, values.shape[1], size, scale, levels.tobytes(), decades)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain text and numbers; the levels in base64."""
         return dataclasses.asdict(self) | {"levels": base64.b64encode(self.levels).decode("ascii")}
@@ -43,12 +70,24 @@ class Strip:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart, or its points; `lower` and `upper` are a band around it, or empty."""
+    """One line of a chart, or its points.
+
+    Attributes:
+        name: as a legend calls it.
+        y: a number for each position along x, None where the line is broken.
+        lower: the lower edge of a band around the line, or empty.
+        upper: the upper edge.
+    """
 
     name: str
     y: tuple[float | None, ...]
     lower: tuple[float | None, ...] = ()
     upper: tuple[float | None, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, *lines: Sequence[float], above: float = -math.inf) -> Series:
+        """A line, and the edges of its band; broken where a number is not finite, or not above a bound."""
+        return cls(name, *(tuple(float(y) if math.isfinite(y) and y > above else None for y in ys) for ys in lines))
 
 
 @dataclass(frozen=True)
@@ -141,11 +180,25 @@ class Portrait:
     verdict: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
+    def chart(self, key: str) -> Chart:
+        """The chart of that key, which in a network of several layers has the layer's number after it: 'flow 0'.
+
+        Raises:
+            OptionError: if there is none.
+        """
+        many = len(self.layers) > 1
+        charts = {f"{c.key} {n}" if many else c.key: c for n, layer in enumerate(self.layers) for c in layer.charts}
+        charts |= {chart.key: chart for chart in self.charts}
+        if key not in charts:
+            known = ", ".join(map(repr, charts)) or "none"
+            raise OptionError(f"chart must be one of {known}, got {key!r}; those of gradients need loss=")
+        return charts[key]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain text and numbers, as JSON takes them."""
-        layers = [{**_shallow(layer), "strips": [strip.to_dict() for strip in layer.strips]} for layer in self.layers]
-        return {**dataclasses.asdict(dataclasses.replace(self, layers=())), "layers": layers}
-
-
-def _shallow(layer: Layer) -> dict[str, Any]:
-    return dataclasses.asdict(dataclasses.replace(layer, strips=()))
+        layers = [
+            dataclasses.asdict(dataclasses.replace(layer, strips=()))
+            | {"strips": [strip.to_dict() for strip in layer.strips]}
+            for layer in self.layers
+        ]
+        return dataclasses.asdict(dataclasses.replace(self, layers=())) | {"layers": layers}

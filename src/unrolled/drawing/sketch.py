@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ORIGINS = {"own": "the cell's own", "learned": "learned with the weights", "passed": "passed by the caller"}
-"""Where an initial state can come from, and how a picture says it."""
-
 
 @dataclass(frozen=True)
-class Leaf:
+class TensorLabel:
     """One tensor of a copy's input, state, output or context.
 
     Attributes:
@@ -63,10 +60,10 @@ class Sketch:
         T: how many copies there are.
         B: the batch size.
         input: the tensors that a copy reads.
-        state: the tensors that are handed from copy to copy.
+        state: the tensors that a copy receives from the one before it.
         output: the tensors that a copy gives out.
         parameters: what the copies share.
-        origin: where the initial state comes from, a key of `ORIGINS`.
+        origin: where the initial state comes from, 'own', 'learned' or 'passed'.
         context: the tensors that are the same at every step.
         place: which layer and direction of a larger network this is, '' for one that stands alone.
         reverse: whether the last copy comes first.
@@ -75,12 +72,12 @@ class Sketch:
     cell: str
     T: int
     B: int
-    input: tuple[Leaf, ...]
-    state: tuple[Leaf, ...]
-    output: tuple[Leaf, ...]
+    input: tuple[TensorLabel, ...]
+    state: tuple[TensorLabel, ...]
+    output: tuple[TensorLabel, ...]
     parameters: tuple[Parameter, ...] = ()
     origin: str = "own"
-    context: tuple[Leaf, ...] = ()
+    context: tuple[TensorLabel, ...] = ()
     place: str = ""
     reverse: bool = False
 
@@ -93,15 +90,21 @@ class Sketch:
         """The time step of the copy that runs as number n."""
         return self.T - 1 - n if self.reverse else n
 
-    def handed(self, n: int) -> int:
-        """The index of the state that this copy receives; that of n = T is the one that the last copy hands on."""
+    def state_time(self, n: int) -> int:
+        """The index of the state that copy number n receives; n = T is for the state after the last copy."""
         return self.T - n if self.reverse else n
 
     @property
-    def flows(self) -> tuple[tuple[str, tuple[Leaf, ...]], ...]:
-        """The kinds of tensors that a copy meets, each with its leaves; kinds without any are left out."""
-        kinds = ("input", self.input), ("state", self.state), ("output", self.output), ("context", self.context)
-        return tuple((kind, leaves) for kind, leaves in kinds if leaves)
+    def tensors(self) -> dict[str, tuple[TensorLabel, ...]]:
+        """What a copy reads and gives out, by kind; kinds without a tensor are left out."""
+        kinds = {"input": self.input, "state": self.state, "output": self.output, "context": self.context}
+        return {kind: labels for kind, labels in kinds.items() if labels}
+
+    @property
+    def initial_state(self) -> str:
+        """Where the initial state comes from, in words."""
+        words = {"own": "the cell's own", "learned": "learned with the weights", "passed": "passed by the caller"}
+        return words[self.origin]
 
     @property
     def count(self) -> int:
@@ -109,14 +112,14 @@ class Sketch:
         return sum(parameter.count for parameter in self.parameters)
 
     @property
-    def span(self) -> str:
-        """How long the sequence is, in words."""
+    def dimensions(self) -> str:
+        """The number of steps and the batch size, in words."""
         way = ", from the last to the first" if self.reverse else ""
         return f"unrolled over T = {self.T} time step{'s' if self.T > 1 else ''}{way}, batch B = {self.B}"
 
     @property
     def sharing(self) -> str:
-        """Whose the weights are, in words."""
+        """How many parameters the copies share, in words."""
         count = sum(parameter.count for parameter in self.parameters if parameter.shared)
         if not count:
             return "no weights: the copies share their rule alone" if self.T > 1 else "no weights"
@@ -130,11 +133,13 @@ class Sketch:
         names = tuple(leaf.name for leaf in self.state)
         return names if len(names) <= 2 and all(len(name) <= 3 and name.isalpha() for name in names) else ("s",)
 
+    def shown_copies(self, most: int) -> list[int | None]:
+        """The numbers of the copies that are drawn: all, or the first and last ones, with None for those left out.
 
-def shown_copies(T: int, most: int) -> list[int | None]:
-    """The numbers of the copies that are drawn: all, or the first and last, with None where others are left out."""
-    room = most + 1
-    if room >= T:  # the mark of an omission takes a copy's room: it never stands for one copy
-        return list(range(T))
-    last = most // 2
-    return [*range(most - last), None, *range(T - last, T)]
+        Args:
+            most: how many copies are drawn at the most.
+        """
+        if most + 1 >= self.T:  # the mark of an omission takes a copy's room: it never stands for one copy
+            return list(range(self.T))
+        last = most // 2
+        return [*range(most - last), None, *range(self.T - last, self.T)]

@@ -6,15 +6,15 @@ import math
 import xml.etree.ElementTree as ET
 from itertools import accumulate
 
-from unrolled.drawing.figure import MARGIN, figure
+from unrolled.drawing.figure import MARGIN, Figure
 from unrolled.drawing.lettering import printable, shortened
-from unrolled.drawing.marks import HEAD, SUBSCRIPT, Box, Label, Mark, around
-from unrolled.drawing.sketch import ORIGINS, Sketch
+from unrolled.drawing.marks import Bounds, Box, Label, Mark
+from unrolled.drawing.sketch import Sketch
 from unrolled.drawing.tables import tables
 
 # The hues are those of Okabe and Ito, which people with any colour vision tell apart; on dark paper two are lighter.
 # Properties are set twice: renderers without CSS variables keep the first value.
-STYLE = """
+_STYLE = """
 svg.unrolled{--ink:#1f2328;--muted:#59636e;--rule:#d1d9e0;--paper:#fbf4f8;
 --input:#0072b2;--state:#d55e00;--output:#009e73;--weights:#cc79a7;--context:#e69f00}
 @media (prefers-color-scheme:dark){svg.unrolled{--ink:#e6edf3;--muted:#9da7b1;--rule:#3d444d;--paper:#2a2029;
@@ -34,103 +34,86 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif
 .unrolled .head.plain{fill:#59636e;fill:var(--muted)}
 """
 
-HUES = {"input": "#0072b2", "state": "#d55e00", "output": "#009e73", "weights": "#cc79a7", "context": "#e69f00"}
+_HUES = {"input": "#0072b2", "state": "#d55e00", "output": "#009e73", "weights": "#cc79a7", "context": "#e69f00"}
 
 
 def svg(*sketches: Sketch) -> str:
     """The picture as an SVG document: the figures of some networks, one below the other."""
-    figures = [_marks(sketch) for sketch in sketches]
-    holds = [around(marks) for marks in figures]
-    tops = [0, *accumulate(math.ceil(held.bottom + MARGIN) for held in holds)]
-    root = _document(math.ceil(max(held.right for held in holds) + MARGIN), tops[-1])
-    _within(root, "title", {"id": "unrolled-title"}, "; ".join(map(_named, sketches)))
-    _within(root, "desc", {"id": "unrolled-description"}, " ".join(map(_in_words, sketches)))
-    _within(root, "style", {}, STYLE + "\n".join(map(_coloured, HUES)) + "\n")
+    figures = list[list[Mark]]()
+    for sketch in sketches:
+        figure = Figure(sketch)
+        figures.append([*figure.marks, *tables(sketch, figure.column)])
+    bounds = [Bounds.around(marks) for marks in figures]
+    tops = [0, *accumulate(math.ceil(bound.bottom + MARGIN) for bound in bounds)]
+    width, height = math.ceil(max(bound.right for bound in bounds) + MARGIN), tops[-1]
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "unrolled", "role": "img"})
+    root.attrib |= {"viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height)}
+    root.attrib |= {"aria-labelledby": "unrolled-title", "aria-describedby": "unrolled-description"}
+    titles = (f"{printable(sketch.title)}, {sketch.dimensions}" for sketch in sketches)
+    _add(root, "title", {"id": "unrolled-title"}, "; ".join(titles))
+    _add(root, "desc", {"id": "unrolled-description"}, " ".join(map(_description, sketches)))
+    _add(root, "style", {}, _STYLE + "\n".join(map(_hue_rules, _HUES)) + "\n")
     for top, marks in zip(tops, figures, strict=False):
-        place = _within(root, "g", {"transform": f"translate(0 {top})"}, "\n") if top else root
+        group = _add(root, "g", {"transform": f"translate(0 {top})"}, "\n") if top else root
         for mark in marks:
-            _draw(place, mark)
+            _add_mark(group, mark)
     root.text = "\n"
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _marks(sketch: Sketch) -> list[Mark]:
-    pictured, column = figure(sketch)
-    return [*pictured, *tables(sketch, column)]
-
-
-def _document(width: int, height: int) -> ET.Element:
-    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "unrolled", "role": "img"})
-    root.set("viewBox", f"0 0 {width} {height}")
-    root.attrib |= {"width": str(width), "height": str(height)}
-    root.attrib |= {"aria-labelledby": "unrolled-title", "aria-describedby": "unrolled-description"}
-    return root
-
-
-def _named(sketch: Sketch) -> str:
-    return f"{printable(sketch.title)}, {sketch.span}"
-
-
-def _coloured(kind: str) -> str:
+def _hue_rules(kind: str) -> str:
     """The rules that give one kind of thing its hue."""
-    hue, chosen = HUES[kind], f"var(--{kind})"
+    hue, variable = _HUES[kind], f"var(--{kind})"
     return (
-        f".unrolled .stroke.{kind}{{stroke:{hue};stroke:{chosen}}}"
-        f".unrolled .head.{kind},.unrolled .swatch.{kind}{{fill:{hue};fill:{chosen}}}"
+        f".unrolled .stroke.{kind}{{stroke:{hue};stroke:{variable}}}"
+        f".unrolled .head.{kind},.unrolled .swatch.{kind}{{fill:{hue};fill:{variable}}}"
     )
 
 
-def _in_words(sketch: Sketch) -> str:
+def _description(sketch: Sketch) -> str:
+    """The picture in words, for those who cannot see it."""
     names = {
-        kind: ", ".join(f"{printable(leaf.name)} {list(leaf.shape)}" for leaf in found) for kind, found in sketch.flows
+        kind: ", ".join(f"{printable(label.name)} {list(label.shape)}" for label in labels)
+        for kind, labels in sketch.tensors.items()
     }
-    told = "; ".join(f"{kind} {shortened(name, 400)}" for kind, name in names.items())
+    tensors = "; ".join(f"{kind} {shortened(name, 400)}" for kind, name in names.items())
     first, last = sketch.time(0), sketch.time(sketch.T - 1)
     chain = f"copies {first} to {last} from left to right" if sketch.T > 1 else "copy 0"
-    origin = f" The initial state is {ORIGINS[sketch.origin]}." if sketch.state else ""
+    origin = f" The initial state is {sketch.initial_state}." if sketch.state else ""
     return (
         f"On the left the rolled cell, its state going round in a loop; on the right {chain}, each with its input "
         f"below, its output above and the state handed on to the next. {sketch.sharing.capitalize()}. "
-        f"At every step: {told}.{origin}"
+        f"At every step: {tensors}.{origin}"
     )
 
 
-def _draw(root: ET.Element, mark: Mark) -> None:
+def _add_mark(group: ET.Element, mark: Mark) -> None:
     if isinstance(mark, Label):
-        _letter(root, mark)
+        _add_label(group, mark)
     elif isinstance(mark, Box):
         place = {"x": mark.x, "y": mark.y, "width": mark.width, "height": mark.height, "rx": mark.radius}
-        _within(root, "rect", {"class": mark.style} | {name: f"{value:g}" for name, value in place.items()})
+        _add(group, "rect", {"class": mark.style} | {name: f"{value:g}" for name, value in place.items()})
     else:
-        _within(root, "path", {"class": f"stroke {mark.style}", "d": mark.path})
-        if mark.tip:
-            _within(root, "path", {"class": f"head {mark.style}", "d": _head(mark.tip, mark.towards)})
+        _add(group, "path", {"class": f"stroke {mark.style}", "d": mark.path})
+        if mark.head:
+            _add(group, "path", {"class": f"head {mark.style}", "d": mark.head})
 
 
-def _letter(root: ET.Element, label: Label) -> None:
+def _add_label(group: ET.Element, label: Label) -> None:
     attributes = {"x": f"{label.x:g}", "y": f"{label.y:g}", "font-size": f"{label.size:g}"}
     if label.anchor != "start":
         attributes["text-anchor"] = label.anchor
-    text = _within(root, "text", attributes | ({"class": label.style} if label.style else {}), label.text)
+    text = _add(group, "text", attributes | ({"class": label.style} if label.style else {}), label.text)
     if label.full:
         text.text = None
-        _within(text, "title", {}, label.full, tail=label.text)
+        _add(text, "title", {}, label.full, tail=label.text)
     if label.subscript:
-        size = label.size * SUBSCRIPT
-        lowered = {"dy": f"{0.22 * label.size:.3g}", "font-size": f"{size:.3g}"}
+        lowered = {"dy": f"{0.22 * label.size:.3g}", "font-size": f"{label.subscript_size:.3g}"}
         lowered |= {"class": "number"} if label.subscript.isdecimal() else {}
-        _within(text, "tspan", lowered, label.subscript, tail="")
+        _add(text, "tspan", lowered, label.subscript, tail="")
 
 
-def _head(tip: tuple[float, float], towards: tuple[int, int]) -> str:
-    """An arrowhead, its tip exactly where the arrow points to."""
-    (x, y), (u, v), half = tip, towards, HEAD * 0.45
-    back, side = (x - u * HEAD, y - v * HEAD), (-v * half, u * half)
-    corners = (back[0] + side[0], back[1] + side[1]), (back[0] - side[0], back[1] - side[1])
-    return f"M{x:g} {y:g}" + "".join(f"L{a:g} {b:g}" for a, b in corners) + "Z"
-
-
-def _within(
+def _add(
     parent: ET.Element, tag: str, attributes: dict[str, str], text: str | None = None, tail: str = "\n"
 ) -> ET.Element:
     element = ET.SubElement(parent, tag, attributes)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from unrolled.drawing.lettering import ELLIPSIS, columns, listed, printable, shortened
-from unrolled.drawing.sketch import ORIGINS, Leaf, Sketch, shown_copies
+from unrolled.drawing.lettering import columns, printable, shortened
+from unrolled.drawing.sketch import Sketch
 
-WIDTH = 80
-
-_TO_ASCII = str.maketrans("┌┐└┘├┤┬┴│─→←↑", "++++++++|-><^")
+_WIDTH = 80
 
 
 def text(*sketches: Sketch, ascii: bool = False) -> str:
@@ -21,163 +18,136 @@ def text(*sketches: Sketch, ascii: bool = False) -> str:
         sketches: what is to be drawn, one below the other.
         ascii: whether to do without box-drawing characters and other letters than ASCII's.
     """
-    drawn = "\n\n".join(_drawn(sketch, _Pen(ascii)) for sketch in sketches)
-    return drawn.translate(_TO_ASCII) if ascii else drawn
-
-
-def _drawn(sketch: Sketch, pen: _Pen) -> str:
-    blocks = [
-        _heading(sketch, pen),
-        _rolled(sketch, pen),
-        _unrolled(sketch, pen),
-        _flows(sketch, pen),
-        _weights(sketch, pen),
-    ]
-    return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block) + "\n"
+    picture = "\n\n".join(str(_TextPicture(sketch, ascii)) for sketch in sketches)
+    return picture.translate(str.maketrans("┌┐└┘├┤┬┴│─→←↑", "++++++++|-><^")) if ascii else picture
 
 
 @dataclass(frozen=True)
-class _Pen:
-    """How names are written: in full Unicode or in ASCII."""
+class _TextPicture:
+    """One network as text, in Unicode or in ASCII."""
 
+    sketch: Sketch
     ascii: bool
 
+    def __str__(self) -> str:
+        blocks = [self._heading(), self._rolled_cell(), self._copies(), self._tensors(), self._weights()]
+        return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block) + "\n"
+
     @property
-    def mark(self) -> str:
-        return "..." if self.ascii else ELLIPSIS
+    def _ellipsis(self) -> str:
+        return "..." if self.ascii else "…"
 
-    def name(self, text: str) -> str:
+    def _printable(self, name: str) -> str:
         if self.ascii:
-            text = text.encode("ascii", "backslashreplace").decode()
-        return printable(text).replace("�", "?") if self.ascii else printable(text)
+            return printable(name.encode("ascii", "backslashreplace").decode()).replace("�", "?")
+        return printable(name)
 
-    def cut(self, text: str, room: int) -> str:
-        return shortened(self.name(text), room, middle=True, mark=self.mark)
+    def _shortened(self, name: str, room: int) -> str:
+        return shortened(self._printable(name), room, middle=True, mark=self._ellipsis)
 
+    def _heading(self) -> list[str]:
+        """The title, in full however long it is, and the dimensions."""
+        lines = [""]
+        for character in self._printable(self.sketch.title):
+            if columns(lines[-1] + character) > _WIDTH:
+                lines.append("")
+            lines[-1] += character
+        return [*lines, self.sketch.dimensions]
 
-def _heading(sketch: Sketch, pen: _Pen) -> list[str]:
-    return [*_wrapped(pen.name(sketch.title)), sketch.span]
+    def _rolled_cell(self) -> list[str]:
+        """The cell once, with a loop for its state."""
+        name = shortened(self._printable(self.sketch.cell), 40, mark=self._ellipsis)
+        top, middle, bottom = self._box(name)
+        wall, indent = "│" + " " * (len(top) - 2), " " * (len(top) // 2)
+        loop = ("├───┐", "│   │  " + ", ".join(self.sketch.state_symbols), "│←──┘")
+        leaves, beside, returns = loop if self.sketch.state else "│││"
+        box = [top, wall + leaves, middle[:-1] + beside, wall + returns, bottom]
+        above = [f"{indent}  o[t]", f"{indent}   ↑"] if self.sketch.output else []
+        return [*above, *(f"   {line}" for line in box), f"{indent}   ↑", f"{indent}  x[t]"]
 
+    def _box(self, name: str) -> list[str]:
+        """A cell, its name in the centre, its output leaving at the top and its input coming in at the bottom."""
+        inner = columns(name) + 2
+        inner += 1 - inner % 2  # an odd width has a middle
+        side = "─" * (inner // 2)
+        top = "┴" if self.sketch.output else "─"
+        return [f"┌{side}{top}{side}┐", f"│{_padded(name, inner, 'centre')}│", f"└{side}┬{side}┘"]
 
-def _wrapped(line: str) -> list[str]:
-    """A name of any length, in full."""
-    lines = [""]
-    for character in line:
-        if columns(lines[-1] + character) > WIDTH:
-            lines.append("")
-        lines[-1] += character
-    return lines
+    def _copies(self) -> list[str]:
+        """As many copies as there is room for."""
+        for most in (6, 5, 4, 3, 2):
+            rows = self._chain(most, with_labels=True)
+            if max(map(columns, rows)) <= _WIDTH:
+                return rows
+        return self._chain(2, with_labels=False)
+
+    def _chain(self, most: int, *, with_labels: bool) -> list[str]:
+        """Copies next to each other: each part of the chain is seven lines of one width."""
+        T, shown = self.sketch.T, self.sketch.shown_copies(most)
+        parts = [self._state_arrow(0, with_labels=with_labels)]
+        for n, following in zip(shown, [*shown[1:], T], strict=True):
+            if n is None:
+                omission = f" {self._ellipsis} {T - len(shown) + 1:,} more {self._ellipsis} "
+                parts.append(_centred(["", "", "", omission, "", "", ""]))
+            else:
+                parts.append(self._copy(self.sketch.time(n)))
+            received = following or 0 if n is None else n + 1
+            parts.append(self._state_arrow(received, with_labels=with_labels))
+        rows = ("".join(pieces) for pieces in zip(*parts, strict=True))
+        return [row for row in rows if row.strip()]
+
+    def _copy(self, t: int) -> list[str]:
+        above = [f"o{t}", "↑"] if self.sketch.output else ["", ""]
+        return _centred([*above, *self._box(str(t)), "↑", f"x{t}"])
+
+    def _state_arrow(self, n: int, *, with_labels: bool) -> list[str]:
+        """The state that copy number n receives; a second name stands under the arrow."""
+        if not self.sketch.state:
+            return [" "] * 7
+        names = self.sketch.state_symbols if with_labels else ()
+        labels = [f" {name}{self.sketch.state_time(n)} " for name in names]
+        above, below = [*labels, "", ""][:2]
+        arrow = "─" * (max([3, *map(columns, labels)]) - 1) + "→"
+        return _centred(["", "", above, arrow, below, "", ""])
+
+    def _tensors(self) -> list[str]:
+        rows = [
+            ["" if n else kind, self._shortened(one.name, 28), self._shortened(str(list(one.shape)), 24), one.dtype]
+            for kind, labels in self.sketch.tensors.items()
+            for n, one in enumerate(labels)
+        ]  # fmt: skip
+        origin = [f"initial state: {self.sketch.initial_state}"] if self.sketch.state else []
+        return [*_aligned(rows), *origin]
+
+    def _weights(self) -> list[str]:
+        parameters = self.sketch.parameters
+        if not parameters:
+            return [self.sketch.sharing]
+        facts = [[self._shortened(str(list(p.shape)), 16), f"{p.count:,}", p.remark] for p in parameters]
+        facts.append(["", f"{self.sketch.count:,}", ""])
+        taken = sum(2 + max(map(len, column)) for column in zip(*facts, strict=True))
+        names = [*(self._shortened(p.name, max(4, _WIDTH - 2 - taken)) for p in parameters), "total"]
+        rows = [["", name, *others] for name, others in zip(names, facts, strict=True)]
+        return [self.sketch.sharing, *_aligned(rows, numbers=3)]
 
 
 def _padded(line: str, width: int, side: str = "left") -> str:
-    """A line filled up to a width, its text on one side or in the centre."""
+    """A line filled up to a width, its text on the left, on the right or in the centre."""
     room = width - columns(line)
     before = {"left": 0, "centre": room // 2, "right": room}[side]
     return " " * before + line + " " * (room - before)
 
 
-def _rolled(sketch: Sketch, pen: _Pen) -> list[str]:
-    name = shortened(pen.name(sketch.cell), 40, mark=pen.mark)
-    inner = columns(name) + 2
-    inner += 1 - inner % 2  # an odd width has a middle
-    half = inner // 2
-    state = "  " + ", ".join(sketch.state_symbols)
-    leaves, returns = ("├───┐", "│←──┘") if sketch.state else ("│", "│")
-    above = [" " * (half + 3) + "o[t]", " " * (half + 4) + "↑"] if sketch.output else []
-    indented = partial(str.__add__, "   ")
-    box = [
-        f"┌{'─' * half}{'┴' if sketch.output else '─'}{'─' * half}┐",
-        f"│{' ' * inner}{leaves}",
-        f"│{_padded(name, inner, 'centre')}│" + (f"   │{state}" if sketch.state else ""),
-        f"│{' ' * inner}{returns}",
-        f"└{'─' * half}┬{'─' * half}┘",
-    ]
-    return [*above, *map(indented, box), " " * (half + 4) + "↑", " " * (half + 3) + "x[t]"]
-
-
-def _unrolled(sketch: Sketch, pen: _Pen) -> list[str]:
-    """The copies, as many as there is room for."""
-    rows: list[str] = []
-    for most, labelled in [(6, True), (5, True), (4, True), (3, True), (2, True), (2, False)]:
-        rows = _chain(sketch, pen, shown_copies(sketch.T, most), labelled=labelled)
-        if max(map(columns, rows)) <= WIDTH:
-            break
-    return rows
-
-
-def _chain(sketch: Sketch, pen: _Pen, shown: Sequence[int | None], *, labelled: bool) -> list[str]:
-    """The copies side by side: each part of the chain is seven lines of one width."""
-    parts = [_handed(sketch, 0, labelled)]
-    for n, following in zip(shown, [*shown[1:], sketch.T], strict=True):
-        parts.append(_omission(sketch.T - len(shown) + 1, pen) if n is None else _copy(sketch, n))
-        parts.append(_handed(sketch, following or 0 if n is None else n + 1, labelled))
-    rows = ("".join(pieces) for pieces in zip(*parts, strict=True))
-    return [row for row in rows if row.strip()]
-
-
-def _copy(sketch: Sketch, n: int) -> list[str]:
-    t = sketch.time(n)
-    inner = len(str(t)) + 2
-    inner += 1 - inner % 2
-    half = inner // 2
-    above = [f"o{t}", "↑"] if sketch.output else ["", ""]
-    lines = [
-        *(_padded(line, inner + 2, "centre") for line in above),
-        f"┌{'─' * half}{'┴' if sketch.output else '─'}{'─' * half}┐",
-        f"│{_padded(str(t), inner, 'centre')}│",
-        f"└{'─' * half}┬{'─' * half}┘",
-        _padded("↑", inner + 2, "centre"),
-        _padded(f"x{t}", inner + 2, "centre"),
-    ]
-    return _even(lines)
-
-
-def _handed(sketch: Sketch, n: int, labelled: bool) -> list[str]:
-    if not sketch.state:
-        return [" "] * 7
-    names = sketch.state_symbols if labelled else ()
-    labels = [f" {name}{sketch.handed(n)} " for name in names]
-    width = max([3, *map(len, labels)])
-    above, below = (_padded(line, width, "centre") for line in [*labels, "", ""][:2])
-    return [" " * width] * 2 + [above, "─" * (width - 1) + "→", below] + [" " * width] * 2
-
-
-def _omission(count: int, pen: _Pen) -> list[str]:
-    return _even(["", "", "", f" {pen.mark} {count:,} more {pen.mark} ", "", "", ""])
-
-
-def _even(lines: Sequence[str]) -> list[str]:
+def _centred(lines: Sequence[str]) -> list[str]:
+    """Lines filled up to the width of the longest."""
     width = max(map(columns, lines))
     return [_padded(line, width, "centre") for line in lines]
 
 
-def _flows(sketch: Sketch, pen: _Pen) -> list[str]:
-    rows = [["" if n else kind, *_told(leaf, pen)] for kind, leaves in sketch.flows for n, leaf in enumerate(leaves)]
-    lines = _aligned(rows)
-    return [*lines, f"initial state: {ORIGINS[sketch.origin]}"] if sketch.state else lines
-
-
-def _told(leaf: Leaf, pen: _Pen) -> list[str]:
-    return [pen.cut(leaf.name, 28), pen.cut(listed(leaf.shape), 24), leaf.dtype]
-
-
-def _weights(sketch: Sketch, pen: _Pen) -> list[str]:
-    if not sketch.parameters:
-        return [sketch.sharing]
-    facts = [[pen.cut(listed(p.shape), 16), f"{p.count:,}", p.remark] for p in sketch.parameters]
-    facts.append(["", f"{sketch.count:,}", ""])
-    taken = sum(2 + max(map(len, column)) for column in zip(*facts, strict=True))
-    names = [*(pen.cut(p.name, max(4, WIDTH - 2 - taken)) for p in sketch.parameters), "total"]
-    rows = [["", name, *told] for name, told in zip(names, facts, strict=True)]
-    return [sketch.sharing, *_aligned(rows, numbers=3)]
-
-
 def _aligned(rows: Sequence[Sequence[str]], numbers: int | None = None) -> list[str]:
     """Rows as columns two spaces apart, the column of numbers to the right."""
-    widths = [max(map(columns, column)) for column in zip(*rows, strict=True)]
-    sides = ["right" if column == numbers else "left" for column in range(len(widths))]
-    return ["  ".join(_cells(row, widths, sides)) for row in rows]
-
-
-def _cells(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> Iterable[str]:
-    return (_padded(entry, width, side) for entry, width, side in zip(row, widths, sides, strict=True))
+    aligned = list[list[str]]()
+    for n, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(columns, column))
+        aligned.append([_padded(entry, width, "right" if n == numbers else "left") for entry in column])
+    return ["  ".join(row) for row in zip(*aligned, strict=True)]

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from unrolled.drawing.portrait import Chart
-
-
-def _raised(power: str) -> str:
-    """A Vega expression that writes a whole number as an exponent; d3's minus sign is U+2212."""
-    for plain, small in zip("−0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True):
-        power = f"replace({power}, /{plain}/g, '{small}')"
-    return power
-
-
-_LOG = "log(datum.value) / LN10"
-_IS_POWER = f"abs({_LOG}) > 2.5 && abs({_LOG} - round({_LOG})) < 1e-6"
-_POWERS = f"{_IS_POWER} ? '10' + " + _raised(f"format(round({_LOG}), 'd')") + " : format(datum.value, '~g')"
-_BYTES = "format(datum.value, '~s') + 'B'"
 
 
 def specification(chart: Chart) -> dict[str, Any]:
@@ -29,82 +17,94 @@ def specification(chart: Chart) -> dict[str, Any]:
     Args:
         chart: the chart.
     """
-    layers = [_band(chart)] if any(series.lower for series in chart.series) else []
-    layers.append(_points(chart) if chart.points else _lines(chart))
+    layers = _Layers(chart)
+    drawn = [layers.band()] if any(series.lower for series in chart.series) else []
+    drawn.append(layers.points() if chart.points else layers.lines())
     if chart.by_copy:
-        layers.append(_marker())
+        drawn.append(layers.chosen_copy())
     return {
         "width": "container",
         "height": 190 if len(chart.series) == 1 else 220,
         "autosize": {"type": "fit", "contains": "padding"},
         "params": [{"name": "copy", "value": 0}],
         "data": {"name": "figures"},
-        "layer": layers,
+        "layer": drawn,
     }
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What is drawn on top of each other in a chart, and the encodings that they share."""
+
+    chart: Chart
+
+    def band(self) -> dict[str, Any]:
+        mark = {"type": "area", "opacity": 0.22, "clip": True}
+        return {"mark": mark, "encoding": {"x": self._x(), "y": self._y("low"), "y2": {"field": "high"}, **self._hue()}}
+
+    def lines(self) -> dict[str, Any]:
+        chart = self.chart
+        tooltip = [{"field": "x", "title": chart.x_title}, {"field": "y", "title": chart.y_title, "format": ".3g"}]
+        tooltip += [{"field": "series", "title": "of"}] if len(chart.series) > 1 else []
+        mark = {"type": "line", "interpolate": "linear", "strokeWidth": 1.8, "point": len(chart.x) < 40, "clip": True}
+        return {"mark": mark, "encoding": {"x": self._x(), "y": self._y("y"), "tooltip": tooltip, **self._hue()}}
+
+    def points(self) -> dict[str, Any]:
+        tooltip = [
+            {"field": "label", "title": "schedule"},
+            {"field": "x", "format": ".3s"},
+            {"field": "y", "format": ".3g"},
+        ]
+        opacity = {"condition": {"test": "datum.chosen", "value": 1}, "value": 0.15}
+        size = {"condition": {"test": "datum.chosen", "value": 160}, "value": 70}
+        mark = {"type": "point", "filled": True, "stroke": "currentColor"}
+        encoding = {"x": self._x(), "y": self._y("y"), "tooltip": tooltip, "fillOpacity": opacity, "size": size}
+        return {"mark": mark, "encoding": encoding}
+
+    def chosen_copy(self) -> dict[str, Any]:
+        """A line at the copy that is chosen."""
+        return {
+            "data": {"values": [{}]},
+            "transform": [{"calculate": "copy", "as": "at"}],
+            "mark": {"type": "rule", "strokeWidth": 2, "strokeDash": [4, 3], "clip": True},
+            "encoding": {"x": {"field": "at", "type": "quantitative"}},
+        }
+
+    def _x(self) -> dict[str, Any]:
+        chart, encoding = self.chart, {"field": "x", **_axis(self.chart.x_title, log=self.chart.log_x)}
+        if not chart.log_x:
+            encoding["scale"] = {"domain": [chart.x[0], max(chart.x[-1], chart.x[0] + 1)]}
+        return encoding
+
+    def _y(self, field: str) -> dict[str, Any]:
+        """The y axis; its title stands above it, where it is read without turning the head, and is never cut."""
+        encoding = {"field": field, **_axis(self.chart.y_title, log=self.chart.log_y)}
+        above = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": 0, "titleY": -8}
+        if self.chart.share:
+            encoding["scale"] = {"domain": [0, 1]}
+            above["format"] = ".0%"
+        return {**encoding, "axis": encoding["axis"] | above}
+
+    def _hue(self) -> dict[str, Any]:
+        """A colour for each series, where there are several."""
+        if len(self.chart.series) == 1:
+            return {}
+        legend = {"title": None, "legend": {"orient": "bottom"}, "sort": None}
+        return {"color": {"field": "series", "type": "nominal", **legend}}
 
 
 def _axis(title: str, *, log: bool) -> dict[str, Any]:
     scale = {"type": "log"} if log else {"zero": False, "nice": True}
-    axis = {"tickCount": 4, "labelExpr": _BYTES if "bytes" in title else _POWERS} if log else {"tickCount": 5}
+    label = "format(datum.value, '~s') + 'B'" if "bytes" in title else _power_label()
+    axis = {"tickCount": 4, "labelExpr": label} if log else {"tickCount": 5}
     return {"type": "quantitative", "title": title, "scale": scale, "axis": axis}
 
 
-def _y(chart: Chart, field: str) -> dict[str, Any]:
-    """The y axis; its title stands above it, where it is read without turning the head, and is never cut."""
-    found = {"field": field, **_axis(chart.y_title, log=chart.log_y)}
-    above = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": 0, "titleY": -8}
-    if chart.share:
-        found["scale"] = {"domain": [0, 1]}
-        above["format"] = ".0%"
-    return {**found, "axis": found["axis"] | above}
-
-
-def _x(chart: Chart) -> dict[str, Any]:
-    found = {"field": "x", **_axis(chart.x_title, log=chart.log_x)}
-    return found if chart.log_x else found | {"scale": {"domain": [chart.x[0], max(chart.x[-1], chart.x[0] + 1)]}}
-
-
-def _colour(chart: Chart) -> dict[str, Any]:
-    if len(chart.series) == 1:
-        return {}
-    return {
-        "color": {"field": "series", "type": "nominal", "title": None, "legend": {"orient": "bottom"}, "sort": None}
-    }
-
-
-def _lines(chart: Chart) -> dict[str, Any]:
-    y = _y(chart, "y")
-    tooltip = [{"field": "x", "title": chart.x_title}, {"field": "y", "title": chart.y_title, "format": ".3g"}]
-    tooltip += [{"field": "series", "title": "of"}] if len(chart.series) > 1 else []
-    mark = {"type": "line", "interpolate": "linear", "strokeWidth": 1.8, "point": len(chart.x) < 40, "clip": True}
-    return {"mark": mark, "encoding": {"x": _x(chart), "y": y, "tooltip": tooltip, **_colour(chart)}}
-
-
-def _points(chart: Chart) -> dict[str, Any]:
-    y = _y(chart, "y")
-    tooltip = [
-        {"field": "label", "title": "schedule"},
-        {"field": "x", "format": ".3s"},
-        {"field": "y", "format": ".3g"},
-    ]
-    chosen = {"condition": {"test": "datum.chosen", "value": 1}, "value": 0.15}
-    size = {"condition": {"test": "datum.chosen", "value": 160}, "value": 70}
-    mark = {"type": "point", "filled": True, "stroke": "currentColor"}
-    encoding = {"x": _x(chart), "y": y, "tooltip": tooltip, "fillOpacity": chosen, "size": size}
-    return {"mark": mark, "encoding": encoding}
-
-
-def _band(chart: Chart) -> dict[str, Any]:
-    y = _y(chart, "low")
-    mark = {"type": "area", "opacity": 0.22, "clip": True}
-    return {"mark": mark, "encoding": {"x": _x(chart), "y": y, "y2": {"field": "high"}, **_colour(chart)}}
-
-
-def _marker() -> dict[str, Any]:
-    """A line at the copy that is chosen."""
-    return {
-        "data": {"values": [{}]},
-        "transform": [{"calculate": "copy", "as": "at"}],
-        "mark": {"type": "rule", "strokeWidth": 2, "strokeDash": [4, 3], "clip": True},
-        "encoding": {"x": {"field": "at", "type": "quantitative"}},
-    }
+def _power_label() -> str:
+    """A Vega expression for a label: a power of ten, from 1000 on and from 0.001 down, has an exponent."""
+    log = "log(datum.value) / LN10"
+    exponent = f"format(round({log}), 'd')"
+    for plain, small in zip("−0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹", strict=True):  # d3's minus sign is U+2212
+        exponent = f"replace({exponent}, /{plain}/g, '{small}')"
+    is_power = f"abs({log}) > 2.5 && abs({log} - round({log})) < 1e-6"
+    return f"{is_power} ? '10' + {exponent} : format(datum.value, '~g')"

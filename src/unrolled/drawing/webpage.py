@@ -1,4 +1,4 @@
-"""A portrait as one self-contained HTML file: it opens from disk, and asks the network for nothing."""
+"""A portrait as one self-contained HTML file: it opens from disk, and loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 from importlib import resources
 from typing import Any
 
-from unrolled.drawing.inside import MOST_OPERATIONS, inside
+from unrolled.drawing.inside import inside
+from unrolled.drawing.paper import missing_package
 from unrolled.drawing.portrait import Chart, Portrait
 from unrolled.drawing.vega import specification
-from unrolled.errors import OptionError
 
 
 def webpage(portrait: Portrait) -> str:
@@ -26,27 +26,28 @@ def webpage(portrait: Portrait) -> str:
     environment = _environment()
     folder = resources.files("unrolled.drawing") / "page"
     parts = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
-    told = portrait.to_dict()
-    told["charts"] = [_told(chart) for chart in portrait.charts]
-    for plain, layer in zip(told["layers"], portrait.layers, strict=True):
-        plain["charts"] = [_told(chart) for chart in layer.charts]
-        few = 0 < len(layer.operations) <= MOST_OPERATIONS
-        plain["inside"] = inside(layer.cell, layer.operations, layer.results) if few else ""
+    data = portrait.to_dict()
+    data["charts"] = [_chart_data(chart) for chart in portrait.charts]
+    for entry, layer in zip(data["layers"], portrait.layers, strict=True):
+        entry["charts"] = [_chart_data(chart) for chart in layer.charts]
+        entry["inside"] = inside(layer.cell, layer.operations, layer.results)
+    # No `<` of the data can begin a tag.
+    json_text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         portrait=portrait,
         style=environment.filters["safe"](parts["page.css"]),
         script=environment.filters["safe"](parts["page.js"]),
         charts=environment.filters["safe"](_bundle().replace("</script", "<\\/script")),
-        data=environment.filters["safe"](_data(told)),
+        data=environment.filters["safe"](json_text),
     )
 
 
-def _told(chart: Chart) -> dict[str, Any]:
-    named = {"key": chart.key, "title": chart.title, "sentence": chart.sentence, "by_copy": chart.by_copy}
+def _chart_data(chart: Chart) -> dict[str, Any]:
+    words = {"key": chart.key, "title": chart.title, "sentence": chart.sentence, "by_copy": chart.by_copy}
     numbers = {"x": chart.x, "log_y": chart.log_y, "labels": chart.labels, "chosen": chart.chosen}
     series = [dataclasses.asdict(series) for series in chart.series]
-    return _rounded({**named, **numbers, "series": series, "specification": specification(chart)})
+    return _rounded({**words, **numbers, "series": series, "specification": specification(chart)})
 
 
 def _rounded(tree: Any) -> Any:
@@ -60,19 +61,12 @@ def _rounded(tree: Any) -> Any:
     return tree
 
 
-def _data(told: Any) -> str:
-    """JSON in which no `<` can begin a tag."""
-    return json.dumps(told, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
 def _environment() -> Any:
     try:
         import jinja2
-        import vl_convert  # noqa: F401  # asked for here, so that it is missed before work starts
+        import vl_convert  # noqa: F401  # imported here, so that it is missed before work starts
     except ImportError as error:
-        raise OptionError(
-            f"a page needs {error.name}, which is not installed; get it with: pip install 'unrolled[draw]'"
-        ) from error
+        raise missing_package("a page", error.name) from error
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
