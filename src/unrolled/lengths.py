@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from unrolled.errors import InputError
+
+Lengths: TypeAlias = Tensor | Sequence[int] | None
+"""How many steps each row has, as a caller may say it; None for all of them."""
 
 
 @dataclass(frozen=True)

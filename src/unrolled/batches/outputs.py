@@ -6,19 +6,17 @@ Padding is never computed with. Steps are selected, not multiplied by a mask: Na
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from unrolled.errors import InputError, OptionError
-from unrolled.lengths import checked_lengths
+from unrolled.lengths import Lengths, checked_lengths
 from unrolled.sequence import swap_time_and_batch
 from unrolled.trees import Tree, describe, leaves, map_leaves
-
-Lengths: TypeAlias = Tensor | Sequence[int] | None
 
 
 def last_output(outputs: Tree, lengths: Lengths = None, *, batch_first: bool = False) -> Tree:

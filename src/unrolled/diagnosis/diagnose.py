@@ -21,7 +21,7 @@ from unrolled.diagnosis.walk import Walk
 from unrolled.errors import GradientError, InputError, NonFiniteError, OptionError
 from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import copies
-from unrolled.networks.layout import Lengths
+from unrolled.lengths import Lengths
 from unrolled.trees import Tree, leaves
 
 _ROWS = 8

@@ -20,7 +20,7 @@ from unrolled.drawing.svg import svg
 from unrolled.drawing.text import text
 from unrolled.drawing.webpage import webpage
 from unrolled.errors import InputError, OptionError
-from unrolled.networks.layout import Lengths
+from unrolled.lengths import Lengths
 from unrolled.trees import Tree
 
 

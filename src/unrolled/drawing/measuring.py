@@ -19,9 +19,9 @@ from unrolled.drawing.portrait import Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import copies
-from unrolled.lengths import Extent
+from unrolled.lengths import Extent, Lengths
 from unrolled.networks.layered import Layered
-from unrolled.networks.layout import Lengths, given_as
+from unrolled.networks.layout import given_as
 from unrolled.networks.plan_memory import plan_memory
 from unrolled.networks.stack import Stack
 from unrolled.networks.torch_layers import TorchLayer

@@ -13,8 +13,9 @@ from unrolled.introspection.bias import StepGrads, TruncationBias, truncation_bi
 from unrolled.introspection.copies import Copies, TappedRun
 from unrolled.introspection.recording import record
 from unrolled.introspection.taps import GradientTap
+from unrolled.lengths import Lengths
 from unrolled.networks.layered import Layered
-from unrolled.networks.layout import BatchLayout, Lengths, given_as
+from unrolled.networks.layout import BatchLayout, given_as
 from unrolled.networks.stack import Bidirectional
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled

@@ -14,7 +14,8 @@ from unrolled.bptt.truncation import Truncation
 from unrolled.cells.adapted import context_use
 from unrolled.cells.contract import check_state, make_state, name_of
 from unrolled.errors import InputError, StateError
-from unrolled.networks.layout import BatchLayout, Lengths, is_plain, run_as_given
+from unrolled.lengths import Lengths
+from unrolled.networks.layout import BatchLayout, is_plain, run_as_given
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, describe
 

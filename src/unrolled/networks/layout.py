@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -12,10 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unrolled import sequence
 from unrolled.errors import InputError
-from unrolled.lengths import Extent, Ragged, checked_lengths
+from unrolled.lengths import Extent, Lengths, Ragged, checked_lengths
 from unrolled.trees import Tree, map_leaves
-
-Lengths: TypeAlias = Tensor | Sequence[int] | None
 
 
 class BatchLayout:

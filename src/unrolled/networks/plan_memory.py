@@ -12,7 +12,8 @@ from unrolled.bptt.planning import Planner
 from unrolled.bptt.schedules import Schedule, store_all
 from unrolled.bptt.segments import SequenceRun
 from unrolled.errors import InputError, OptionError
-from unrolled.networks.layout import Lengths, given_as
+from unrolled.lengths import Lengths
+from unrolled.networks.layout import given_as
 from unrolled.networks.stack import Stack, refuse_to_cut
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves

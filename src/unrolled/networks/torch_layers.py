@@ -17,7 +17,7 @@ from unrolled.cells.gru import gru_step
 from unrolled.cells.lstm import lstm_step
 from unrolled.cells.rnn import check_nonlinearity, rnn_step
 from unrolled.errors import InputError, OptionError, StateError, warn_caller
-from unrolled.networks.layout import Lengths
+from unrolled.lengths import Lengths
 from unrolled.networks.stack import Bidirectional, Stack, checked_dropout
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves, map_leaves

@@ -23,9 +23,9 @@ from unrolled.engine.plan_cache import PlanCache
 from unrolled.errors import InputError, OptionError
 from unrolled.execution.run import run_plan
 from unrolled.internals import CONSTANTS_TAKE_OBJECTS
-from unrolled.lengths import Extent
+from unrolled.lengths import Extent, Lengths
 from unrolled.networks.budgeted import Budgeted
-from unrolled.networks.layout import BatchLayout, Lengths, given_as, is_plain, run_as_given
+from unrolled.networks.layout import BatchLayout, given_as, is_plain, run_as_given
 from unrolled.networks.windows import Windowed
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.report import Plan, report

@@ -13,9 +13,9 @@ from unrolled.bptt.segments import SequenceRun
 from unrolled.bptt.truncated import TapedRun, reason_expired
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
-from unrolled.lengths import Extent, checked_lengths
+from unrolled.lengths import Extent, Lengths, checked_lengths
 from unrolled.networks.chunks import Chunks
-from unrolled.networks.layout import BatchLayout, Lengths, given_as
+from unrolled.networks.layout import BatchLayout, given_as
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
 

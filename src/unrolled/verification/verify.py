@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from unrolled.engine.witness import neighbours, reals
 from unrolled.errors import InputError, OptionError
+from unrolled.lengths import Lengths
 from unrolled.networks.layered import Layered
-from unrolled.networks.layout import Lengths, given_as
+from unrolled.networks.layout import given_as
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
 from unrolled.results import Result
