@@ -1,4 +1,4 @@
-"""Batches of rows that are about as long as each other."""
+"""Batches of samples that are about as long as each other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from unrolled.errors import InputError, OptionError
-
-# Rows come together in order of length, each length first made up to 5 % larger by chance: neighbours change places,
-# and padding grows by about half of it.
-BLUR = 0.05
 
 
 class BucketSampler(Sampler[list[int]]):
@@ -59,10 +55,10 @@ class BucketSampler(Sampler[list[int]]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        self.lengths = _checked(lengths)
-        self.batch_size = _integer("batch_size", batch_size, at_least=1)
+        self.lengths = _sample_lengths(lengths)
+        self.batch_size = _at_least("batch_size", batch_size, 1)
         self.shuffle = shuffle
-        self.seed = _integer("seed", seed, at_least=0)
+        self.seed = _at_least("seed", seed, 0)
         self.drop_last = drop_last
         self.epoch = 0
         if not len(self):
@@ -83,7 +79,7 @@ class BucketSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of this epoch: a run that is resumed sees the order it would have seen."""
-        self.epoch = _integer("epoch", epoch, at_least=0)
+        self.epoch = _at_least("epoch", epoch, 0)
 
     def _sizes(self) -> list[int]:
         whole, rest = divmod(len(self.lengths), self.batch_size)
@@ -93,20 +89,23 @@ class BucketSampler(Sampler[list[int]]):
         chance = np.random.default_rng((self.seed, epoch))
         sizes = chance.permutation(self._sizes())
         rows = chance.permutation(len(self.lengths))[: sizes.sum()]
-        blurred = self.lengths[rows] * chance.uniform(1, 1 + BLUR, len(rows))
-        batches = _cut(rows[np.argsort(blurred)], sizes)
+        # Samples come in order of length, each length first made up to 5 % larger by chance: neighbours change places,
+        # and padding grows by about half of it.
+        blurred = self.lengths[rows] * chance.uniform(1, 1.05, len(rows))
+        batches = _split(rows[np.argsort(blurred)], sizes)
         return [batches[i] for i in chance.permutation(len(batches))]
 
     def _longest_first(self) -> list[list[int]]:
-        return _cut(np.argsort(-self.lengths, kind="stable"), self._sizes())
+        return _split(np.argsort(-self.lengths, kind="stable"), self._sizes())
 
 
-def _cut(rows: NDArray[np.int64], sizes: Sequence[int] | NDArray[np.int64]) -> list[list[int]]:
+def _split(samples: NDArray[np.int64], sizes: Sequence[int] | NDArray[np.int64]) -> list[list[int]]:
+    """Samples as batches of these sizes; those that are left over are dropped."""
     ends = np.cumsum(sizes)
-    return [batch.tolist() for batch in np.split(rows[: ends[-1]], ends[:-1])]
+    return [batch.tolist() for batch in np.split(samples[: ends[-1]], ends[:-1])]
 
 
-def _checked(lengths: Any) -> NDArray[np.int64]:
+def _sample_lengths(lengths: Any) -> NDArray[np.int64]:
     rule = "lengths must be [N] integers >= 0, one for each of N >= 1 samples"
     try:
         found = np.asarray(lengths.cpu() if isinstance(lengths, Tensor) else lengths)
@@ -122,7 +121,7 @@ def _checked(lengths: Any) -> NDArray[np.int64]:
     return found.astype(np.int64)
 
 
-def _integer(name: str, value: Any, at_least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < at_least:
-        raise OptionError(f"{name} must be an integer >= {at_least}, got {value!r}")
+def _at_least(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")
     return int(value)

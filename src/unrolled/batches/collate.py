@@ -47,9 +47,16 @@ def collate_padded(
                 [2, 0],
                 [3, 0]]), tensor([0, 1]), tensor([3, 1]))
     """
-    columns = _columns(samples, sequences)
-    lengths = _common_lengths(columns)
-    return _batch(samples[0], columns, lambda rows: pad_sequence(rows, batch_first)), lengths
+    batch = _Samples(samples, sequences)
+    lengths = batch.lengths()
+    uneven = (lengths != lengths[:, :1]).any(1).nonzero()
+    if len(uneven):
+        i = int(uneven[0])
+        raise InputError(
+            f"padded sequences of one sample must share T, since there is one list of lengths, got lengths "
+            f"{lengths[i].tolist()} in sample {i}; ur.collate_packed keeps the lengths of each"
+        )
+    return batch.joined(lambda rows: pad_sequence(rows, batch_first)), lengths[:, 0].clone()
 
 
 def collate_packed(samples: Sequence[Any], *, sequences: Collection[Any] = ()) -> Any:
@@ -75,35 +82,88 @@ def collate_packed(samples: Sequence[Any], *, sequences: Collection[Any] = ()) -
         >>> batch.data, batch.batch_sizes
         (tensor([1, 4, 2, 3]), tensor([2, 1, 1]))
     """
-    columns = _columns(samples, sequences)
-    _refuse_empty_rows(columns)
-    return _batch(samples[0], columns, lambda rows: pack_sequence(rows, enforce_sorted=False))
+    batch = _Samples(samples, sequences)
+    empty = (batch.lengths() == 0).any(1).nonzero()
+    if len(empty):
+        raise InputError(
+            f"a PackedSequence holds no row without a step, got length 0 in sample {int(empty[0])}; "
+            "leave such samples out, or take ur.collate_padded"
+        )
+    return batch.joined(lambda rows: pack_sequence(rows, enforce_sorted=False))
 
 
-class _Rows(NamedTuple):
-    """A sequence of every sample: how its pytree is built, and for each leaf of it the samples' tensors."""
+class _Sequence(NamedTuple):
+    """One part of all samples: how its pytree is built, and for each leaf of it the samples' tensors."""
 
     structure: Structure
     tensors: list[tuple[Tensor, ...]]
 
-
-def _columns(samples: Sequence[Any], sequences: Collection[Any]) -> dict[Any, Any]:
-    """Part by part what all samples have there: `_Rows` of sequences, lists of other things."""
-    if not samples:
-        raise InputError("a batch needs at least one sample, got none; leave empty batches out")
-    taken = [_parts(sample) for sample in samples]
-    for i, parts in enumerate(taken):
-        if parts.keys() != taken[0].keys():
+    @classmethod
+    def of(cls, column: list[Any]) -> _Sequence:
+        try:
+            column = [_with_tensors(tree) for tree in column]
+            specs = [TreeSpec.of(tree, 1) for tree in column]
+        except TypeError as error:
             raise InputError(
-                f"samples of one batch must have the same parts: sample 0 has {_say(taken[0])}, sample {i} has "
-                f"{_say(parts)}; fill in what is missing"
+                f"a sequence must be tensors [T, ...]: {error}; convert it with torch.as_tensor"
+            ) from error
+        are_sequences = bool(specs[0].leaves) and all(leaf.leading for leaf in specs[0].leaves)
+        for i, spec in enumerate(specs):
+            if not are_sequences or spec != specs[0]:
+                raise InputError(
+                    "sequences of one batch must be tensors [T, ...] that differ in T only: "
+                    f"sample 0 has {describe(column[0])}, sample {i} has {describe(column[i])}"
+                )
+        return cls(specs[0].structure, list(zip(*map(leaves, column), strict=True)))
+
+
+class _Samples:
+    """Samples part by part: `_Sequence`s, and lists of the other things."""
+
+    def __init__(self, samples: Sequence[Any], sequences: Collection[Any]) -> None:
+        if not samples:
+            raise InputError("a batch needs at least one sample, got none; leave empty batches out")
+        self.sample = samples[0]
+        every = [_parts_of(sample) for sample in samples]
+        first = every[0]
+        for i, parts in enumerate(every):
+            if parts.keys() != first.keys():
+                raise InputError(
+                    f"samples of one batch must have the same parts: sample 0 has {_describe_parts(first)}, sample {i} "
+                    f"has {_describe_parts(parts)}; fill in what is missing"
+                )
+        named = sequences if len(sequences) or None not in first else (None,)
+        if not len(named) or any(key not in first for key in named):
+            raise InputError(
+                f"sequences must name the parts of a sample that are sequences, got {sequences!r} for a sample with "
+                f"{_describe_parts(first)}; use functools.partial(collate, sequences=[...]), or none where a sample is "
+                "one tensor"
             )
-    named = _named(taken[0], sequences)
-    columns = {key: [parts[key] for parts in taken] for key in taken[0]}
-    return {key: _rows(column) if key in named else column for key, column in columns.items()}
+        columns = {key: [parts[key] for parts in every] for key in first}
+        self.parts = {key: _Sequence.of(column) if key in named else column for key, column in columns.items()}
+
+    def lengths(self) -> Tensor:
+        """The length of each tensor of a sequence, for each sample: `[B, tensors]`."""
+        sequences = [part for part in self.parts.values() if isinstance(part, _Sequence)]
+        columns = [tensors for sequence in sequences for tensors in sequence.tensors]
+        return torch.tensor([[len(tensor) for tensor in tensors] for tensors in columns]).T
+
+    def joined(self, join: Callable[[Any], Any]) -> Any:
+        """One batch, built like a sample."""
+        parts = {
+            key: unflatten(part.structure, [join(tensors) for tensors in part.tensors])
+            if isinstance(part, _Sequence)
+            else default_collate(part)
+            for key, part in self.parts.items()
+        }
+        if isinstance(self.sample, Mapping):
+            return parts
+        if isinstance(self.sample, tuple | list):
+            return type(self.sample)(**parts) if hasattr(self.sample, "_fields") else tuple(parts.values())
+        return parts[None]
 
 
-def _parts(sample: Any) -> dict[Any, Any]:
+def _parts_of(sample: Any) -> dict[Any, Any]:
     """A sample's parts by key, name or position; what has no parts is its own, under None."""
     if isinstance(sample, Mapping):
         return dict(sample)
@@ -112,87 +172,19 @@ def _parts(sample: Any) -> dict[Any, Any]:
     return {None: sample}
 
 
-def _named(parts: dict[Any, Any], sequences: Collection[Any]) -> Collection[Any]:
-    named = sequences if len(sequences) or None not in parts else (None,)
-    if not len(named) or any(key not in parts for key in named):
-        raise InputError(
-            f"sequences must name the parts of a sample that are sequences, got {sequences!r} for a sample with "
-            f"{_say(parts)}; use functools.partial(collate, sequences=[...]), or none where a sample is one tensor"
-        )
-    return named
+def _describe_parts(parts: dict[Any, Any]) -> str:
+    if None in parts:
+        return f"no parts, a {type(parts[None]).__name__}"
+    return f"parts {', '.join(map(repr, parts))}"
 
 
-def _rows(column: list[Any]) -> _Rows:
-    try:
-        column = [_as_tensors(tree) for tree in column]
-        specs = [TreeSpec.of(tree, 1) for tree in column]
-    except TypeError as error:
-        raise InputError(f"a sequence must be tensors [T, ...]: {error}; convert it with torch.as_tensor") from error
-    are_sequences = bool(specs[0].leaves) and all(leaf.leading for leaf in specs[0].leaves)
-    for i, spec in enumerate(specs):
-        if not are_sequences or spec != specs[0]:
-            raise InputError(
-                "sequences of one batch must be tensors [T, ...] that differ in T only: "
-                f"sample 0 has {describe(column[0])}, sample {i} has {describe(column[i])}"
-            )
-    return _Rows(specs[0].structure, list(zip(*map(leaves, column), strict=True)))
-
-
-def _as_tensors(tree: Any) -> Any:
+def _with_tensors(tree: Any) -> Any:
     """A pytree whose numpy arrays are tensors, as torch's own collate takes them."""
     if isinstance(tree, np.ndarray | np.generic):
         return torch.as_tensor(np.require(tree, requirements=["C", "W"]))
     if isinstance(tree, dict):
-        return type(tree)(zip(tree, map(_as_tensors, tree.values()), strict=True))
+        return type(tree)(zip(tree, map(_with_tensors, tree.values()), strict=True))
     if isinstance(tree, tuple | list):
-        children = map(_as_tensors, tree)
+        children = map(_with_tensors, tree)
         return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
     return tree
-
-
-def _lengths(columns: dict[Any, Any]) -> Tensor:
-    """The length of each tensor of a sequence, for each sample: `[B, tensors]`."""
-    every = [tensors for rows in columns.values() if isinstance(rows, _Rows) for tensors in rows.tensors]
-    return torch.tensor([[len(tensor) for tensor in tensors] for tensors in every]).T
-
-
-def _common_lengths(columns: dict[Any, Any]) -> Tensor:
-    lengths = _lengths(columns)
-    uneven = (lengths != lengths[:, :1]).any(1).nonzero()
-    if len(uneven):
-        i = int(uneven[0])
-        raise InputError(
-            f"padded sequences of one sample must share T, since there is one list of lengths, got lengths "
-            f"{lengths[i].tolist()} in sample {i}; ur.collate_packed keeps the lengths of each"
-        )
-    return lengths[:, 0].clone()
-
-
-def _refuse_empty_rows(columns: dict[Any, Any]) -> None:
-    empty = (_lengths(columns) == 0).any(1).nonzero()
-    if len(empty):
-        raise InputError(
-            f"a PackedSequence holds no row without a step, got length 0 in sample {int(empty[0])}; "
-            "leave such samples out, or take ur.collate_padded"
-        )
-
-
-def _batch(sample: Any, columns: dict[Any, Any], join: Callable[[Any], Any]) -> Any:
-    """The columns as one batch, built like a sample."""
-    parts = {
-        key: unflatten(rows.structure, [join(tensors) for tensors in rows.tensors])
-        if isinstance(rows, _Rows)
-        else default_collate(rows)
-        for key, rows in columns.items()
-    }
-    if isinstance(sample, Mapping):
-        return parts
-    if isinstance(sample, tuple | list):
-        return type(sample)(**parts) if hasattr(sample, "_fields") else tuple(parts.values())
-    return parts[None]
-
-
-def _say(parts: dict[Any, Any]) -> str:
-    if None in parts:
-        return f"no parts, a {type(parts[None]).__name__}"
-    return f"parts {', '.join(map(repr, parts))}"

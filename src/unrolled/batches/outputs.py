@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,14 @@ def last_output(outputs: Tree, lengths: Lengths = None, *, batch_first: bool = F
         >>> ur.last_output(outputs, lengths=[3, 1])
         tensor([5., 2.])
     """
-    outputs, found = _padded(outputs, lengths, batch_first)
-    _refuse_empty_rows("last_output", found)
-    return map_leaves(
-        lambda leaf: leaf[found.to(leaf.device) - 1, torch.arange(len(found), device=leaf.device)], outputs
-    )
+    steps = _PaddedSteps.of(outputs, lengths, batch_first)
+    steps.refuse_empty_rows("last_output")
+
+    def last(leaf: Tensor) -> Tensor:
+        ends = steps.lengths.to(leaf.device) - 1
+        return leaf[ends, torch.arange(len(ends), device=leaf.device)]
+
+    return map_leaves(last, steps.tree)
 
 
 def pooled(outputs: Tree, lengths: Lengths = None, *, how: str = "mean", batch_first: bool = False) -> Tree:
@@ -71,12 +74,12 @@ def pooled(outputs: Tree, lengths: Lengths = None, *, how: str = "mean", batch_f
         >>> ur.pooled(outputs, lengths=[3, 2])
         tensor([3., 3.])
     """
-    if how not in _POOLS:
-        raise OptionError(f"how must be one of {', '.join(map(repr, _POOLS))}, got {how!r}")
-    outputs, found = _padded(outputs, lengths, batch_first)
+    if how not in ("mean", "max", "sum"):
+        raise OptionError(f"how must be one of 'mean', 'max', 'sum', got {how!r}")
+    steps = _PaddedSteps.of(outputs, lengths, batch_first)
     if how != "sum":
-        _refuse_empty_rows(f"pooled(how={how!r})", found)
-    return map_leaves(lambda leaf: _POOLS[how](leaf, found.to(leaf.device)), outputs)
+        steps.refuse_empty_rows(f"pooled(how={how!r})")
+    return map_leaves(lambda leaf: _pooled_leaf(leaf, steps.lengths.to(leaf.device), how), steps.tree)
 
 
 def sequence_loss(
@@ -115,82 +118,21 @@ def sequence_loss(
             f"outputs and targets must both be packed or both be padded, got {type(outputs).__name__} and "
             f"{type(targets).__name__}; torch.nn.utils.rnn.pack_padded_sequence and pad_packed_sequence convert them"
         )
-    outputs, found = _padded(outputs, lengths, batch_first)
-    targets, others = _padded(targets, lengths, batch_first, name="targets")
-    steps = len(leaves(outputs)[0])
-    if steps != len(leaves(targets)[0]) or not torch.equal(found, others):
+    padded = _PaddedSteps.of(outputs, lengths, batch_first)
+    wanted = _PaddedSteps.of(targets, lengths, batch_first, name="targets")
+    T, N = len(leaves(padded.tree)[0]), int(padded.lengths.sum())
+    if len(leaves(wanted.tree)[0]) != T or not torch.equal(padded.lengths, wanted.lengths):
         raise InputError(
-            f"outputs and targets must share T, B and lengths, got T = {steps}, lengths {found.tolist()} and "
-            f"T = {len(leaves(targets)[0])}, lengths {others.tolist()}; one target belongs to each output"
+            f"outputs and targets must share T, B and lengths, got T = {T}, lengths {padded.lengths.tolist()} and "
+            f"T = {len(leaves(wanted.tree)[0])}, lengths {wanted.lengths.tolist()}; one target belongs to each output"
         )
-    if not found.any():
-        raise InputError(f"sequence_loss needs at least one step, got lengths {found.tolist()}; skip such a batch")
-    times, rows = (torch.arange(steps).unsqueeze(1) < found).nonzero(as_tuple=True)
-    outputs, targets = map_leaves(lambda leaf: leaf[times.to(leaf.device), rows.to(leaf.device)], (outputs, targets))
-    return _mean_of(loss, outputs, targets, len(times))
-
-
-def _padded(outputs: Tree, lengths: Lengths, batch_first: bool, name: str = "outputs") -> tuple[Tree, Tensor]:
-    """A caller's outputs time-first, and the length of each row, `[B]` on the CPU."""
-    if isinstance(outputs, PackedSequence):
-        if lengths is not None:
-            raise InputError(f"a PackedSequence has its own lengths, got {lengths!r:.80} beside it; leave lengths out")
-        return pad_packed_sequence(outputs)
-    T, B = _sizes(outputs, batch_first, name)
-    found = torch.full((B,), T) if lengths is None else checked_lengths(lengths, T, B)
-    return swap_time_and_batch(outputs) if batch_first else outputs, found
-
-
-def _sizes(outputs: Tree, batch_first: bool, name: str) -> tuple[int, int]:
-    rule = f"{name} must be tensors {'[B, T, ...]' if batch_first else '[T, B, ...]'} that share T >= 1 and B >= 1"
-    try:
-        shapes = {leaf.shape[:2] for leaf in leaves(outputs)}
-    except TypeError as error:
-        raise InputError(f"{rule}: {error}; convert it with torch.as_tensor") from error
-    if len(shapes) != 1 or len(first := shapes.pop()) < 2 or 0 in first:
+    if not N:
         raise InputError(
-            f"{rule}, got {describe(outputs)}; pass the outputs of a whole batch, each as long as the others"
+            f"sequence_loss needs at least one step, got lengths {padded.lengths.tolist()}; skip such a batch"
         )
-    return (first[1], first[0]) if batch_first else (first[0], first[1])
-
-
-def _refuse_empty_rows(asked: str, lengths: Tensor) -> None:
-    empty = (lengths == 0).nonzero()
-    if len(empty):
-        raise InputError(
-            f"{asked} needs at least one step in each row, got length 0 for row {int(empty[0])}; "
-            "leave rows without a step out of the batch"
-        )
-
-
-def _valid(leaf: Tensor, lengths: Tensor) -> Tensor:
-    """Which steps are no padding, `[T, B, 1, ...]`."""
-    valid = torch.arange(len(leaf), device=leaf.device).unsqueeze(1) < lengths
-    return valid.view(valid.shape + (1,) * (leaf.dim() - 2))
-
-
-def _sum(leaf: Tensor, lengths: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.where(_valid(leaf, lengths), leaf, leaf.new_zeros(())).sum(0, dtype=dtype)
-
-
-def _mean(leaf: Tensor, lengths: Tensor) -> Tensor:
-    if not (leaf.is_floating_point() or leaf.is_complex()):
-        raise InputError(f"the mean needs floating outputs, got {leaf.dtype}; convert them: outputs.float()")
-    # As torch.mean does: the sum of many float16 is beyond its range where their mean is not.
-    total = _sum(leaf, lengths, torch.promote_types(leaf.dtype, torch.float32))
-    return (total / lengths.view((-1,) + (1,) * (leaf.dim() - 2))).to(leaf.dtype)
-
-
-def _max(leaf: Tensor, lengths: Tensor) -> Tensor:
-    # In place of padding stands step 0, which every row has: it can win over nothing that it does not win over itself.
-    return torch.where(_valid(leaf, lengths), leaf, leaf[:1]).max(0).values
-
-
-_POOLS: dict[str, Callable[..., Tensor]] = {"mean": _mean, "max": _max, "sum": _sum}
-
-
-def _mean_of(loss: Callable[..., Any], outputs: Tree, targets: Tree, N: int) -> Tensor:
-    values = loss(outputs, targets, reduction="none") if _takes_reduction(loss) else loss(outputs, targets)
+    times, rows = (torch.arange(T).unsqueeze(1) < padded.lengths).nonzero(as_tuple=True)
+    selected = map_leaves(lambda leaf: leaf[times.to(leaf.device), rows.to(leaf.device)], (padded.tree, wanted.tree))
+    values = loss(*selected, reduction="none") if _takes_reduction(loss) else loss(*selected)
     if not isinstance(values, Tensor) or values.shape[:1] != (N,):
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise OptionError(
@@ -198,6 +140,58 @@ def _mean_of(loss: Callable[..., Any], outputs: Tree, targets: Tree, N: int) -> 
             'do not reduce it: reduction="none"'
         )
     return values.mean()
+
+
+class _PaddedSteps(NamedTuple):
+    """Outputs or targets, time-first, and the length of each row, `[B]` on the CPU."""
+
+    tree: Tree
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, outputs: Tree, lengths: Lengths, batch_first: bool, name: str = "outputs") -> _PaddedSteps:
+        if isinstance(outputs, PackedSequence):
+            if lengths is not None:
+                raise InputError(
+                    f"a PackedSequence has its own lengths, got {lengths!r:.80} beside it; leave lengths out"
+                )
+            return cls(*pad_packed_sequence(outputs))
+        rule = f"{name} must be tensors {'[B, T, ...]' if batch_first else '[T, B, ...]'} that share T >= 1 and B >= 1"
+        try:
+            shapes = {leaf.shape[:2] for leaf in leaves(outputs)}
+        except TypeError as error:
+            raise InputError(f"{rule}: {error}; convert it with torch.as_tensor") from error
+        if len(shapes) != 1 or len(first := shapes.pop()) < 2 or 0 in first:
+            raise InputError(
+                f"{rule}, got {describe(outputs)}; pass the outputs of a whole batch, each as long as the others"
+            )
+        T, B = reversed(first) if batch_first else first
+        checked = torch.full((B,), T) if lengths is None else checked_lengths(lengths, T, B)
+        return cls(swap_time_and_batch(outputs) if batch_first else outputs, checked)
+
+    def refuse_empty_rows(self, caller: str) -> None:
+        empty = (self.lengths == 0).nonzero()
+        if len(empty):
+            raise InputError(
+                f"{caller} needs at least one step in each row, got length 0 for row {int(empty[0])}; "
+                "leave rows without a step out of the batch"
+            )
+
+
+def _pooled_leaf(leaf: Tensor, lengths: Tensor, how: str) -> Tensor:
+    valid = torch.arange(len(leaf), device=leaf.device).unsqueeze(1) < lengths
+    valid = valid.view(valid.shape + (1,) * (leaf.dim() - 2))
+    if how == "max":
+        # In place of padding stands step 0, which every row has: it wins over nothing that it does not win over itself.
+        return torch.where(valid, leaf, leaf[:1]).max(0).values
+    if how == "sum":
+        return torch.where(valid, leaf, leaf.new_zeros(())).sum(0)
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise InputError(f"the mean needs floating outputs, got {leaf.dtype}; convert them: outputs.float()")
+    # As torch.mean does: the sum of many float16 is beyond its range where their mean is not.
+    dtype = torch.promote_types(leaf.dtype, torch.float32)
+    total = torch.where(valid, leaf, leaf.new_zeros(())).sum(0, dtype=dtype)
+    return (total / lengths.view((-1,) + (1,) * (leaf.dim() - 2))).to(leaf.dtype)
 
 
 def _takes_reduction(loss: Callable[..., Any]) -> bool:
