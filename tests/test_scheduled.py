@@ -14,7 +14,7 @@ from problems import AttendingCell, B, H, S, T, TokenCell, uneven_loss
 from random_cells import ENGINES, assert_as_reference, decision
 from unrolled.networks.unroll import ENGINES as ALL
 from unrolled.trees import Tree
-from unrolled.wrappers.masks import draw, kept
+from unrolled.wrappers.masks import RowDraws
 
 F64 = torch.float64
 
@@ -28,7 +28,7 @@ def by_hand(cell: ur.ScheduledSampling, inputs: Tensor, state: ur.SeededState) -
     """A plain loop; which rows read their own output is said by the hash, row by row."""
     now, outputs = state.state.state, []
     for t, given in enumerate(inputs):
-        own = ~kept(draw(state.seed, state.t + t), cell.p, ()) if t else torch.zeros(len(given), dtype=torch.bool)
+        own = ~RowDraws.at(state.seed, state.t + t).kept(cell.p, ()) if t else torch.zeros(len(given), dtype=torch.bool)
         rows = [cell.feed(outputs[-1])[b] if own[b] else given[b] for b in range(len(given))]
         output, now = cell.cell(torch.stack(rows), now)
         outputs.append(output)

@@ -21,7 +21,7 @@ from random_cells import assert_as_reference
 from unrolled.errors import InputError, OptionError
 from unrolled.networks.unroll import ENGINES
 from unrolled.trees import Tree, leaves, map_leaves
-from unrolled.wrappers.masks import draw, kept
+from unrolled.wrappers.masks import RowDraws
 
 F64 = torch.float64
 WORD = 2**32 - 1
@@ -30,7 +30,7 @@ WORD = 2**32 - 1
 def mask(state: ur.SeededState, t: int | None, p: float, shape: tuple[int, ...], start: int = 0) -> Tensor:
     """What is kept in copy t (None: in all copies) of a run that began with this state."""
     now = None if t is None else state.t + t
-    return kept(draw(state.seed, now), p, shape, start)
+    return RowDraws.at(state.seed, now).kept(p, shape, start)
 
 
 def start_of(cell: nn.Module, rows: int = B, dtype: torch.dtype = F64) -> ur.SeededState:
@@ -75,7 +75,7 @@ def kept_by_hand(seed: int, t: int | None, p: float, entry: int) -> bool:
 def test_masks_are_the_integers_of_the_formula(seed, t, p, start):
     """Python's integers have no end: so nothing overflows in torch's."""
     time = None if t is None else torch.tensor([t])
-    got = kept(draw(torch.tensor([seed]), time), p, (2, 3), start)
+    got = RowDraws.at(torch.tensor([seed]), time).kept(p, (2, 3), start)
     want = [kept_by_hand(seed, t, p, start + entry) for entry in range(6)]
     assert got.flatten().tolist() == want
 
@@ -85,7 +85,7 @@ def many(request) -> Tensor:
     """Masks as +-1 at p = 0.5: `[rows, steps, entries]`, 64 of each."""
     torch.manual_seed(0)
     seed = torch.randint(2**63 - 1, (64,)) if request.param == "drawn seeds" else torch.arange(64)
-    found = [kept(draw(seed, torch.full((64,), t)), 0.5, (64,)) for t in range(64)]
+    found = [RowDraws.at(seed, torch.full((64,), t)).kept(0.5, (64,)) for t in range(64)]
     return torch.stack(found, 1).to(F64) * 2 - 1
 
 
@@ -115,14 +115,14 @@ def test_as_many_are_kept_as_by_chance_not_more_evenly(many, dim):
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_the_kept_fraction_is_one_minus_p(p):
     seed = torch.randint(2**63 - 1, (500,))
-    found = kept(draw(seed, torch.zeros_like(seed)), p, (20, 20)).to(F64)
+    found = RowDraws.at(seed, torch.zeros_like(seed)).kept(p, (20, 20)).to(F64)
     assert abs(found.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / found.numel())
 
 
 def test_a_larger_p_keeps_no_more():
-    drawn = draw(torch.arange(20), None)
-    assert not (kept(drawn, 0.6, (50,)) & ~kept(drawn, 0.5, (50,))).any()
-    assert kept(drawn, 0.0, (50,)).all()
+    draws = RowDraws.at(torch.arange(20), None)
+    assert not (draws.kept(0.6, (50,)) & ~draws.kept(0.5, (50,))).any()
+    assert draws.kept(0.0, (50,)).all()
 
 
 # -- dropout by hand -------------------------------------------------------------------------------------------------

@@ -79,6 +79,15 @@ def swap_time_and_batch(sequence: Tree) -> Tree:
     return map_leaves(lambda tensor: tensor.transpose(0, 1), sequence)
 
 
+def rows_where(mask: Tensor, chosen: Tree, other: Tree) -> Tree:
+    """A tree of `[B, ...]` whose rows are those of `chosen` where a mask, a bool `[B]`, is true, else of `other`."""
+
+    def choose(here: Tensor, there: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *(1,) * (there.dim() - 1)), here, there)
+
+    return map_leaves(choose, chosen, other)
+
+
 def each_step(inputs: Tree, extent: Extent) -> Iterator[Tree]:
     """The inputs of copy 0, 1, 2, ...
 

@@ -13,8 +13,8 @@ from unrolled.introspection.recorded_run import ReceivedState, RecordedRun
 from unrolled.introspection.taps import GradientTap, ways_past
 from unrolled.networks.layout import BatchLayout
 from unrolled.networks.unroll import Unrolled
+from unrolled.sequence import rows_where
 from unrolled.trees import Tree, map_leaves
-from unrolled.wrappers.resetting import afresh
 
 
 def record(
@@ -67,7 +67,7 @@ class _RecordingStep(CheckedStep):
         run = self.recorded
         if run.fresh is not None:
             input, resets = input
-            state = afresh(resets, map_leaves(lambda leaf: leaf[: len(resets)], run.fresh.tree), state)
+            state = rows_where(resets, map_leaves(lambda leaf: leaf[: len(resets)], run.fresh.tree), state)
         entered = run.tap.insert(input, state, list(run.weights.values()))
         self._aliases = dict(zip(run.paths.values(), entered[2].passed, strict=True))
         # Behind nodes of its own: what asks for the state's gradient alone shall not pay for the weights'.

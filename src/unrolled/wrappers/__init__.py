@@ -1,4 +1,8 @@
-"""Wrappers: cells around cells. What they add is part of the step, so that everything that runs cells runs them."""
+"""Wrappers: cells around cells.
+
+In comes a cell, out comes a cell whose input, output or state is treated differently. What a wrapper adds is part of
+the step, so that everything that runs cells runs it.
+"""
 
 from unrolled.wrappers.dropout import DropoutCell
 from unrolled.wrappers.outputs import ProjectedCell, ResidualCell

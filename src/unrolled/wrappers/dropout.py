@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +9,8 @@ from torch import Tensor, nn
 
 from unrolled.errors import OptionError
 from unrolled.trees import Tree, flatten, unflatten
-from unrolled.wrappers.masks import Draw, draw, kept
+from unrolled.wrappers.masks import RowDraws
 from unrolled.wrappers.seeded import SeededCell, SeededState
-
-OF = ("input", "output", "state")
-PER = ("step", "sequence")
 
 
 class DropoutCell(SeededCell):
@@ -61,10 +57,10 @@ class DropoutCell(SeededCell):
         per: str = "step",
     ) -> None:
         super().__init__(cell, p)
-        if of not in OF:
-            raise OptionError(f"of must be one of {', '.join(map(repr, OF))}, got {of!r}")
-        if per not in PER:
-            raise OptionError(f"per must be one of {', '.join(map(repr, PER))}, got {per!r}")
+        if of not in ("input", "output", "state"):
+            raise OptionError(f"of must be one of 'input', 'output', 'state', got {of!r}")
+        if per not in ("step", "sequence"):
+            raise OptionError(f"per must be one of 'step', 'sequence', got {per!r}")
         self.of, self.per = of, per
 
     def forward(self, input: Tree, state: SeededState, *context: Tree) -> tuple[Tree, SeededState]:
@@ -74,10 +70,10 @@ class DropoutCell(SeededCell):
             input = self.dropped(input, state)
         if self.of == "state":
             received = self.dropped(received, state)
-        output, following = self.cell(input, received, *context)
+        output, next_state = self.cell(input, received, *context)
         if self.of == "output":
             output = self.dropped(output, state)
-        return output, SeededState(following, state.seed, state.t + 1)
+        return output, SeededState(next_state, state.seed, state.t + 1)
 
     def dropped(self, tree: Tree, state: SeededState) -> Tree:
         """A tree of `[B, ...]` times its mask; the tree itself in evaluation."""
@@ -85,12 +81,13 @@ class DropoutCell(SeededCell):
         probabilities = self._probabilities(leaves)
         if not self.training:
             return tree
-        drawn = draw(state.seed, state.t if self.per == "step" else None)
-        found, start = [], 0
-        for leaf, p in zip(leaves, probabilities, strict=True):
-            found.append(_dropped(leaf, drawn, p, start) if p else leaf)
-            start += math.prod(leaf.shape[1:])
-        return unflatten(structure, found)
+        masks = RowDraws.at(state.seed, state.t if self.per == "step" else None).masks(leaves, probabilities)
+        # A product, as in torch: NaN stays NaN where it is dropped.
+        dropped = [
+            leaf if mask is None else leaf * (mask.to(leaf.dtype) / (1 - p))
+            for leaf, mask, p in zip(leaves, masks, probabilities, strict=True)
+        ]
+        return unflatten(structure, dropped)
 
     def _probabilities(self, leaves: Sequence[Tensor]) -> list[float]:
         floating = sum(leaf.is_floating_point() for leaf in leaves)
@@ -104,9 +101,3 @@ class DropoutCell(SeededCell):
     def extra_repr(self) -> str:
         """The probability, and what is dropped how often."""
         return f"{super().extra_repr()}, of={self.of!r}, per={self.per!r}"
-
-
-def _dropped(leaf: Tensor, drawn: Draw, p: float, start: int) -> Tensor:
-    mask = kept(drawn, p, tuple(leaf.shape[1:]), start)
-    # A product, as in torch: NaN stays NaN where it is dropped.
-    return leaf * (mask.to(leaf.dtype) / (1 - p))

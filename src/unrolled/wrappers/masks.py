@@ -7,6 +7,7 @@ windows, or on how often a step is computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,49 +21,54 @@ def draw_seeds(batch_size: int) -> Tensor:
     return torch.randint(2**63 - 1, (batch_size,), device="cpu")
 
 
-class Draw(NamedTuple):
-    """What one row draws at one step: a linear function of integers, `[B]` each."""
+class RowDraws(NamedTuple):
+    """What every row draws at one step: a linear function of integers, `[B]` each."""
 
     factor: Tensor
     summand: Tensor
 
+    @classmethod
+    def at(cls, seed: Tensor, t: Tensor | None) -> RowDraws:
+        """What is drawn: a function of each row's seed and the time, of all their bits.
 
-def draw(seed: Tensor, t: Tensor | None) -> Draw:
-    """What every row draws; a function of its seed and the time, of all their bits.
+        Args:
+            seed: one integer for each row, `[B]`.
+            t: the number of the copy, `[B]`; None for a draw that all copies share.
+        """
+        low, high = torch.bitwise_and(seed, _WORD), torch.bitwise_and(torch.bitwise_right_shift(seed, 32), _WORD)
+        factor = _mixed(low if t is None else low ^ _mixed(torch.bitwise_and(t, _WORD)))
+        return cls(torch.bitwise_right_shift(factor, 1), _mixed(factor ^ high))
 
-    Args:
-        seed: one integer for each row, `[B]`.
-        t: the number of the copy, `[B]`; None for a draw that all copies share.
-    """
-    low, high = torch.bitwise_and(seed, _WORD), torch.bitwise_and(torch.bitwise_right_shift(seed, 32), _WORD)
-    factor = _mixed(low if t is None else low ^ _mixed(torch.bitwise_and(t, _WORD)))
-    return Draw(torch.bitwise_right_shift(factor, 1), _mixed(factor ^ high))
+    def kept(self, p: float, shape: tuple[int, ...], start: int = 0) -> Tensor:
+        """Which entries of `[B, *shape]` are kept, each with probability 1 - p.
 
+        The linear function is taken of a hash of the entry's number: strongly universal hashing, which is one product
+        and one sum for each entry, and by which any two entries are independent.
 
-def kept(drawn: Draw, p: float, shape: tuple[int, ...], start: int = 0) -> Tensor:
-    """Which entries of `[B, *shape]` are kept, each with probability 1 - p.
+        Args:
+            p: the probability of being dropped; 32 bits of it count.
+            shape: the entries of a row.
+            start: the number of the first one.
 
-    The linear function is taken of a hash of the entry's number: strongly universal hashing, which is one product and
-    one sum for each entry, and by which any two entries are independent.
+        Source: M. Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer arithmetic
+        without primes", STACS (1996).
 
-    Args:
-        drawn: what every row draws.
-        p: the probability of being dropped; 32 bits of it count.
-        shape: the entries of a row.
-        start: the number of the first one.
+        Example:
+            >>> RowDraws.at(torch.tensor([3, 4]), torch.tensor([0, 0])).kept(0.5, (8,)).int()
+            tensor([[0, 1, 0, 1, 0, 0, 1, 0],
+                    [1, 0, 0, 1, 0, 0, 0, 0]], dtype=torch.int32)
+        """
+        entries = _mixed(torch.arange(start, start + math.prod(shape), device=self.factor.device)).view(shape)
+        factor, summand = (word.view(-1, *(1,) * len(shape)) for word in self)
+        # 31 bits times 32 bits, and 32 bits more: 63 bits hold it.
+        return torch.bitwise_and(torch.addcmul(summand, factor, entries), _WORD) >= round(p * 2**32)
 
-    Source: M. Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer arithmetic
-    without primes", STACS (1996).
-
-    Example:
-        >>> kept(draw(torch.tensor([3, 4]), torch.tensor([0, 0])), 0.5, (8,)).int()
-        tensor([[0, 1, 0, 1, 0, 0, 1, 0],
-                [1, 0, 0, 1, 0, 0, 0, 0]], dtype=torch.int32)
-    """
-    entries = _mixed(torch.arange(start, start + math.prod(shape), device=drawn.factor.device)).view(shape)
-    factor, summand = (word.view(-1, *(1,) * len(shape)) for word in drawn)
-    # 31 bits times 32 bits, and 32 bits more: 63 bits hold it.
-    return torch.bitwise_and(torch.addcmul(summand, factor, entries), _WORD) >= round(p * 2**32)
+    def masks(self, leaves: Sequence[Tensor], probabilities: Sequence[float]) -> Iterator[Tensor | None]:
+        """Which entries of each leaf `[B, ...]` are kept, None for all; no two entries of a row share a number."""
+        start = 0
+        for leaf, p in zip(leaves, probabilities, strict=True):
+            yield self.kept(p, tuple(leaf.shape[1:]), start) if p else None
+            start += math.prod(leaf.shape[1:])
 
 
 def _mixed(word: Tensor) -> Tensor:

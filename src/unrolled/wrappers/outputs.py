@@ -8,36 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import name_of
 from unrolled.cells.gates import check_sizes
 from unrolled.errors import CellError
 from unrolled.trees import Tree
+from unrolled.wrappers.base import CellWrapper
 
 
-class _OutputCell(nn.Module):
-    """A cell around a cell, with the same state."""
-
-    def __init__(self, cell: nn.Module | Callable[..., Any]) -> None:
-        super().__init__()
-        self.cell = as_cell(cell)
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The cell inside."""
-        return self.cell
-
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Tree:
-        """The cell's own."""
-        return self.cell.initial_state(batch_size, device=device, dtype=dtype)
-
-
-class ResidualCell(_OutputCell):
+class ResidualCell(CellWrapper):
     """A cell whose output is added to its input, so that a stack of them passes on what it does not change.
 
-    The state is the cell's own: what it hands on is not added to. The input must be one tensor of the output's shape.
+    The state is the cell's own: what it passes on is not added to. The input must be one tensor of the output's shape.
 
     Args:
         cell: a cell, or anything `as_cell` makes one of without further arguments.
@@ -56,7 +37,7 @@ class ResidualCell(_OutputCell):
 
     def forward(self, input: Tensor, state: Tree, *context: Tree) -> tuple[Tensor, Tree]:
         """Run one step: input `[B, I]`, the cell's own state; the output is `[B, I]`."""
-        output, following = self.cell(input, state, *context)
+        output, next_state = self.cell(input, state, *context)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor) or output.shape != input.shape:
             made = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             read = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
@@ -64,10 +45,10 @@ class ResidualCell(_OutputCell):
                 f"a residual connection adds the output to the input, but {name_of(self.cell)} reads {read} and gives "
                 f"out {made}; make them alike: ProjectedCell(cell, hidden_size, input_size) inside of it"
             )
-        return output + input, following
+        return output + input, next_state
 
 
-class ProjectedCell(_OutputCell):
+class ProjectedCell(CellWrapper):
     """A cell whose output is projected to another size; its state stays as it is.
 
     No later state needs the projection, so it is one product for all copies. (`ur.LSTM(proj_size=...)` projects what is
@@ -108,5 +89,5 @@ class ProjectedCell(_OutputCell):
 
     def forward(self, input: Tree, state: Tree, *context: Tree) -> tuple[Tensor, Tree]:
         """Run one step: input and state as the cell's own; the output is `[B, output_size]`."""
-        output, following = self.cell(input, state, *context)
-        return self.projection(output), following
+        output, next_state = self.cell(input, state, *context)
+        return self.projection(output), next_state

@@ -1,4 +1,4 @@
-"""Resets: rows that start afresh in the middle of a sequence."""
+"""Resets: rows that start from a fresh state in the middle of a sequence."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.cells.contract import name_of
-from unrolled.trees import Tree, map_leaves
-
-
-def afresh(resets: Tensor, fresh: Tree, state: Tree) -> Tree:
-    """A state whose rows are those of `fresh` where `resets`, a bool `[B]`, says so."""
-
-    def chosen(start: Tensor, leaf: Tensor) -> Tensor:
-        return torch.where(resets.view(-1, *(1,) * (leaf.dim() - 1)), start, leaf)
-
-    return map_leaves(chosen, fresh, state)
+from unrolled.sequence import rows_where
+from unrolled.trees import Tree
 
 
 class ResettingCell(nn.Module):
@@ -42,7 +34,7 @@ class ResettingCell(nn.Module):
 
     def forward(self, input: tuple[Tree, Tensor], state: Tree, context: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         """Run one step on states of which some are fresh."""
-        given, resets = input
-        own, fresh = context
-        received = afresh(resets, fresh, state)
-        return self.cell(given, received) if own is None else self.cell(given, received, own)
+        cell_input, resets = input
+        cell_context, fresh = context
+        received = rows_where(resets, fresh, state)
+        return self.cell(cell_input, received, *([] if cell_context is None else [cell_context]))

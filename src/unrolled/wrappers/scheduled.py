@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.errors import InputError, OptionError
+from unrolled.sequence import rows_where
 from unrolled.trees import Tree, describe, flatten, map_leaves
-from unrolled.wrappers.masks import draw, kept
+from unrolled.wrappers.masks import RowDraws
 from unrolled.wrappers.seeded import SeededCell, SeededState
 
 
 class FedState(NamedTuple):
-    """The state of a cell beside the input that its last output makes; in a `SeededState`.
+    """The state of a cell, and the input that its last output makes; in a `SeededState`.
 
     Attributes:
         state: the cell's own.
@@ -70,7 +71,10 @@ class ScheduledSampling(SeededCell):
         if not callable(feed):
             raise OptionError(f"feed must be a function (output) -> input, got a {type(feed).__name__}")
         self.feed = feed
-        self.first = _template(first)
+        try:
+            self.first = map_leaves(torch.zeros_like, first)
+        except TypeError as error:
+            raise OptionError(f"first must be a pytree of tensors: {error}; use torch.as_tensor") from error
         self.p = _probability(p)
 
     def initial_state(
@@ -88,35 +92,24 @@ class ScheduledSampling(SeededCell):
     def forward(self, input: Tree, state: SeededState, *context: Tree) -> tuple[Tree, SeededState]:
         """Run one step: input and output as the cell's own."""
         (received, fed), seed, t = state
-        _check_alike(input, fed)
+        self._check_input(input, fed)
         if self.training:
-            own = ~kept(draw(seed, t), _probability(self.p), ()) & (t > 0)
-            input = map_leaves(lambda given, made: torch.where(_as_mask(own, given), made, given), input, fed)
-        output, following = self.cell(input, received, *context)
-        return output, SeededState(FedState(following, self.feed(output)), seed, t + 1)
+            reads_own = ~RowDraws.at(seed, t).kept(_probability(self.p), ()) & (t > 0)
+            input = rows_where(reads_own, fed, input)
+        output, next_state = self.cell(input, received, *context)
+        return output, SeededState(FedState(next_state, self.feed(output)), seed, t + 1)
 
-
-def _template(first: Tree) -> Tree:
-    try:
-        return map_leaves(torch.zeros_like, first)
-    except TypeError as error:
-        raise OptionError(f"first must be a pytree of tensors: {error}; use torch.as_tensor") from error
+    def _check_input(self, input: Tree, fed: Tree) -> None:
+        (tensors, structure), (wanted, other) = flatten(input), flatten(fed)
+        alike = [a.shape == b.shape and a.dtype == b.dtype for a, b in zip(tensors, wanted, strict=False)]
+        if structure != other or not all(alike):
+            raise InputError(
+                f"an input must be like first=, which for these rows is {describe(fed)}, got {describe(input)}; give "
+                "ScheduledSampling(first=) the input of one row, without a batch"
+            )
 
 
 def _probability(p: Any) -> float:
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise OptionError(f"p must be a number from 0 to 1, got {p!r}; 0 always reads what is given")
     return float(p)
-
-
-def _as_mask(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.view(-1, *(1,) * (like.dim() - 1))
-
-
-def _check_alike(input: Tree, fed: Tree) -> None:
-    (given, structure), (wanted, other) = flatten(input), flatten(fed)
-    if structure != other or any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(given, wanted, strict=True)):
-        raise InputError(
-            f"an input must be like first=, which for these rows is {describe(fed)}, got {describe(input)}; give "
-            "ScheduledSampling(first=) the input of one row, without a batch"
-        )

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import name_of
 from unrolled.errors import OptionError
 from unrolled.trees import Tree, leaves
+from unrolled.wrappers.base import CellWrapper
 from unrolled.wrappers.masks import draw_seeds
 
 
@@ -20,7 +20,7 @@ class SeededState(NamedTuple):
 
     Attributes:
         state: the wrapped cell's own.
-        seed: one integer for each row, `[B]`; every copy hands it on.
+        seed: one integer for each row, `[B]`; every copy passes it on.
         t: the number of the copy, `[B]`; every copy adds one.
 
     Example:
@@ -34,7 +34,7 @@ class SeededState(NamedTuple):
     t: Tensor
 
 
-class SeededCell(nn.Module):
+class SeededCell(CellWrapper):
     """A cell around a cell, with masks that are a function of the seed, the row, the time and the entry.
 
     Args:
@@ -46,14 +46,8 @@ class SeededCell(nn.Module):
     """
 
     def __init__(self, cell: nn.Module | Callable[..., Any], p: float | Sequence[float]) -> None:
-        super().__init__()
-        self.cell = as_cell(cell)
-        self.p = tuple(map(checked, p)) if isinstance(p, tuple | list) else checked(p)
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The cell inside."""
-        return self.cell
+        super().__init__(cell)
+        self.p = tuple(map(_checked_probability, p)) if isinstance(p, tuple | list) else _checked_probability(p)
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -63,7 +57,7 @@ class SeededCell(nn.Module):
         In training the seeds are drawn from torch's default generator; in evaluation nothing is drawn, and the seeds
         are the numbers of the rows.
         """
-        state = self.cell.initial_state(batch_size, device=device, dtype=dtype)
+        state = super().initial_state(batch_size, device=device, dtype=dtype)
         seed = draw_seeds(batch_size) if self.training else torch.arange(batch_size, device="cpu")
         seed = seed.to(device=next((leaf.device for leaf in leaves(state)), device))
         return SeededState(state, seed, torch.zeros_like(seed))
@@ -75,18 +69,18 @@ class SeededCell(nn.Module):
             OptionError: if there is not one p for each floating leaf.
         """
         floating = [tensor.is_floating_point() for tensor in tensors]
-        given = list(self.p) if isinstance(self.p, tuple) else [self.p] * sum(floating)
-        if len(given) != sum(floating):
+        probabilities = list(self.p) if isinstance(self.p, tuple) else [self.p] * sum(floating)
+        if len(probabilities) != sum(floating):
             raise OptionError(
                 f"p must be one number, or one for each floating leaf of the {what}: that of {name_of(self.cell)} has "
                 f"{sum(floating)}, got p={self.p}"
             )
-        if self.p and not given:
+        if self.p and not probabilities:
             raise OptionError(
                 f"the {what} of {name_of(self.cell)} holds no floating numbers that p={self.p} could be for; wrap "
                 "what computes with floats: a cell with its embedding outside, or another part of the step"
             )
-        by_leaf = iter(given)
+        by_leaf = iter(probabilities)
         return [next(by_leaf) if floats else 0.0 for floats in floating]
 
     def extra_repr(self) -> str:
@@ -94,12 +88,7 @@ class SeededCell(nn.Module):
         return f"p={self.p}"
 
 
-def checked(p: Any) -> float:
-    """Refuse what is no probability below 1.
-
-    Raises:
-        OptionError: saying what it is.
-    """
+def _checked_probability(p: Any) -> float:
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
         raise OptionError(f"p must be a number from 0 up to, but not including, 1, got {p!r}; 0 drops nothing")
     return float(p)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
-from unrolled.wrappers.masks import Draw, draw, kept
+from unrolled.wrappers.masks import RowDraws
 from unrolled.wrappers.seeded import SeededCell, SeededState
 
 
@@ -47,22 +46,17 @@ class ZoneoutCell(SeededCell):
 
     def forward(self, input: Tree, state: SeededState, *context: Tree) -> tuple[Tree, SeededState]:
         """Run one step: input and state as the cell's own, the latter in a `SeededState`."""
-        output, following = self.cell(input, state.state, *context)
-        before, (after, structure) = leaves(state.state), flatten(following)
-        zoned = self._zoned(before, after, draw(state.seed, state.t) if self.training else None)
-        same = {id(new): leaf for new, leaf in zip(after, zoned, strict=True)}
-        output = map_leaves(lambda leaf: same.get(id(leaf), leaf), output)
+        output, next_state = self.cell(input, state.state, *context)
+        old, (new, structure) = leaves(state.state), flatten(next_state)
+        zoned = self._zoned(old, new, state)
+        zoned_of = {id(leaf): chosen for leaf, chosen in zip(new, zoned, strict=True)}
+        output = map_leaves(lambda leaf: zoned_of.get(id(leaf), leaf), output)
         return output, SeededState(unflatten(structure, zoned), state.seed, state.t + 1)
 
-    def _zoned(self, before: Sequence[Tensor], after: Sequence[Tensor], drawn: Draw | None) -> list[Tensor]:
-        found, start = [], 0
-        for old, new, p in zip(before, after, self.probabilities(before, "state"), strict=True):
-            found.append(_zoned(old, new, drawn, p, start) if p else new)
-            start += math.prod(old.shape[1:])
-        return found
-
-
-def _zoned(old: Tensor, new: Tensor, drawn: Draw | None, p: float, start: int) -> Tensor:
-    if drawn is None:
-        return p * old + (1 - p) * new
-    return torch.where(kept(drawn, p, tuple(old.shape[1:]), start), new, old)
+    def _zoned(self, old: Sequence[Tensor], new: Sequence[Tensor], state: SeededState) -> list[Tensor]:
+        """The leaves of the next state, some entries as they were; in evaluation each entry's expectation."""
+        probabilities = self.probabilities(old, "state")
+        if not self.training:
+            return [p * a + (1 - p) * b if p else b for a, b, p in zip(old, new, probabilities, strict=True)]
+        masks = RowDraws.at(state.seed, state.t).masks(old, probabilities)
+        return [b if mask is None else torch.where(mask, b, a) for a, b, mask in zip(old, new, masks, strict=True)]
