@@ -253,7 +253,7 @@ def test_threads_that_help_with_products_change_no_number(make, B, monkeypatch):
     try:
         torch.set_num_threads(2)
         for worth in ((), ((8, 0),)):
-            monkeypatch.setattr(bind, "_WORTH_HELP", worth)
+            monkeypatch.setattr(bind, "_WORTH_A_QUEUE", worth)
             outputs, _ = ur.unroll(cell, engine="native")(x)
             grads = torch.autograd.grad(outputs.square().sum(), list(cell.parameters()))
             found.append([outputs.detach(), *grads])

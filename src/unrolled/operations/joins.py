@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from unrolled.operations.layout import Layout, UnsupportedError
-from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous, thick
+from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.row_rules import Rows, along
 from unrolled.operations.views import Views
@@ -29,7 +29,7 @@ class Joins(Views):
     def _stack(self, op: Op) -> list[View]:
         out = self.layout_of(op)
         dim = out.dim(self.argument(op, 1, 0), "a stack")
-        pieces = [thick(self.views[ref.value], dim) for ref in op.args[0]]
+        pieces = [self.views[ref.value].unsqueezed(dim) for ref in op.args[0]]
         return [self.joined(out.dims, dim, pieces, pieces[0].dtype)]
 
     def joined(self, dims: tuple[int, ...], dim: int, pieces: Sequence[View], dtype: torch.dtype) -> View:
@@ -63,7 +63,7 @@ class Joins(Views):
     def _select_backward(self, op: Op) -> list[View]:
         view, out = self.argument(op, 0), self.layout_of(op)
         dim = out.dim(op.args[2], "the backward of a selection")
-        return [self.padded(thick(view, dim), out.dims, dim, op.args[3] % out.dims[dim])]
+        return [self.padded(view.unsqueezed(dim), out.dims, dim, op.args[3] % out.dims[dim])]
 
     def padded(
         self, view: View, dims: tuple[int, ...], dim: int, begin: int, step: int = 1, fill: Scalar = 0.0

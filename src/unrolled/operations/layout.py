@@ -81,10 +81,11 @@ class Layout:
         if self.is_batch(dim):
             raise UnsupportedError(f"{what} along the batch")
         dim %= max(len(self.shape), 1)
-        return dim - (self.place is not None and dim > self.place and self.many == 1)
+        behind = self.place is not None and dim > self.place and self.many == 1
+        return dim - 1 if behind else dim
 
     def order(self, dims: Sequence[int]) -> list[int]:
-        """An order of dimensions as torch counts them, among those of a row."""
+        """An order of dimensions as torch counts them, as an order of those of a row."""
         rank = len(self.shape)
         kept = [d % rank for d in dims if not (self.is_batch(d) and self.many == 1)]
         return [d if d == self.place else self.dim(d) for d in kept]

@@ -73,7 +73,7 @@ class Lowering:
             return view
         if have.shape[where] != 1:
             raise UnsupportedError("an operation of rows with what is as long as they are")
-        return self.ordered(view, [d for d in range(len(view.dims)) if d != where])
+        return view.permuted([d for d in range(len(view.dims)) if d != where])
 
     def compute(
         self, name: str, *arguments: View | Scalar, dims: Sequence[int] | None = None, dtype: Any = None
@@ -132,16 +132,3 @@ class Lowering:
     def shape_of(self, op: Op, output: int = 0) -> tuple[int, ...]:
         """The shape of an operation's result, without the batch."""
         return self.layout_of(op, output).dims
-
-    def ordered(self, view: View, order: Sequence[int]) -> View:
-        """A view with its dimensions in another order."""
-        dims, strides = tuple(view.dims[d] for d in order), tuple(view.strides[d] for d in order)
-        return View(view.node, dims, strides, view.offset)
-
-    def spread(self, view: View, dims: tuple[int, ...]) -> View:
-        """A view broadcast to a shape."""
-        added = len(dims) - len(view.dims)
-        strides = (0,) * added + tuple(
-            0 if have == 1 else stride for have, stride in zip(view.dims, view.strides, strict=True)
-        )
-        return View(view.node, dims, strides, view.offset)

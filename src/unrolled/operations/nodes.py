@@ -9,7 +9,7 @@ pieces are written side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TypeAlias
 
@@ -69,6 +69,21 @@ class View:
     def dtype(self) -> torch.dtype:
         """The dtype of its entries."""
         return self.node.dtype
+
+    def permuted(self, order: Sequence[int]) -> View:
+        """Its dimensions in another order, or only some of them."""
+        return replace(self, dims=tuple(self.dims[d] for d in order), strides=tuple(self.strides[d] for d in order))
+
+    def unsqueezed(self, dim: int) -> View:
+        """With one more dimension, of length 1."""
+        dims, strides = (*self.dims[:dim], 1, *self.dims[dim:]), (*self.strides[:dim], 0, *self.strides[dim:])
+        return replace(self, dims=dims, strides=strides)
+
+    def broadcast(self, dims: tuple[int, ...]) -> View:
+        """Broadcast to a shape, as in torch."""
+        new = (0,) * (len(dims) - len(self.dims))
+        own = (0 if have == 1 else stride for have, stride in zip(self.dims, self.strides, strict=True))
+        return replace(self, dims=dims, strides=(*new, *own))
 
 
 @dataclass(eq=False)
@@ -144,9 +159,3 @@ class Lowered:
 def contiguous(dims: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides."""
     return tuple(prod(dims[i + 1 :]) for i in range(len(dims)))
-
-
-def thick(view: View, dim: int) -> View:
-    """A view with one more dimension, of length 1."""
-    dims, strides = (*view.dims[:dim], 1, *view.dims[dim:]), (*view.strides[:dim], 0, *view.strides[dim:])
-    return View(view.node, dims, strides, view.offset)

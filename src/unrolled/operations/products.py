@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unrolled.operations.layout import UnsupportedError
-from unrolled.operations.nodes import Compute, Input, Product, Scalar, View, thick
+from unrolled.operations.nodes import Compute, Input, Product, Scalar, View
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.reductions import Reductions
 from unrolled.operations.row_rules import Rows
@@ -64,11 +64,11 @@ class Products(Reductions):
         if (one.place, other.place) not in ((0, 0), (1, None), (None, 2)):
             raise UnsupportedError("a batched product that adds up over the batch")
         if one.place == 1 and one.many == 1:
-            a = thick(a, len(a.dims) - 1)
+            a = a.unsqueezed(len(a.dims) - 1)
         if other.place == 2 and other.many == 1:
-            b = thick(b, len(b.dims))
-        turned = self.ordered(b, [*range(len(b.dims) - 2), len(b.dims) - 1, len(b.dims) - 2])
-        result = self._contracted(thick(a, len(a.dims) - 1), thick(turned, len(turned.dims) - 2))
+            b = b.unsqueezed(len(b.dims))
+        turned = b.permuted([*range(len(b.dims) - 2), len(b.dims) - 1, len(b.dims) - 2])
+        result = self._contracted(a.unsqueezed(len(a.dims) - 1), turned.unsqueezed(len(turned.dims) - 2))
         return self.reshaped(result, self.shape_of(op))
 
     def _contracted(self, a: View, b: View) -> View:

@@ -22,7 +22,7 @@ class Reductions(Views):
     def reduced(self, name: str, view: View, dims: Sequence[int]) -> View:
         """A reduction that keeps its dimensions, with length 1."""
         kept = [d for d in range(len(view.dims)) if d not in dims]
-        ordered = self.ordered(view, [*kept, *dims])
+        ordered = view.permuted([*kept, *dims])
         node = Reduce(tuple(view.dims[d] for d in kept), self.real, name, ordered, prod(view.dims[d] for d in dims))
         result = self.add(node)
         shape = tuple(1 if d in dims else n for d, n in enumerate(view.dims))
@@ -110,9 +110,9 @@ class Reductions(Views):
     def _cumsum(self, op: Op) -> list[View]:
         view, (dim,) = self.argument(op, 0), self._dims(op, op.args[1])
         order = [*(d for d in range(len(view.dims)) if d != dim), dim]
-        turned = self.ordered(view, order)
+        turned = view.permuted(order)
         scan = self.add(Scan(turned.dims, self.real, "cumsum", turned, view.dims[dim]))
-        return [self.ordered(scan, [order.index(d) for d in range(len(order))])]
+        return [scan.permuted([order.index(d) for d in range(len(order))])]
 
     @lowers("_softmax", Operation(along(1, default=-1), cost=Cost.FUSED))
     def _softmax(self, op: Op) -> list[View]:

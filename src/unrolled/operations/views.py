@@ -50,7 +50,7 @@ class Views(Lowering):
     def _expand(self, op: Op) -> list[View]:
         out = self.layout_of(op)
         view = self.aligned(op.args[0], out) if out.place is not None else self.argument(op, 0)
-        return [self.spread(view, out.dims)]
+        return [view.broadcast(out.dims)]
 
     @lowers("repeat", Operation(Rows.repeat))
     def _repeat(self, op: Op) -> list[View]:
@@ -62,12 +62,12 @@ class Views(Lowering):
         sizes = (1,) * (len(times) - len(view.dims)) + view.dims
         pairs = tuple(n for pair in zip(times, sizes, strict=True) for n in pair)
         single = tuple(n for size in sizes for n in (1, size))
-        whole = self.compute("same", self.spread(self.reshaped(view, single), pairs), dtype=view.dtype)
+        whole = self.compute("same", self.reshaped(view, single).broadcast(pairs), dtype=view.dtype)
         return [self.reshaped(whole, out.dims)]
 
     @lowers("permute", Operation.moving(Rows.permute))
     def _permute(self, op: Op) -> list[View]:
-        return [self.ordered(self.argument(op, 0), self.layout(op).order(op.args[1]))]
+        return [self.argument(op, 0).permuted(self.layout(op).order(op.args[1]))]
 
     @lowers("transpose", Operation.moving(Rows.transpose))
     def _transpose(self, op: Op) -> list[View]:
@@ -80,7 +80,7 @@ class Views(Lowering):
     def _swapped(self, op: Op, a: int, b: int) -> View:
         order = list(range(len(self.layout(op).shape)))
         order[a], order[b] = order[b], order[a]
-        return self.ordered(self.argument(op, 0), self.layout(op).order(order))
+        return self.argument(op, 0).permuted(self.layout(op).order(order))
 
     @lowers("flip", Operation(along(1, default=-1), linear=Linear.JOINTLY))
     def _flip(self, op: Op) -> list[View]:
@@ -98,7 +98,7 @@ class Views(Lowering):
         step = view.strides[one] + view.strides[other]
         kept = [d for d in range(len(view.dims)) if d not in (one, other)]
         start = max(shift, 0) * view.strides[other] - min(shift, 0) * view.strides[one]
-        rest = self.ordered(view, kept)
+        rest = view.permuted(kept)
         return [View(view.node, (*rest.dims, length), (*rest.strides, step), view.offset + start)]
 
     @lowers("unfold", Operation(along(1)))
@@ -153,7 +153,7 @@ class Views(Lowering):
 
     def _selected(self, view: View, dim: int, index: int) -> View:
         part = self.cut(view, dim, index, 1)
-        return self.ordered(part, [d for d in range(len(part.dims)) if d != dim])
+        return part.permuted([d for d in range(len(part.dims)) if d != dim])
 
     @lowers("unbind", Operation(Rows.select))
     def _unbind(self, op: Op) -> list[View]:

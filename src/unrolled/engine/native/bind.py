@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unrolled.engine.native.build import library, machine_lines
 from unrolled.engine.native.emit import Source, one_file
-from unrolled.engine.native.lower import state_homes
+from unrolled.engine.native.lower import state_buffers
 from unrolled.engine.native.products import packed_matrix, product_library
 from unrolled.engine.native.state_buffer import StateBuffer
 from unrolled.engine.native.threads import shares, team
@@ -28,28 +28,9 @@ from unrolled.plan.loops import LoopProgram
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
 # Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their
 # own each thread would read all of them.
-_WORTH_HELP = ((2, 200_000), (8, 8 << 20))
+_WORTH_A_QUEUE = ((2, 200_000), (8, 8 << 20))
 _MOST_THREADS = 64  # MOST_PARTS in kernels.c
 _LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What is known of a call before it is made, for so many steps and rows.
-
-    Attributes:
-        shapes: of all inputs.
-        dtypes: of all inputs.
-        by_step: how far apart the steps of an input are, in entries, if it is contiguous.
-        by_row: how far apart its rows are.
-        rooms: shape and dtype of the memory for each emitted value; that of a next state has room for the first one.
-    """
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    by_step: tuple[int, ...]
-    by_row: tuple[int, ...]
-    rooms: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop]:
@@ -63,11 +44,95 @@ def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop
     for source in sources.values():
         if source.matrices:
             product_library(source.real)  # a compiler that fails is to be found out now
-    walks = [cast(loaded[f"ur_walk_{number}"], c_void_p) for number in range(len(sources))]
+    functions = [cast(loaded[f"ur_loop_{number}"], c_void_p) for number in range(len(sources))]
     return {
-        loop: NativeLoop(loop, source, partial(loaded.ur_loop, walk))
-        for (loop, source), walk in zip(sources.items(), walks, strict=True)
+        loop: NativeLoop(loop, source, partial(loaded.ur_loop, function))
+        for (loop, source), function in zip(sources.items(), functions, strict=True)
     }
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is known of a run over so many steps and rows before it is made.
+
+    Attributes:
+        inputs: shape and dtype of each input.
+        by_step: how far apart the steps of an input are, in entries, if it is contiguous.
+        by_row: how far apart its rows are.
+        buffers: shape and dtype of each buffer; those of states have room for the first one.
+    """
+
+    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    by_step: tuple[int, ...]
+    by_row: tuple[int, ...]
+    buffers: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse tensors of another shape, dtype or device."""
+        for tensor, (shape, dtype) in zip(tensors, self.inputs, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+                raise ValueError(
+                    f"a loop's input must be {dtype} {list(shape)} on the CPU, "
+                    f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                )
+
+
+@dataclass(frozen=True)
+class _Threads:
+    """How threads share a run: each owns the rows from its bound up to the next one's.
+
+    Attributes:
+        bounds: one more than there are threads.
+        queued: whether the first one owns all rows, and the others help it with its products.
+    """
+
+    bounds: Sequence[int]
+    queued: bool
+
+    @property
+    def count(self) -> int:
+        """How many threads there are."""
+        return len(self.bounds) - 1
+
+    @property
+    def owners(self) -> int:
+        """How many of them own rows."""
+        return 1 if self.queued else self.count
+
+
+@dataclass(eq=False)
+class _Memory:
+    """All memory that compiled code reads and writes in a run. Whoever holds it keeps the pointers valid.
+
+    Attributes:
+        inputs: in each a row's entries lie one after the other.
+        by_step: how far apart the steps of an input are, in entries.
+        by_row: how far apart its rows are.
+        buffers: for what is emitted at every step, and for the states.
+        totals: a running total for each thread that owns rows.
+        packed: the matrices of products.
+        scratch: for what one step makes.
+    """
+
+    inputs: list[Tensor]
+    by_step: list[int]
+    by_row: list[int]
+    buffers: list[Tensor]
+    totals: list[Tensor]
+    packed: list[Tensor]
+    scratch: Tensor
+
+    def arguments(self) -> tuple[object, ...]:
+        """The first arguments of `ur_loop` in loops.c; scratch memory begins at a line of the cache."""
+        return (
+            _pointers(self.inputs),
+            _integers(self.by_step),
+            _integers(self.by_row),
+            _pointers(self.buffers),
+            _pointers(self.totals),
+            _pointers(self.packed),
+            -(-self.scratch.data_ptr() // 64) * 64,
+        )
 
 
 class NativeLoop:
@@ -81,143 +146,153 @@ class NativeLoop:
 
     def __init__(self, loop: LoopProgram, source: Source, entry: Callable[..., int]) -> None:
         self.loop, self.source, self._entry = loop, source, entry
-        groups = (loop.program.inputs, loop.emitted)
-        self._layouts = [[Layout.of(loop.program.values[v]) for v in group] for group in groups]
-        self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
-        self._homes = state_homes(loop)
+        values = loop.program.values
+        self._input_layouts = [Layout.of(values[v]) for v in loop.program.inputs]
+        self._emitted_layouts = [Layout.of(values[v]) for v in loop.emitted]
+        self._state_buffers = state_buffers(loop)
         self._sizes = lru_cache(maxsize=16)(self._sizes_for)
+        self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
 
-    def __call__(self, request: LoopInputs) -> LoopResult:
-        """Walk through time; see `execution.protocol.LoopRunner`."""
-        extent, given = request.extent, [materialized(tensor) for tensor in request.tensors]
+    def __call__(self, inputs: LoopInputs) -> LoopResult:
+        """Run all steps; see `execution.protocol.LoopRunner`."""
+        extent, tensors = inputs.extent, [materialized(tensor) for tensor in inputs.tensors]
         sizes = self._sizes(extent.steps, extent.batch, extent.rows, extent.ragged)
-        self._check(given, sizes)
-        leaves, by_step, by_row = self._leaves(given, sizes, extent)
-        rooms = [allocate(shape, dtype) for shape, dtype in sizes.rooms]
-        states = [StateBuffer(rooms[home], extent, request.reverse) for home in self._homes]
-        for room, state in zip(states, request.states, strict=True):
-            room.begin(state)
-        fixed = given[len(request.sequences) :]
-        packed = [made_once(packed_matrix, fixed[position]) for position in self.source.matrices]
-        scratch = torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8)
-        threads, helpers = self._threads(extent), self._helpers(extent)
-        totals = [self._zeros(v, threads) for v, _ in self.loop.totals]
-        offsets = _integers((*extent.offsets, extent.rows)) if extent.ragged else None
-        arguments = (
-            _pointers(leaves),
-            _integers(by_step),
-            _integers(by_row),
-            _pointers(rooms),
-            _pointers(totals),
-            _pointers(packed),
-            -(-scratch.data_ptr() // 64) * 64,
-            offsets,
-            _integers([0] + [extent.batch] * (1 + helpers) if helpers else shares(extent, threads)),
-            self.source.scratch,
-            extent.steps,
-            extent.batch,
-            int(request.reverse),
-        )
-        self._walk(arguments, extent, threads, helpers)
-        made = rooms[: len(self.loop.emitted)]
-        for home, room in zip(self._homes, states, strict=True):
-            made[home : home + 1] = [room.handed_on()] if home < len(made) else []
-        emitted = [at.as_torch_has_it(x, 1 - extent.ragged) for at, x in zip(self._layouts[1], made, strict=True)]
-        totals = [total.sum(0) if threads > 1 else total[0] for total in totals]
-        return LoopResult(emitted, [room.last() for room in states], lambda state: states[state].received(), totals)
+        sizes.check(tensors)
+        threads = self._threads(extent)
+        memory = self._memory(tensors, sizes, extent, threads)
+        states = [StateBuffer(memory.buffers[n], extent, inputs.reverse) for n in self._state_buffers]
+        for buffer, state in zip(states, inputs.states, strict=True):
+            buffer.begin(state)
+        self._run(memory, extent, threads, reverse=inputs.reverse)
+        last = [buffer.last() for buffer in states]
+        totals = [total.sum(0) if threads.owners > 1 else total[0] for total in memory.totals]
+        emitted = self._emitted(memory.buffers, states, extent)
+        return LoopResult(emitted, last, lambda state: states[state].received(), totals)
+
+    # -- before a run
 
     def _sizes_for(self, steps: int, batch: int, rows: int, ragged: bool) -> _Sizes:
-        values, a = self.loop.program.values, self.loop.counts[0]
-        known, layouts = [values[v] for v in self.loop.program.inputs], self._layouts[0]
-        shapes = [
-            v.sizes(batch) if i >= a else v.sizes(rows) if ragged else (steps, *v.sizes(batch))
-            for i, v in enumerate(known)
-        ]
-        by_row = [0 if at.place is None else prod(at.dims) for at in layouts]
-        by_step = [
-            (prod(at.dims) * (1 if at.place is None else batch)) if i < a and not ragged else 0
-            for i, at in enumerate(layouts)
-        ]
-        room_of = [
-            *self.loop.emitted,
-            *(v for v, home in zip(self.loop.next_states, self._homes, strict=True) if home >= len(self.loop.emitted)),
-        ]
+        loop, values = self.loop, self.loop.program.values
+        shapes = [values[v].sizes(rows) if ragged else (steps, *values[v].sizes(batch)) for v in loop.sequences]
+        shapes += [values[v].sizes(batch) for v in (*loop.fixed, *loop.states)]
+        dtypes = [values[v].dtype for v in loop.program.inputs]
+        by_row = [0 if layout.place is None else prod(layout.dims) for layout in self._input_layouts]
+        by_step = [0] * len(shapes)
+        if not ragged:
+            for i, layout in enumerate(self._input_layouts[: len(loop.sequences)]):
+                by_step[i] = prod(layout.dims) * (1 if layout.place is None else batch)
+        stored = [*loop.emitted, *(v for v, n in self._states() if n >= len(loop.emitted))]
         steps_first = (rows,) if ragged else (steps, batch)
-        rooms = [
-            ((*((batch + rows,) if place in self._homes else steps_first), *Layout.of(values[v]).dims), values[v].dtype)
-            for place, v in enumerate(room_of)
+        leading = [(batch + rows,) if n in self._state_buffers else steps_first for n in range(len(stored))]
+        buffers = [
+            ((*first, *Layout.of(values[v]).dims), values[v].dtype) for first, v in zip(leading, stored, strict=True)
         ]
-        return _Sizes(tuple(shapes), tuple(v.dtype for v in known), tuple(by_step), tuple(by_row), tuple(rooms))
+        return _Sizes(tuple(zip(shapes, dtypes, strict=True)), tuple(by_step), tuple(by_row), tuple(buffers))
 
-    def _leaves(
-        self, given: Sequence[Tensor], sizes: _Sizes, extent: Extent
+    def _states(self) -> list[tuple[int, int]]:
+        """For each state the value that replaces it, and the number of its buffer."""
+        return list(zip(self.loop.next_states, self._state_buffers, strict=True))
+
+    def _threads(self, extent: Extent) -> _Threads:
+        most = min(torch.get_num_threads(), _MOST_THREADS)
+        read = self.source.weights * self.source.real.itemsize
+        if most > 1 and any(extent.batch <= rows and read >= least for rows, least in _WORTH_A_QUEUE):
+            return _Threads([0] + [extent.batch] * most, queued=True)
+        worth = extent.rows * self.source.flops > _WORTH_A_TEAM
+        return _Threads(shares(extent, min(most, extent.batch) if worth else 1), queued=False)
+
+    def _memory(self, tensors: list[Tensor], sizes: _Sizes, extent: Extent, threads: _Threads) -> _Memory:
+        fixed = tensors[len(self.loop.sequences) :]
+        return _Memory(
+            *self._with_adjacent_entries(tensors, sizes, extent),
+            buffers=[allocate(shape, dtype) for shape, dtype in sizes.buffers],
+            totals=[self._zeros(value, threads.owners) for value, _ in self.loop.totals],
+            packed=[made_once(packed_matrix, fixed[position]) for position in self.source.matrices],
+            scratch=torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8),
+        )
+
+    def _with_adjacent_entries(
+        self, tensors: list[Tensor], sizes: _Sizes, extent: Extent
     ) -> tuple[list[Tensor], list[int], list[int]]:
-        """The inputs, and their strides; copied are those in which a row's entries do not lie one after the other."""
+        """The inputs, and how far apart their steps and rows are.
+
+        Copied are those in which a row's entries do not lie one after the other.
+        """
         a, b, _ = self.loop.counts
-        leaves, by_step, by_row = list(given), list(sizes.by_step), list(sizes.by_row)
-        for i, at in enumerate(self._layouts[0][: a + b]):
+        inputs, by_step, by_row = list(tensors), list(sizes.by_step), list(sizes.by_row)
+        for i, layout in enumerate(self._input_layouts[: a + b]):
             timed = i < a and not extent.ragged
             rows = extent.rows if i < a and extent.ragged else extent.batch
-            tensor = given[i] if at.plain else at.rows_first(given[i], int(timed), rows)
+            tensor = layout.rows_first(tensors[i], 1 if timed else 0, rows)
             if tensor.is_contiguous():
-                leaves[i] = tensor
+                inputs[i] = tensor
             elif i >= a:
-                leaves[i] = tensor if i - a in self.source.only_packed else tensor.contiguous()
+                inputs[i] = tensor if i - a in self.source.only_packed else tensor.contiguous()
+            elif timed:
+                inputs[i] = _adjacent(tensor, 2)
+                by_step[i], by_row[i] = inputs[i].stride()[:2]
             else:
-                leaves[i] = dense = _dense(tensor, 1 + timed)
-                by_step[i] = dense.stride(0) if timed else 0
-                by_row[i] = dense.stride(int(timed))
-        return leaves, by_step, by_row
+                inputs[i] = _adjacent(tensor, 1)
+                by_step[i], by_row[i] = 0, inputs[i].stride(0)
+        return inputs, by_step, by_row
 
-    def _helpers(self, extent: Extent) -> int:
-        """How many threads help with the products of one or two rows: those of matrices that one alone reads slowly."""
-        read = self.source.weights * self.source.real.itemsize
-        worth = any(extent.batch <= rows and read >= least for rows, least in _WORTH_HELP)
-        return min(torch.get_num_threads(), _MOST_THREADS) - 1 if worth else 0
-
-    def _threads(self, extent: Extent) -> int:
-        worth = extent.rows * self.source.flops > _WORTH_A_TEAM
-        return min(torch.get_num_threads(), extent.batch, _MOST_THREADS) if worth else 1
-
-    def _zeros(self, value: int, threads: int) -> Tensor:
-        """One running total for each thread."""
+    def _zeros(self, value: int, owners: int) -> Tensor:
         known = self.loop.program.values[value]
-        return torch.zeros((threads, *known.sizes(1)[1:]), dtype=known.dtype)
+        return torch.zeros((owners, *known.sizes(1)[1:]), dtype=known.dtype)
 
-    def _walk(self, arguments: tuple[object, ...], extent: Extent, threads: int, helpers: int) -> None:
-        done, steps = 0, extent.steps
+    # -- the run, and after it
+
+    def _run(self, memory: _Memory, extent: Extent, threads: _Threads, *, reverse: bool) -> None:
+        """Run some steps after the others: as many in a call as take a moment."""
+        steps = extent.steps
+        arguments = (
+            *memory.arguments(),
+            _integers((*extent.offsets, extent.rows)) if extent.ragged else None,
+            _integers(threads.bounds),
+            self.source.scratch,
+            steps,
+            extent.batch,
+            int(reverse),
+        )
+        done = 0
         while done < steps:
             many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * extent.batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
-            self._entry(*arguments, done, until, helpers, helpers + 1 if helpers else threads, team())
-            walked = (until - done) * extent.rows / steps
-            self._seconds_per_row = max((time.perf_counter() - started) / walked, 1e-10)
+            self._entry(*arguments, done, until, int(threads.queued), threads.count, team())
+            rows = (until - done) * extent.rows / steps
+            self._seconds_per_row = max((time.perf_counter() - started) / rows, 1e-10)
             done = until
 
-    def _check(self, given: Sequence[Tensor], sizes: _Sizes) -> None:
-        for tensor, shape, dtype in zip(given, sizes.shapes, sizes.dtypes, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
-                raise ValueError(
-                    f"a loop's input must be {dtype} {list(shape)} on the CPU, "
-                    f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-                )
+    def _emitted(self, buffers: Sequence[Tensor], states: Sequence[StateBuffer], extent: Extent) -> list[Tensor]:
+        """What every step emitted, in torch's shapes."""
+        made = list(buffers[: len(self.loop.emitted)])
+        for number, state in zip(self._state_buffers, states, strict=True):
+            if number < len(made):
+                made[number] = state.passed_on()
+        leading = 0 if extent.ragged else 1
+        return [layout.as_torch_has_it(x, leading) for layout, x in zip(self._emitted_layouts, made, strict=True)]
 
 
-def _integers(numbers: Sequence[int]) -> Array[c_int64]:
-    return (c_int64 * len(numbers))(*numbers)
+def _adjacent(tensor: Tensor, leading: int) -> Tensor:
+    """The tensor, copied if a row's entries do not lie one after the other; what is the same at every step, once.
 
-
-def _dense(tensor: Tensor, leading: int) -> Tensor:
-    """The tensor, copied if a row's entries do not lie one after the other; what is the same at every step, once."""
+    Args:
+        tensor: `[T, B, ...]` or `[B, ...]`.
+        leading: how many dimensions come before a row's entries.
+    """
     if leading == 2 and tensor.stride(0) == 0 and tensor.shape[0] > 1:
-        return _dense(tensor[0], 1).expand(tensor.shape)
+        return _adjacent(tensor[0], 1).expand(tensor.shape)
     expected = 1
     for size, stride in zip(reversed(tensor.shape[leading:]), reversed(tensor.stride()[leading:]), strict=True):
         if size != 1 and stride != expected:
             return tensor.contiguous()
         expected *= size
     return tensor
+
+
+def _integers(numbers: Sequence[int]) -> Array[c_int64]:
+    return (c_int64 * len(numbers))(*numbers)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Array[c_void_p]:

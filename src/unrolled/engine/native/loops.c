@@ -1,6 +1,6 @@
 
-/* What runs a walk through time: a team, each of whose parts owns some rows of the batch for all steps. With one or two
-   rows and large matrices one part walks, and the others help it with its products. */
+/* Runs a loop through time. Each thread owns some rows of the batch, for all steps. Or, where there are few rows and
+   large matrices, the first one owns all of them, and the others take pieces of its products from a work queue. */
 
 #include <sched.h>
 
@@ -13,19 +13,20 @@ typedef struct {
   real *out;
   const real *x, *packed;
   int64_t out_by_row, x_by_row, rows, K, N;
-} helped;
+} work_queue;
 
 /* Takes pieces of the current product until none is left. While a piece is not done the product stays the current one,
    so that its operands may be read; who comes late finds none left, or pieces of the next product, whose operands were
    written before. */
-static void take_pieces(helped *h) {
+static void take_pieces(work_queue *queue) {
   for (;;) {
-    uint64_t taken = __atomic_fetch_add(&h->next, 1, __ATOMIC_ACQ_REL);
+    uint64_t taken = __atomic_fetch_add(&queue->next, 1, __ATOMIC_ACQ_REL);
     int64_t piece = (int64_t)(taken & 0xffff), pieces = (int64_t)(taken >> 16 & 0xffff), n = piece * COLUMNS;
     if (piece >= pieces) return;
-    int64_t columns = h->N - n < COLUMNS ? h->N - n : COLUMNS;
-    product(h->out + n, h->out_by_row, h->x, h->x_by_row, h->packed + n * h->K, h->rows, h->K, columns);
-    __atomic_fetch_add(&h->done, 1, __ATOMIC_RELEASE);
+    int64_t columns = queue->N - n < COLUMNS ? queue->N - n : COLUMNS;
+    product(queue->out + n, queue->out_by_row, queue->x, queue->x_by_row, queue->packed + n * queue->K, queue->rows,
+            queue->K, columns);
+    __atomic_fetch_add(&queue->done, 1, __ATOMIC_RELEASE);
   }
 }
 
@@ -33,71 +34,77 @@ static void wait_a_little(int64_t *waited) {
   if (++*waited > 4096) sched_yield();
 }
 
-static void help(helped *h) {
+/* What a thread without rows does: pieces of every product, until there will be no more. */
+static void serve(work_queue *queue) {
   int64_t seen = 0, posted, waited = 0;
-  while ((posted = __atomic_load_n(&h->posted, __ATOMIC_ACQUIRE)) >= 0) {
+  while ((posted = __atomic_load_n(&queue->posted, __ATOMIC_ACQUIRE)) >= 0) {
     if (posted == seen) {
       wait_a_little(&waited);
       continue;
     }
     seen = posted, waited = 0;
-    take_pieces(h);
+    take_pieces(queue);
   }
 }
 
-static void product_with(helped *h, real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed,
-                         int64_t rows, int64_t K, int64_t N) {
+/* A product by all threads that serve the queue, and this one; by this one alone if there is no queue. */
+static void queued_product(work_queue *queue, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
+                           const real *packed, int64_t rows, int64_t K, int64_t N) {
   int64_t pieces = (N + COLUMNS - 1) / COLUMNS, waited = 0;
-  if (!h || pieces < 2 || pieces > 0x7fff) {
+  if (!queue || pieces < 2 || pieces > 0x7fff) {
     product(out, out_by_row, x, x_by_row, packed, rows, K, N);
     return;
   }
-  h->out = out, h->x = x, h->packed = packed;
-  h->out_by_row = out_by_row, h->x_by_row = x_by_row, h->rows = rows, h->K = K, h->N = N;
-  __atomic_store_n(&h->done, 0, __ATOMIC_RELAXED);
-  __atomic_store_n(&h->next, (uint64_t)pieces << 16, __ATOMIC_RELEASE);
-  __atomic_store_n(&h->posted, h->posted + 1, __ATOMIC_RELEASE);
-  take_pieces(h);
-  while (__atomic_load_n(&h->done, __ATOMIC_ACQUIRE) < pieces) wait_a_little(&waited);
+  queue->out = out, queue->x = x, queue->packed = packed;
+  queue->out_by_row = out_by_row, queue->x_by_row = x_by_row, queue->rows = rows, queue->K = K, queue->N = N;
+  __atomic_store_n(&queue->done, 0, __ATOMIC_RELAXED);
+  __atomic_store_n(&queue->next, (uint64_t)pieces << 16, __ATOMIC_RELEASE);
+  __atomic_store_n(&queue->posted, queue->posted + 1, __ATOMIC_RELEASE);
+  take_pieces(queue);
+  while (__atomic_load_n(&queue->done, __ATOMIC_ACQUIRE) < pieces) wait_a_little(&waited);
 }
 
+/* What one thread does: the rows from `begin` to `end`, the steps from `first` to `last`. */
 typedef struct {
-  void *const *leaves;
+  void *const *inputs;
   const int64_t *by_step, *by_row;
-  void *const *emitted;
+  void *const *buffers;   /* for what is emitted at every step, and for the states */
   real *const *totals;
   const real *const *packed;
   char *scratch;
   const int64_t *offsets; /* how many rows the steps before each have, if rows end at different times */
-  helped *helped;         /* where the others help the first part, none of which owns a row */
+  work_queue *queue;      /* if the first thread owns all rows */
   int64_t steps, batch, reverse, first, last, begin, end;
-} task;
+} loop_task;
+
+typedef void (*loop_function)(const loop_task *, int64_t);
 
 typedef struct {
-  void (*walk)(const task *, int64_t);
-  const task *tasks;
-} walks;
+  loop_function loop;
+  const loop_task *tasks;
+} loop_run;
 
-static void walk_or_help(void *argument, int64_t number) {
-  const walks *const all = argument;
-  const task *const w = all->tasks + number;
-  if (w->helped && number) {
-    help(w->helped);
+static void run_or_serve(void *argument, int64_t number) {
+  const loop_run *const run = argument;
+  const loop_task *const task = run->tasks + number;
+  if (task->queue && number) {
+    serve(task->queue);
     return;
   }
-  all->walk(w, number);
-  if (w->helped) __atomic_store_n(&w->helped->posted, -1, __ATOMIC_RELEASE);
+  run->loop(task, number);
+  if (task->queue) __atomic_store_n(&task->queue->posted, -1, __ATOMIC_RELEASE);
 }
 
-int ur_loop(void (*walk)(const task *, int64_t), void *const *leaves, const int64_t *by_step, const int64_t *by_row,
-            void *const *emitted, real *const *totals, const real *const *packed, char *scratch,
+/* bounds: threads + 1 numbers, the rows of thread n are those from bounds[n] up to bounds[n + 1]. */
+int ur_loop(loop_function loop, void *const *inputs, const int64_t *by_step, const int64_t *by_row,
+            void *const *buffers, real *const *totals, const real *const *packed, char *scratch,
             const int64_t *offsets, const int64_t *bounds, int64_t scratch_per_row, int64_t steps, int64_t batch,
-            int64_t reverse, int64_t first, int64_t last, int64_t helpers, int64_t threads, team run) {
-  task tasks[MOST_PARTS];
-  helped help = {0};
+            int64_t reverse, int64_t first, int64_t last, int64_t queued, int64_t threads, team run) {
+  loop_task tasks[MOST_PARTS];
+  work_queue queue = {0};
   for (int64_t n = 0; n < threads; ++n)
-    tasks[n] = (task){leaves, by_step, by_row, emitted, totals, packed, scratch + bounds[n] * scratch_per_row,
-                      offsets, helpers ? &help : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1]};
-  share(run, walk_or_help, &(walks){walk, tasks}, threads);
+    tasks[n] = (loop_task){inputs, by_step, by_row, buffers, totals, packed, scratch + bounds[n] * scratch_per_row,
+                           offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1]};
+  share(run, run_or_serve, &(loop_run){loop, tasks}, threads);
   return 0;
 }

@@ -14,20 +14,20 @@ from unrolled.plan.loops import LoopProgram
 from unrolled.recording.program import Op
 
 
-def state_homes(loop: LoopProgram) -> list[int]:
-    """For each state the place of its memory: that of the emitted value that it is handed.
+def state_buffers(loop: LoopProgram) -> list[int]:
+    """For each state the number of its buffer: that of the emitted value that becomes the next state.
 
-    A second state that is handed the same value has a place of its own, after all that is emitted, since it does not
+    A second state that the same value replaces has a buffer of its own, after all that is emitted, since it does not
     begin as the first one does.
     """
-    homes: list[int] = []
-    places = len(loop.emitted)
+    buffers: list[int] = []
+    count = len(loop.emitted)
     for value in loop.next_states:
-        home = loop.emitted.index(value)
-        if home in homes:
-            home, places = places, places + 1
-        homes.append(home)
-    return homes
+        buffer = loop.emitted.index(value)
+        if buffer in buffers:
+            buffer, count = count, count + 1
+        buffers.append(buffer)
+    return buffers
 
 
 def lower(loop: LoopProgram) -> Lowered:
@@ -48,9 +48,10 @@ def lower(loop: LoopProgram) -> Lowered:
     if not all(Layout.of(loop.program.values[value]).first for value in (*loop.states, *loop.next_states)):
         raise UnsupportedError("a state whose batch is not its first dimension")
     totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
-    emitted, following = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
-    emitted += [view for view, home in zip(following, state_homes(loop), strict=True) if home >= len(loop.emitted)]
-    return Lowered(lowering.nodes, emitted, following, totals, lowering.real)
+    emitted, next_states = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
+    buffers = zip(next_states, state_buffers(loop), strict=True)
+    emitted += [view for view, number in buffers if number >= len(loop.emitted)]
+    return Lowered(lowering.nodes, emitted, next_states, totals, lowering.real)
 
 
 class _Lowering(Arithmetic, Joins, Products, Constants):

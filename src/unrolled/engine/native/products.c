@@ -65,7 +65,7 @@ typedef struct {
   real *out;
   const real *x, *y, *bias;
   int64_t begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column;
-  real *room;
+  real *scratch;
 } part;
 
 /* x as it lies in memory if its rows do (by_k is 1), else as copied by `side_by_side`. */
@@ -106,35 +106,37 @@ static void some_rows(const part *p, int64_t m0, int64_t until, int64_t k0, int6
       real *out = p->out + from[piece] * p->N + n;
       const real *x = p->x_by_k == 1 ? p->x + from[piece] * p->x_by_row + k0 : copied + piece * ROW_BLOCK * DEPTH;
       const real *start = k0 ? out : p->bias ? p->bias + n : 0;
-      rows_of[many[piece]](out, p->N, x, p->x_by_row, p->x_by_k, p->room + n * depth, depth,
+      rows_of[many[piece]](out, p->N, x, p->x_by_row, p->x_by_k, p->scratch + n * depth, depth,
                            p->N - n < PANEL ? p->N - n : PANEL, start, k0 ? p->N : 0);
     }
 }
 
 static void multiply_part(void *parts, int64_t number) {
   const part *p = (const part *)parts + number;
-  real *copied = p->room + DEPTH * ((p->N + PANEL - 1) / PANEL * PANEL);
+  real *copied = p->scratch + DEPTH * ((p->N + PANEL - 1) / PANEL * PANEL);
   for (int64_t k0 = 0; k0 < p->K; k0 += DEPTH) {
     int64_t depth = p->K - k0 < DEPTH ? p->K - k0 : DEPTH;
-    pack(p->room, p->y + k0 * p->y_by_k, depth, p->N, p->y_by_k, p->y_by_column);
+    pack(p->scratch, p->y + k0 * p->y_by_k, depth, p->N, p->y_by_k, p->y_by_column);
     for (int64_t m = p->begin; m < p->end; m += ROWS_AT_ONCE)
       some_rows(p, m, m + ROWS_AT_ONCE < p->end ? m + ROWS_AT_ONCE : p->end, k0, depth, copied);
   }
 }
 
-/* How many numbers each part needs room for. */
-int64_t ur_room(int64_t N) { return DEPTH * ((N + PANEL - 1) / PANEL * PANEL + ROWS_AT_ONCE); }
+/* How many numbers of scratch memory each part needs. */
+int64_t ur_scratch(int64_t N) { return DEPTH * ((N + PANEL - 1) / PANEL * PANEL + ROWS_AT_ONCE); }
 
-/* room: for each part what ur_room says. bias: N numbers, or null. */
-void ur_multiply(real *out, const real *x, const real *y, const real *bias, real *room, int64_t M, int64_t K, int64_t N,
-                 int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads, team run) {
+/* scratch: for each part what ur_scratch says. bias: N numbers, or null. */
+void ur_multiply(real *out, const real *x, const real *y, const real *bias, real *scratch, int64_t M, int64_t K,
+                 int64_t N, int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads,
+                 team run) {
   part parts[MOST_PARTS];
   int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK, begin = 0;
   if (threads > MOST_PARTS) threads = MOST_PARTS;
   if (threads > blocks) threads = blocks;
   for (int64_t i = 0; i < threads; ++i) {
     int64_t end = i + 1 == threads ? M : (blocks * (i + 1) / threads) * ROW_BLOCK;
-    parts[i] = (part){out, x, y, bias, begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column, room + i * ur_room(N)};
+    parts[i] = (part){out, x, y, bias, begin, end, K, N, x_by_row, x_by_k, y_by_k, y_by_column,
+                      scratch + i * ur_scratch(N)};
     begin = end;
   }
   share(run, multiply_part, parts, threads);
@@ -155,14 +157,14 @@ static void add_part(void *additions, int64_t number) {
 }
 
 /* The same without a bias, the parts of the team having pieces of K; partial: threads - 1 times M x N numbers. */
-void ur_contract(real *out, const real *x, const real *y, real *partial, real *room, int64_t M, int64_t K, int64_t N,
+void ur_contract(real *out, const real *x, const real *y, real *partial, real *scratch, int64_t M, int64_t K, int64_t N,
                  int64_t x_by_row, int64_t x_by_k, int64_t y_by_k, int64_t y_by_column, int64_t threads, team run) {
   part parts[MOST_PARTS];
   if (threads > MOST_PARTS) threads = MOST_PARTS;
   for (int64_t i = 0, k = 0; i < threads; ++i) {
     int64_t until = i + 1 == threads ? K : K * (i + 1) / threads;
     parts[i] = (part){i ? partial + (i - 1) * M * N : out, x + k * x_by_k, y + k * y_by_k, 0, 0, M, until - k, N,
-                      x_by_row, x_by_k, y_by_k, y_by_column, room + i * ur_room(N)};
+                      x_by_row, x_by_k, y_by_k, y_by_column, scratch + i * ur_scratch(N)};
     k = until;
   }
   share(run, multiply_part, parts, threads);

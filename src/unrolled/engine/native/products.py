@@ -33,7 +33,7 @@ def product_library(dtype: torch.dtype) -> ctypes.CDLL:
     folder = resources.files("unrolled.engine.native")
     source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "products.c"))
     loaded = library(f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n{source}")
-    loaded.ur_room.restype, loaded.ur_room.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    loaded.ur_scratch.restype, loaded.ur_scratch.argtypes = ctypes.c_int64, [ctypes.c_int64]
     loaded.ur_pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
     for function in (loaded.ur_multiply, loaded.ur_contract):
         function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_void_p]
@@ -90,14 +90,14 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     x, y = materialized(x), materialized(y)
     threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
     out = allocate((M, N), x.dtype)
-    room = torch.empty(threads * loaded.ur_room(N), dtype=x.dtype)
+    scratch = torch.empty(threads * loaded.ur_scratch(N), dtype=x.dtype)
     sizes = (M, K, N, *x.stride(), *y.stride(), threads)
     if bias is None and K >= _LONG * M:
         partial = torch.empty((threads - 1) * M * N, dtype=x.dtype)
-        loaded.ur_contract(*map(_pointer, (out, x, y, partial, room)), *sizes, team())
+        loaded.ur_contract(*map(_pointer, (out, x, y, partial, scratch)), *sizes, team())
     else:
         start = None if bias is None else materialized(bias).contiguous()
-        loaded.ur_multiply(*map(_pointer, (out, x, y, start, room)), *sizes, team())
+        loaded.ur_multiply(*map(_pointer, (out, x, y, start, scratch)), *sizes, team())
     return out
 
 

@@ -14,55 +14,45 @@ from unrolled.operations.nodes import Compute, Input, Join, Lowered, Node, Produ
 
 
 @dataclass
-class Kernel:
-    """Nodes that are computed in one pass: one product, one reduction, or computations of one shape."""
-
-    nodes: list[Node]
-
-
-@dataclass
-class Scheduled:
+class Kernels:
     """A lowered loop in the order in which it is run.
 
     Attributes:
-        kernels: in order.
-        homes: for each node that needs memory the emitted tensor that it is, or None for scratch memory.
+        order: for each kernel its nodes: one product, one reduction, or computations of one shape.
+        stored: for each node that needs memory the number of the buffer that it is, or None for scratch memory.
         levels: which level each node is on.
         sums: sums over a whole row, added up while it is computed: by what they are sums of.
     """
 
-    kernels: list[Kernel]
-    homes: dict[Node, int | None]
+    order: list[list[Node]]
+    stored: dict[Node, int | None]
     levels: dict[Node, int]
     sums: dict[Node, list[Reduce]]
 
 
-def local(view: View, reader: Node) -> bool:
+def in_register(view: View, reader: Node) -> bool:
     """Whether a reader in the same kernel can take the value out of a register."""
     node = view.node
-    return (
-        isinstance(reader, Compute)
-        and isinstance(node, Compute)
-        and not isinstance(node, Write)
-        and view.whole
-        and (node.dims == reader.dims)
-    )
+    return type(node) is Compute and isinstance(reader, Compute) and view.whole and node.dims == reader.dims
 
 
-def schedule(lowered: Lowered) -> Scheduled:
-    """Order a lowered loop; emitted views that are no node's whole memory become copies first."""
-    homes = _emitted_homes(lowered)
-    nodes = _alive(lowered.nodes, [*homes, *(view.node for view in (*lowered.next_states, *lowered.totals))])
-    levels = _levels(nodes, homes)
-    added = {view.node: None for view in lowered.totals if not isinstance(view.node, Input) and view.node not in homes}
+def arrange(lowered: Lowered) -> Kernels:
+    """Order a lowered loop; emitted views that are no node's whole memory become computations of their own first."""
+    emitted = _emitted(lowered)
+    nodes = _needed(lowered.nodes, [*emitted, *(view.node for view in (*lowered.next_states, *lowered.totals))])
+    levels = _levels(nodes)
+    stored: dict[Node, int | None] = {**emitted}
+    summed = [view.node for view in lowered.totals if not isinstance(view.node, Input)]
+    for node in [*summed, *_read_from_memory(nodes, levels)]:
+        stored.setdefault(node, None)
     sums: dict[Node, list[Reduce]] = {}
     for node in nodes:
-        if isinstance(node, Reduce) and _on_the_way(node):
+        if isinstance(node, Reduce) and _added_on_the_way(node):
             sums.setdefault(node.source.node, []).append(node)
-    return Scheduled(_kernels(nodes, levels), homes | added | _scratch(nodes, levels, homes), levels, sums)
+    return Kernels(_order(nodes, levels), stored, levels, sums)
 
 
-def _on_the_way(node: Node) -> bool:
+def _added_on_the_way(node: Node) -> bool:
     """Whether a node is the sum over a whole row of an element-wise computation."""
     if not isinstance(node, Reduce) or isinstance(node, Scan) or node.name != "sum" or node.size != 1:
         return False
@@ -70,18 +60,20 @@ def _on_the_way(node: Node) -> bool:
     return node.source.whole and type(source) is Compute and source.dtype == node.dtype
 
 
-def _emitted_homes(lowered: Lowered) -> dict[Node, int | None]:
-    homes: dict[Node, int | None] = {}
-    for position, view in enumerate(lowered.emitted):
+def _emitted(lowered: Lowered) -> dict[Node, int]:
+    """The nodes whose memory is a buffer, and which."""
+    found: dict[Node, int] = {}
+    for number, view in enumerate(lowered.emitted):
         node = view.node
-        if isinstance(node, Input) or not view.whole or node in homes:
+        if isinstance(node, Input) or not view.whole or node in found:
             node = Compute(view.dims, view.dtype, "same", (view,))
             lowered.nodes.append(node)
-        homes[node] = position
-    return homes
+        found[node] = number
+    return found
 
 
-def _alive(nodes: Sequence[Node], wanted: Sequence[Node]) -> list[Node]:
+def _needed(nodes: Sequence[Node], wanted: Sequence[Node]) -> list[Node]:
+    """The nodes that the wanted ones depend on, these included."""
     needed = set(wanted)
     kept = []
     for node in reversed(nodes):
@@ -93,56 +85,51 @@ def _alive(nodes: Sequence[Node], wanted: Sequence[Node]) -> list[Node]:
     return list(reversed(kept))
 
 
-def _levels(nodes: Sequence[Node], homes: dict[Node, int | None]) -> dict[Node, int]:
+def _levels(nodes: Sequence[Node]) -> dict[Node, int]:
+    """The level of each node: the first that its operands allow, of a computation the last that its readers allow."""
     levels: dict[Node, int] = {}
     for node in nodes:
         if isinstance(node, Join):
             levels[node] = max(levels[piece] for piece in node.pieces)
-            continue
-        after = [_after(view, node, levels) for view in node.views]
-        levels[node] = 0 if isinstance(node, Input) else max([1, *after])
-    return _late(nodes, levels)
-
-
-def _after(view: View, reader: Node, levels: dict[Node, int]) -> int:
-    """The first level at which a reader can read a view."""
-    if isinstance(view.node, Input):
-        return 1
-    return levels[view.node] + (0 if local(view, reader) else 1)
-
-
-def _late(nodes: Sequence[Node], levels: dict[Node, int]) -> dict[Node, int]:
-    """Move element-wise computations to the last level that their readers allow."""
+        elif isinstance(node, Input):
+            levels[node] = 0
+        else:
+            levels[node] = max([1, *(levels[view.node] + _distance(view, node) for view in node.views)])
     latest: dict[Node, int] = {}
     for node in reversed(nodes):
         if type(node) is Compute and node in latest:
             levels[node] = max(levels[node], latest[node])
         for view in node.views:
-            bound = levels[node] - (0 if local(view, node) else 1)
+            bound = levels[node] - _distance(view, node)
             latest[view.node] = min(latest.get(view.node, bound), bound)
     return levels
 
 
-def _kernels(nodes: Sequence[Node], levels: dict[Node, int]) -> list[Kernel]:
-    groups: dict[tuple[object, ...], Kernel] = {}
+def _distance(view: View, reader: Node) -> int:
+    """How many levels a reader is after what it reads."""
+    return 0 if in_register(view, reader) else 1
+
+
+def _order(nodes: Sequence[Node], levels: dict[Node, int]) -> list[list[Node]]:
+    kernels: dict[tuple[object, ...], list[Node]] = {}
     for node in nodes:
-        if _on_the_way(node):
+        if _added_on_the_way(node):
             continue
         if isinstance(node, Product | Reduce):
-            groups[levels[node], 0, id(node)] = Kernel([node])
+            kernels[levels[node], 0, id(node)] = [node]
         elif isinstance(node, Compute):
-            groups.setdefault((levels[node], 1, node.dims), Kernel([])).nodes.append(node)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[:2])]
+            kernels.setdefault((levels[node], 1, node.dims), []).append(node)
+    return [kernels[key] for key in sorted(kernels, key=lambda key: key[:2])]
 
 
-def _scratch(nodes: Sequence[Node], levels: dict[Node, int], homes: dict[Node, int | None]) -> dict[Node, int | None]:
-    """Nodes that others read out of memory, beside those that are emitted."""
-    found: dict[Node, int | None] = {}
+def _read_from_memory(nodes: Sequence[Node], levels: dict[Node, int]) -> list[Node]:
+    """Nodes whose entries others read out of memory."""
+    found: list[Node] = []
     for node in nodes:
-        if isinstance(node, Product | Reduce | Join) and node not in homes:
-            found[node] = None
-        for view in () if _on_the_way(node) else node.views:
-            apart = levels[view.node] != levels[node] or not local(view, node)
-            if isinstance(view.node, Compute) and apart and view.node not in homes:
-                found[view.node] = None
+        if isinstance(node, Product | Reduce | Join):
+            found.append(node)
+        for view in () if _added_on_the_way(node) else node.views:
+            registered = levels[view.node] == levels[node] and in_register(view, node)
+            if isinstance(view.node, Compute) and not registered:
+                found.append(view.node)
     return found

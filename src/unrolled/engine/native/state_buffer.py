@@ -1,4 +1,4 @@
-"""The memory in which a loop hands on a state."""
+"""The memory in which a loop passes on a state."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from unrolled.lengths import Extent
 
 @dataclass(frozen=True)
 class StateBuffer:
-    """The memory of one state: what the first step receives and what every step hands on, `[B + N, ...]`.
+    """The memory of one state: what the first step receives and what every step passes on, `[B + N, ...]`.
 
-    What the steps receive is then the same memory, one place aside.
+    What the steps receive is then the same memory, one step earlier or later.
 
     Attributes:
         memory: `[B + N, ...]`.
-        extent: of the walk.
-        reverse: whether it begins with the last step.
+        extent: how far the segment reaches.
+        reverse: whether the last step is run first.
     """
 
     memory: Tensor
@@ -26,7 +26,7 @@ class StateBuffer:
     reverse: bool
 
     def begin(self, state: Tensor) -> None:
-        """Put what each row's first step walked receives in its place."""
+        """Put what the first step of each row receives in its place."""
         if not self.reverse:
             self.memory[: self.extent.batch] = state
         elif self.extent.ragged:
@@ -35,16 +35,16 @@ class StateBuffer:
             self.memory[self.extent.rows :] = state
 
     def received(self) -> Tensor:
-        """What every step received, laid out as a request's sequences."""
+        """What every step received, laid out as the sequences are."""
         return self._late() if self.reverse else self._early()
 
-    def handed_on(self) -> Tensor:
-        """What every step handed on, laid out likewise."""
+    def passed_on(self) -> Tensor:
+        """What every step passed on, laid out likewise."""
         return self._early() if self.reverse else self._late()
 
     def last(self) -> Tensor:
-        """What each row's last step walked handed on."""
-        return self.extent.last_of(self.handed_on(), reverse=self.reverse).clone()
+        """What the last step of each row passed on."""
+        return self.extent.last_of(self.passed_on(), reverse=self.reverse).clone()
 
     def _late(self) -> Tensor:
         return self._in_steps(self.memory[self.extent.batch :])

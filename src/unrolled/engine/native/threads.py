@@ -13,33 +13,34 @@ from itertools import accumulate
 
 from unrolled.lengths import Extent
 
-_STEP = 3  # what a step costs beside its rows, in rows
+_STEP = 3  # what a step costs over and above its rows, in rows
 
 
-def _entry() -> int | None:
-    """The address of the OpenMP library's `GOMP_parallel`, if torch has loaded one that has it."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):
-        return None
+class _OpenMP:
+    """The OpenMP library that torch has loaded.
 
+    Attributes:
+        start: the address of its `GOMP_parallel`; None if there is none.
+    """
 
-class _Team:
     def __init__(self) -> None:
-        self.entry = _entry()
-        os.register_at_fork(after_in_child=self._leave)
+        try:
+            self.start = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+        except (AttributeError, OSError, TypeError):
+            self.start = None
+        os.register_at_fork(after_in_child=self._forget)
 
-    def _leave(self) -> None:
+    def _forget(self) -> None:
         # A forked child has none of the team's threads, and would wait for them forever.
-        self.entry = None
+        self.start = None
 
 
-_TEAM = _Team()
+_OPENMP = _OpenMP()
 
 
 def team() -> int | None:
     """What starts a team, as compiled code takes it; None where that has to start threads of its own."""
-    return _TEAM.entry
+    return _OPENMP.start
 
 
 def shares(extent: Extent, threads: int) -> list[int]:
@@ -55,9 +56,10 @@ def shares(extent: Extent, threads: int) -> list[int]:
     low, high = extent.rows // threads, extent.rows + _STEP * lengths[0]
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle) if _bounds(lengths, before, threads, middle)[-1] == extent.batch else (middle + 1, high)
-        )
+        if _bounds(lengths, before, threads, middle)[-1] == extent.batch:
+            high = middle
+        else:
+            low = middle + 1
     return _bounds(lengths, before, threads, high)
 
 
@@ -66,6 +68,6 @@ def _bounds(lengths: list[int], before: list[int], threads: int, most: int) -> l
     bounds = [0]
     for _ in range(threads):
         begin = bounds[-1]
-        room = most - _STEP * lengths[begin] if begin < len(lengths) else 0
-        bounds.append(max(begin, bisect_right(before, before[begin] + room) - 1) if room > 0 else begin)
+        left = most - _STEP * lengths[begin] if begin < len(lengths) else 0
+        bounds.append(max(begin, bisect_right(before, before[begin] + left) - 1) if left > 0 else begin)
     return bounds
