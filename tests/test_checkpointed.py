@@ -661,3 +661,20 @@ def test_layers_that_cannot_be_cut_together_are_refused() -> None:
         ur.plan_memory(ur.stack([ur.GRUCell(I, H)], bidirectional=True), torch.randn(5, B, I))
     with pytest.raises(InputError, match="a row with at least one step"):
         ur.plan_memory(ur.unroll(ur.GRUCell(I, H)), torch.randn(5, B, I), lengths=[0, 0, 0])
+
+
+class PassesItsInputOn(nn.Module):
+    """A cell whose next state depends on its input alone."""
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state, 2 * input
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.zeros(batch_size, 3, dtype=dtype)
+
+
+def test_segments_that_no_gradient_reaches_have_zeros():
+    x = torch.randn(6, 2, 3, requires_grad=True)
+    _, last = ur.unroll(PassesItsInputOn(), checkpoint=ur.segments(6, 2))(x)
+    (found,) = torch.autograd.grad(last.sum(), x)
+    assert torch.equal(found, torch.cat([torch.zeros(5, 2, 3), torch.full((1, 2, 3), 2.0)]))

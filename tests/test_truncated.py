@@ -332,7 +332,7 @@ def test_windows_go_on_without_a_backward_pass() -> None:
     hooked, graphs = [], []
     for window in rnn.windows(x.split(4)):
         assert all(leaf() is None for leaf in graphs)
-        graphs.append(weakref.ref(window._expiry.tape().segments[0].inputs[0]))
+        graphs.append(weakref.ref(window._expiry.run().segments[0].inputs[0]))
         hooked.append(window)
 
     assert_match(torch.cat(unhooked), outputs)
@@ -367,7 +367,7 @@ def test_windows_hold_nothing_of_earlier_ones() -> None:
     kept, graphs = [], []
     for window in rnn.windows(torch.randn(B, I).expand(1, B, I) for _ in range(12)):
         assert sum(graph() is not None for graph in graphs) == 0
-        graphs.append(window._expiry.tape)
+        graphs.append(window._expiry.run)
         assert graphs[-1]() is not None
         kept.append(window.outputs.sum())  # a careless user's list of losses
         window.backward(window.outputs.sum())
@@ -379,14 +379,14 @@ def test_windows_hold_nothing_of_earlier_ones() -> None:
 def test_a_tape_goes_with_its_backward_pass_or_its_results() -> None:
     rnn = ur.unroll(ur.GRUCell(I, H), horizon=4, stride=2, engine="reference")
     outputs, _ = rnn(torch.randn(9, B, I))
-    tape = weakref.ref(outputs.grad_fn.saved_tensors[0].tape)
+    tape = weakref.ref(outputs.grad_fn.saved_tensors[0].run)
     outputs.sum().backward(retain_graph=True)
     outputs.sum().backward()
     assert tape() is None
     with pytest.raises(RuntimeError, match="second time"):
         outputs.sum().backward()
     outputs, last = rnn(torch.randn(9, B, I))
-    tape = weakref.ref(outputs.grad_fn.saved_tensors[0].tape)
+    tape = weakref.ref(outputs.grad_fn.saved_tensors[0].run)
     del outputs, last
     assert tape() is None
 

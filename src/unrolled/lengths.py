@@ -61,6 +61,18 @@ class Extent:
         """How many rows the steps before each step have."""
         return tuple(accumulate((0, *self.sizes[:-1])))
 
+    def part(self, start: int, steps: int) -> Extent:
+        """How far so many of its steps reach.
+
+        Args:
+            start: the first of them.
+            steps: how many there are.
+        """
+        if self.alive is None:
+            return Extent(steps, self.batch)
+        alive = self.alive[start : start + steps]
+        return Extent(steps, alive[0], alive)
+
     @cached_property
     def time_of(self) -> Tensor:
         """The step of each of the N rows, `[N]`."""

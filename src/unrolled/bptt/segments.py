@@ -1,4 +1,4 @@
-"""Running a sequence piece by piece: what each piece reads, receives and hands on, rows of any length."""
+"""A run that can be taken segment by segment: what each segment reads, receives and passes on."""
 
 from __future__ import annotations
 
@@ -12,18 +12,109 @@ from torch import Tensor, nn
 
 from unrolled.errors import CellError
 from unrolled.lengths import Extent
-from unrolled.trees import Structure, TensorSpec, Tree, flatten, leaves, map_leaves, unflatten
+from unrolled.trees import Tree, TreeSpec, flatten, leaves, map_leaves, unflatten
 
 SegmentRunner: TypeAlias = Callable[[Tree, Tree, Tree, Extent, int], tuple[Tree, Tree]]
-"""How a piece is run: `(inputs, state, context, extent, first step) -> (outputs, last state)`."""
+"""Runs a segment: `(inputs, state, context, extent, first step) -> (outputs, last state)`."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive copies of a longer run. Segments run one after the other; in reverse the last in time runs first.
+
+    Attributes:
+        begin: how many copies run before them.
+        start: the earliest of their steps in time.
+        place: where their steps begin in the sequences of the whole run.
+        extent: how far they reach.
+        rows_in: how many rows receive their state from the segment before; the others begin here.
+        rows_out: how many rows pass their state on to the next segment; the others end here.
+    """
+
+    begin: int
+    start: int
+    place: int
+    extent: Extent
+    rows_in: int
+    rows_out: int
+
+    def __str__(self) -> str:
+        return f"steps {self.start} to {self.start + self.extent.steps - 1}"
+
+    @property
+    def count(self) -> int:
+        """How long its sequences are: T, or N where rows end at different times."""
+        return self.extent.rows if self.extent.ragged else self.extent.steps
+
+    @property
+    def beginning(self) -> slice:
+        """The rows that begin here."""
+        return slice(self.rows_in if self.begin else 0, self.extent.batch)
+
+    @property
+    def ending(self) -> slice:
+        """The rows that end here."""
+        return slice(self.rows_out, self.extent.batch)
+
+    def steps_of(self, sequence: Tensor, offset: int = 0) -> Tensor:
+        """Its steps of a sequence of the whole run, which may lack so many at the beginning."""
+        return sequence.narrow(0, self.place - offset, self.count)
+
+    def rows_of(self, tree: Tree) -> Tree:
+        """Its rows of a state or a context."""
+        return map_leaves(lambda leaf: leaf[: self.extent.batch], tree) if self.extent.ragged else tree
+
+    def received(self, first: Tree, before: Tree) -> Tree:
+        """The state that it receives.
+
+        Args:
+            first: the first state of all rows.
+            before: what the segment before it passed on.
+        """
+        if not self.begin:
+            return self.rows_of(first)
+        if not self.extent.ragged or self.rows_in == self.extent.batch:
+            return self.rows_of(before)
+        return map_leaves(lambda now, start: torch.cat([now[: self.rows_in], start[self.beginning]]), before, first)
+
+    def grad_of_last(self, last: Tensor, following: Tensor | None, grad: Tensor | None) -> Tensor | None:
+        """The gradient of its last state: some rows go on to the next segment, the others have ended.
+
+        Args:
+            last: a leaf of this state.
+            following: the gradient of what the next segment received, or None.
+            grad: the gradient of the run's last state, or None.
+        """
+        if not self.extent.ragged:
+            return following if self.rows_out else grad
+        parts = [following, grad], [slice(0, self.rows_out), self.ending]
+        present = [(x, rows) for x, rows in zip(*parts, strict=True) if x is not None and rows.start < rows.stop]
+        if not present:
+            return None
+        full = torch.zeros_like(last)
+        for part, rows in present:
+            full[rows] = part[rows]
+        return full
+
+    def refuse_other_outputs(self, outputs: TreeSpec, first: TreeSpec) -> None:
+        """Refuse outputs that are not of the kind of those of another segment.
+
+        Raises:
+            CellError: naming the first copy of this segment.
+        """
+        if outputs != first:
+            raise CellError(
+                f"a cell's output must keep its structure, shape and dtype, but that of copy {self.start} is another "
+                "than that of the copies before it; return the same kind of output at every step"
+            )
 
 
 @dataclass(frozen=True)
 class SequenceRun:
-    """A run that may be taken piece by piece.
+    """A run over a sequence that may be taken segment by segment.
 
     Attributes:
-        run: how a piece is run.
+        run: runs a segment.
         inputs: `[T, B, ...]`; `[N, ...]` where rows end at different times.
         state: what each row's first copy receives.
         context: what is the same at every step, or None.
@@ -31,7 +122,7 @@ class SequenceRun:
         reverse: whether the last copy comes first.
         module: what is run, whose parameters get gradients.
         pure: whether each step is known to compute from what it reads alone, and to read the same tensors.
-        measured: whether only its memory counts, and numbers that differ when steps run again are nobody's loss.
+        measured: whether only its memory counts: numbers that differ when steps run again do not matter.
     """
 
     run: SegmentRunner
@@ -46,166 +137,57 @@ class SequenceRun:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is given, and the parameters."""
-        trees = (self.inputs, self.state, self.context)
-        return [*(leaf for tree in trees for leaf in leaves(tree)), *self.module.parameters()]
+        """All that it reads: inputs, state, context, parameters."""
+        return [*leaves(self.inputs), *leaves(self.state), *leaves(self.context), *self.module.parameters()]
 
     def at_once(self) -> tuple[Tree, Tree]:
         """Run it as one segment."""
         return self.run(self.inputs, self.state, self.context, self.extent, 0)
 
+    def segments(self, bounds: Iterable[int]) -> list[Segment]:
+        """Its segments, in the order in which they run.
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive copies of a longer run, as they are walked.
+        Args:
+            bounds: where segments begin, counted as the copies run, 0 and T included.
+        """
+        extent, pairs = self.extent, list(pairwise(sorted(set(bounds))))
+        starts = [extent.steps - end if self.reverse else begin for begin, end in pairs]
+        places = [extent.offsets[start] if extent.ragged else start for start in starts]
+        reaches = [extent.part(start, end - begin) for start, (begin, end) in zip(starts, pairs, strict=True)]
+        shared = [0, *(min(a.batch, b.batch) for a, b in pairwise(reaches)), 0]
+        columns = zip(starts, places, reaches, shared, shared[1:], strict=False)
+        return [Segment(begin, *column) for (begin, _), column in zip(pairs, columns, strict=True)]
 
-    Attributes:
-        begin: how many copies have run before them.
-        start: their first step in time.
-        extent: how far they reach.
-        carried: how many rows receive their state from the piece before; the others begin here.
-        handed: how many rows hand their state on to the next piece; the others end here.
-    """
+    def split_inputs(self, segments: Sequence[Segment]) -> list[Tree]:
+        """The inputs of each segment; one backward for all of them, which indexing would not have."""
+        tensors, structure = flatten(self.inputs)
+        counts = [segment.count for segment in segments]
+        columns = [tensor.split(counts[::-1] if self.reverse else counts) for tensor in tensors]
+        parts = [unflatten(structure, column) for column in zip(*columns, strict=True)]
+        return parts[::-1] if self.reverse else parts
 
-    begin: int
-    start: int
-    extent: Extent
-    carried: int
-    handed: int
+    def join_outputs(self, outputs: Sequence[Tree], segments: Sequence[Segment]) -> Tree:
+        """The outputs of segments put together.
 
-    @property
-    def count(self) -> int:
-        """How long its sequences are: T, or N where rows end at different times."""
-        return self.extent.rows if self.extent.ragged else self.extent.steps
-
-
-def spans(extent: Extent, bounds: Iterable[int], *, reverse: bool) -> list[Segment]:
-    """The pieces of a run, in the order in which they are walked.
-
-    Args:
-        extent: how far the run reaches.
-        bounds: where pieces begin, counted as the copies are walked, 0 and T included.
-        reverse: whether the last copy comes first.
-    """
-    pairs = list(pairwise(sorted(set(bounds))))
-    starts = [extent.steps - end if reverse else begin for begin, end in pairs]
-    reaches = [_part(extent, start, end - begin) for start, (begin, end) in zip(starts, pairs, strict=True)]
-    shared = [0, *(min(a.batch, b.batch) for a, b in pairwise(reaches)), 0]
-    rows = zip(starts, reaches, shared, shared[1:], strict=False)
-    return [Segment(begin, *found) for (begin, _), found in zip(pairs, rows, strict=True)]
+        Raises:
+            CellError: naming the copy whose outputs are of another kind than those before it.
+        """
+        order = slice(None, None, -1) if self.reverse else slice(None)
+        outputs, segments = outputs[order], segments[order]
+        spec = TreeSpec.of(outputs[0], leading=1)
+        for segment, output in zip(segments, outputs, strict=True):
+            segment.refuse_other_outputs(TreeSpec.of(output, leading=1), spec)
+        return map_leaves(lambda *parts: torch.cat(parts), *outputs)
 
 
-def _part(extent: Extent, start: int, steps: int) -> Extent:
-    if extent.alive is None:
-        return Extent(steps, extent.batch)
-    alive = extent.alive[start : start + steps]
-    return Extent(steps, alive[0], alive)
-
-
-def split(inputs: Tree, walk: Sequence[Segment], *, reverse: bool) -> list[Tree]:
-    """The inputs of each piece; one backward for all of them, which indexing would not have."""
-    tensors, structure = flatten(inputs)
-    counts = [span.count for span in walk]
-    columns = [tensor.split(counts[::-1] if reverse else counts) for tensor in tensors]
-    pieces = [unflatten(structure, column) for column in zip(*columns, strict=True)]
-    return pieces[::-1] if reverse else pieces
-
-
-def received(first: Tree, before: Tree, span: Segment) -> Tree:
-    """The state that a piece receives: what the one before it handed on, and the first state of rows that begin."""
-    if not span.begin:
-        return rows_of(first, span.extent)
-    if not span.extent.ragged or span.carried == span.extent.batch:
-        return rows_of(before, span.extent)
-
-    def beside(now: Tensor, start: Tensor) -> Tensor:
-        return torch.cat([now[: span.carried], start[span.carried : span.extent.batch]])
-
-    return map_leaves(beside, before, first)
-
-
-def rows_of(tree: Tree, extent: Extent) -> Tree:
-    """Those rows of a state or a context that an extent has."""
-    return map_leaves(lambda leaf: leaf[: extent.batch], tree) if extent.ragged else tree
-
-
-def final(lasts: Sequence[Tree], walk: Sequence[Segment]) -> Tree:
-    """The state that each row's last copy hands on, given that of each piece."""
-    if not walk[0].extent.ragged:
+def last_state(lasts: Sequence[Tree], segments: Sequence[Segment]) -> Tree:
+    """The state that each row's last copy passes on, given that of each segment."""
+    if not segments[0].extent.ragged:
         return lasts[-1]
-    ended = [(last, span) for last, span in zip(lasts, walk, strict=True) if span.handed < span.extent.batch]
-    parts = [map_leaves(lambda leaf, at=span.handed: leaf[at:], last) for last, span in reversed(ended)]
-    return map_leaves(lambda *leaves: torch.cat(leaves), *parts)
-
-
-def joined(outputs: Sequence[Tree], walk: Sequence[Segment], *, reverse: bool) -> Tree:
-    """The outputs of pieces put together.
-
-    Raises:
-        CellError: naming the copy whose outputs are of another kind than those before it.
-    """
-    order = slice(None, None, -1) if reverse else slice(None)
-    flat = [flatten(output) for output in outputs[order]]
-    for span, found in zip(walk[order], flat, strict=True):
-        refuse_other_kind(span, found, flat[0])
-    return unflatten(flat[0][1], [torch.cat(column) for column in zip(*(tensors for tensors, _ in flat), strict=True)])
-
-
-def refuse_other_kind(
-    span: Segment, found: tuple[Sequence[Tensor], Structure], first: tuple[Sequence[Tensor], Structure]
-) -> None:
-    """Refuse outputs of a piece that are not like those of another.
-
-    Raises:
-        CellError: naming the piece's first copy.
-    """
-    specs = [(structure, [TensorSpec.of(x, 1) for x in tensors]) for tensors, structure in (found, first)]
-    if specs[0] != specs[1]:
-        raise CellError(
-            f"a cell's output must keep its structure, shape and dtype, but that of copy {span.start} is another "
-            "than that of the copies before it; return the same kind of output at every step"
-        )
-
-
-def starts_at(extent: Extent, span: Segment) -> int:
-    """Where a piece begins in the sequences of the whole run."""
-    return extent.offsets[span.start] if extent.ragged else span.start
-
-
-def handed_back(span: Segment, last: Tensor, above: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """The gradient of what a piece hands on: some rows go on to the next piece, others have ended.
-
-    Args:
-        span: the piece.
-        last: what it hands on.
-        above: the gradient of what the next piece received, or None.
-        grad: the gradient of the run's last state, or None.
-    """
-    if not span.extent.ragged:
-        return above if span.handed else grad
-    parts = [above, grad], [slice(0, span.handed), slice(span.handed, span.extent.batch)]
-    flowing = [(part, rows) for part, rows in zip(*parts, strict=True) if part is not None and rows.start < rows.stop]
-    if not flowing:
-        return None
-    full = torch.zeros_like(last)
-    for part, rows in flowing:
-        full[rows] = part[rows]
-    return full
-
-
-def run_cut(whole: SequenceRun, bounds: Iterable[int]) -> tuple[Tree, Tree]:
-    """Run piece by piece, each on a state that no gradient flows back from; by ordinary autograd.
-
-    Args:
-        whole: the run.
-        bounds: where pieces begin, counted as the copies are walked, 0 and T included.
-    """
-    walk = spans(whole.extent, bounds, reverse=whole.reverse)
-    outputs, lasts, before = list[Tree](), list[Tree](), None
-    for span, steps in zip(walk, split(whole.inputs, walk, reverse=whole.reverse), strict=True):
-        entry = received(whole.state, before, span)
-        output, last = whole.run(steps, entry, rows_of(whole.context, span.extent), span.extent, span.start)
-        outputs.append(output)
-        lasts.append(last)
-        before = map_leaves(Tensor.detach, last)
-    return joined(outputs, walk, reverse=whole.reverse), final(lasts, walk)
+    pairs = [
+        (last, segment)
+        for last, segment in zip(lasts, segments, strict=True)
+        if segment.rows_out < segment.extent.batch
+    ]
+    parts = [map_leaves(lambda leaf, at=segment.ending: leaf[at], last) for last, segment in reversed(pairs)]
+    return map_leaves(lambda *ended: torch.cat(ended), *parts)

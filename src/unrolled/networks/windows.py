@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unrolled import sequence
+from unrolled.bptt.own_backward import reason_expired
 from unrolled.bptt.segments import SequenceRun
-from unrolled.bptt.truncated import TapedRun, reason_expired
+from unrolled.bptt.truncated import TapedRun
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
 from unrolled.lengths import Extent, Lengths, checked_lengths
