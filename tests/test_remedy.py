@@ -123,3 +123,56 @@ def test_the_remedies_of_a_finding_act_on_the_network_that_was_diagnosed() -> No
     apply()
     assert math.isclose(float(bias_of(rnn.cell, 1).mean()), 1.0)
     assert by_name["a shorter horizon costs less memory"] is None
+
+
+class ForgetfulCell(nn.Module):
+    """A cell of a user's own that tells where its gates are; they are not computed in the order of their blocks."""
+
+    state_names = ("memory",)
+    gate_layout = ur.GateLayout(
+        blocks=("write", "erase"),
+        computed=("erase", "write"),
+        keeps="erase",
+        keeps_at="low",
+        takes="write",
+        biases=("shift",),
+        recurrent=("mix",),
+    )
+
+    def __init__(self, input_size: int, size: int) -> None:
+        super().__init__()
+        self.input_size, self.output_size = input_size, size
+        self.read = nn.Parameter(torch.randn(2 * size, input_size) / 4)
+        self.mix = nn.Parameter(torch.randn(2 * size, size) / 4)
+        self.shift = nn.Parameter(torch.zeros(2 * size))
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.zeros(batch_size, self.output_size, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        write, erase = (input @ self.read.T + state @ self.mix.T + self.shift).chunk(2, -1)
+        erase = torch.sigmoid(erase)
+        state = (1 - erase) * state + torch.sigmoid(write)
+        return state, state
+
+
+def test_a_cell_of_ones_own_that_describes_its_gates_is_treated_as_ours_are() -> None:
+    cell = ForgetfulCell(3, 4)
+    assert isinstance(cell, ur.DescribedCell)
+    assert not isinstance(Own(), ur.DescribedCell)
+    rnn = ur.unroll(ur.ZoneoutCell(cell, 0.0))
+    ur.remedy.forget_bias(rnn, 3.0)
+    assert torch.equal(cell.shift.detach(), torch.tensor([0.0] * 4 + [-3.0] * 4))
+    ur.remedy.chrono(rnn, 20)
+    assert torch.equal(cell.shift.detach()[:4], -cell.shift.detach()[4:])
+    ur.remedy.identity(rnn)
+    assert torch.equal(cell.mix.detach(), torch.eye(4).repeat(2, 1))
+    found = ur.diagnose(ur.unroll(cell), torch.randn(9, 2, 3), lambda outputs, state: outputs.sum())
+    units = found.layers[0].units
+    assert [(gate.name, gate.operation) for gate in units.gates] == [("erase", "sigmoid"), ("write", "sigmoid")]
+    assert [memory.gate for memory in units.memory] == ["erase"]
+    assert [radius.name for radius in units.radii] == ["mix (write)", "mix (erase)"]
+    assert [state.name for state in units.states] == ["memory"]
+    assert not found.layers[0].missing
+    with pytest.raises(ur.OptionError, match="layer 1, ForgetfulCell, reads inputs of size 3, but layer 0, Forgetful"):
+        ur.stack([cell, ForgetfulCell(3, 4)])

@@ -8,6 +8,8 @@ from unrolled.bptt.memory_plan import MemoryPlan
 from unrolled.bptt.schedules import Schedule, revolve, segments, store_all
 from unrolled.cells import (
     Cell,
+    DescribedCell,
+    GateLayout,
     GRUCell,
     LayerNormLSTMCell,
     LSTMCell,
@@ -68,6 +70,8 @@ __all__ = [
     "MinGRUCell",
     "SLSTMCell",
     "as_cell",
+    "DescribedCell",
+    "GateLayout",
     # cells around cells
     "DropoutCell",
     "ZoneoutCell",

@@ -19,9 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from unrolled.cells.adapted import gates_of
 from unrolled.cells.contract import name_of
 from unrolled.errors import OptionError
-from unrolled.networks.families import GateSlot, cells_of, family_of, gate_slots, recurrent_weights
+from unrolled.networks.torch_layers import TorchLayer
+from unrolled.networks.unroll import Unrolled
 
 
 def forget_bias(rnn: nn.Module, value: float = 1.0) -> None:
@@ -41,7 +43,7 @@ def forget_bias(rnn: nn.Module, value: float = 1.0) -> None:
     exploration of recurrent network architectures", ICML 2015.
     """
     _check_number("value", value)
-    _set_biases(rnn, "forget_bias", lambda slot: torch.full_like(slot.bias[slot.block], value))
+    _set_biases(rnn, "forget_bias", lambda bias: torch.full_like(bias, value))
 
 
 def chrono(rnn: nn.Module, steps: int) -> None:
@@ -61,7 +63,7 @@ def chrono(rnn: nn.Module, steps: int) -> None:
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 3:
         raise OptionError(f"steps must be an integer of at least 3, got {steps!r}; give the longest reach wanted")
-    _set_biases(rnn, "chrono", lambda slot: torch.empty_like(slot.bias[slot.block]).uniform_(1, steps - 1).log())
+    _set_biases(rnn, "chrono", lambda bias: torch.empty_like(bias).uniform_(1, steps - 1).log())
 
 
 def orthogonal(rnn: nn.Module, gain: float = 1.0) -> None:
@@ -99,18 +101,14 @@ def identity(rnn: nn.Module, scale: float = 1.0) -> None:
 
 def can_set_keeping_bias(cell: nn.Module) -> bool:
     """Whether `forget_bias` and `chrono` have something to set in a cell."""
-    known = family_of(cell)
-    return known is not None and known[1].keeps is not None and bool(gate_slots(cell, known[1].keeps[0]))
+    gates = gates_of(cell)
+    return gates is not None and gates.layout.keeps is not None and bool(gates.biases(gates.layout.keeps))
 
 
-def can_set_recurrent(cell: nn.Module) -> bool:
-    """Whether `orthogonal` and `identity` have something to set in a cell."""
-    return bool(_settable(cell))
-
-
-def _settable(cell: nn.Module) -> list[Tensor]:
-    """The recurrent weights of a known cell; of one that is not known nobody can tell which they are."""
-    weights = [] if family_of(cell) is None else [weight for _, weight in recurrent_weights(cell, ())]
+def settable_recurrent(cell: nn.Module) -> list[Tensor]:
+    """What `orthogonal` and `identity` set in a cell; nothing where nobody can tell which weights are recurrent."""
+    gates = gates_of(cell)
+    weights = [] if gates is None else [weight for _, weight in gates.recurrent_blocks()]
     return [weight for weight in weights if weight.is_leaf or isinstance(weight._base, nn.Parameter)]
 
 
@@ -119,23 +117,31 @@ def _check_number(name: str, value: float) -> None:
         raise OptionError(f"{name} must be a finite number, got {value!r}")
 
 
-def _check_network(rnn: nn.Module, asked: str) -> None:
+def _cells_of(rnn: nn.Module, remedy: str) -> list[nn.Module]:
+    """The cells of the unrolled networks in a module, each once; a module without any is taken for a cell itself.
+
+    Raises:
+        OptionError: for what has no cells.
+    """
     if not isinstance(rnn, nn.Module):
-        raise OptionError(f"{asked} takes a cell or a module with unrolled networks, got a {type(rnn).__name__}")
+        raise OptionError(f"{remedy} takes a cell or a module with unrolled networks, got a {type(rnn).__name__}")
     if isinstance(rnn, nn.RNNBase):
         raise OptionError(
-            f"{asked} sets cells of unrolled networks, and torch.nn's {_named(rnn)} has none; make it one with "
+            f"{remedy} sets cells of unrolled networks, and torch.nn's {name_of(rnn)} has none; make it one with "
             "ur.from_torch(module), and back with ur.to_torch"
         )
+    wholes = [module.network if isinstance(module, TorchLayer) else module for module in rnn.modules()]
+    parts = [part for whole in wholes for part in whole.modules() if isinstance(part, Unrolled)]
+    return list(dict.fromkeys(part.cell for part in parts)) or [rnn]
 
 
 @torch.no_grad()
-def _set_recurrent(rnn: nn.Module, asked: str, made: Callable[[Tensor], Tensor]) -> None:
-    _check_network(rnn, asked)
-    weights = [weight for cell in cells_of(rnn) for weight in _settable(cell)]
+def _set_recurrent(rnn: nn.Module, remedy: str, made: Callable[[Tensor], Tensor]) -> None:
+    cells = _cells_of(rnn, remedy)
+    weights = [weight for cell in cells for weight in settable_recurrent(cell)]
     if not weights:
         raise OptionError(
-            f"{asked} sets square recurrent weights of cells that it knows, and {_named(rnn)} has none; "
+            f"{remedy} sets square recurrent weights of cells that it knows, and {_names_of(cells)} has none; "
             "set yours with torch.nn.init"
         )
     for weight in weights:
@@ -143,29 +149,25 @@ def _set_recurrent(rnn: nn.Module, asked: str, made: Callable[[Tensor], Tensor])
 
 
 @torch.no_grad()
-def _set_biases(rnn: nn.Module, asked: str, drawn: Callable[[GateSlot], Tensor]) -> None:
-    _check_network(rnn, asked)
-    cells = [cell for cell in cells_of(rnn) if can_set_keeping_bias(cell)]
-    if not cells:
+def _set_biases(rnn: nn.Module, remedy: str, drawn: Callable[[Tensor], Tensor]) -> None:
+    """Set the bias of the gate that keeps the state; `chrono` also sets that of the gate that takes something new."""
+    cells = _cells_of(rnn, remedy)
+    known = [gates for cell in cells if can_set_keeping_bias(cell) and (gates := gates_of(cell))]
+    if not known:
         raise OptionError(
-            f"{asked} sets the bias of the gate that keeps the state, and {_named(rnn)} has none; "
+            f"{remedy} sets the bias of the gate that keeps the state, and {_names_of(cells)} has none; "
             "take a gated cell with biases: LSTMCell, GRUCell"
         )
-    for cell in cells:
-        _, family = family_of(cell)  # type: ignore[misc]
-        gate, high = family.keeps  # type: ignore[misc]
-        slots = gate_slots(cell, gate)
-        value = drawn(slots[0]) * (1 if high else -1)
-        _write(slots, value)
-        if asked == "chrono" and family.takes is not None:
-            _write(gate_slots(cell, family.takes), -value)
+    for gates in known:
+        keeps, takes = str(gates.layout.keeps), gates.layout.takes
+        value = drawn(gates.biases(keeps)[0]) * (1 if gates.layout.keeps_at == "high" else -1)
+        values = {keeps: value} if remedy != "chrono" or takes is None else {keeps: value, takes: -value}
+        for gate, wanted in values.items():
+            first, *others = gates.biases(gate)
+            first.copy_(wanted)
+            for bias in others:
+                bias.zero_()
 
 
-def _write(slots: list[GateSlot], value: Tensor) -> None:
-    """Give a gate a bias: the first of two has it all."""
-    for number, slot in enumerate(slots):
-        slot.bias[slot.block] = value if number == 0 else 0.0
-
-
-def _named(rnn: nn.Module) -> str:
-    return ", ".join(dict.fromkeys(map(name_of, cells_of(rnn))))
+def _names_of(cells: list[nn.Module]) -> str:
+    return ", ".join(dict.fromkeys(map(name_of, cells)))

@@ -6,11 +6,16 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unrolled.cells.base import GateLayout, Gates, StandInCell
+from unrolled.cells.gru import GRUCell
+from unrolled.cells.lstm import LSTMCell
+from unrolled.cells.rnn import RNNCell
 from unrolled.errors import CellError, OptionError, StateError
 from unrolled.trees import Tree
 
@@ -18,15 +23,20 @@ Step = Callable[..., tuple[Tree, Tree]]
 State = Callable[..., Tree]
 
 
-class AdaptedCell(nn.Module):
+class AdaptedCell(StandInCell):
     """A module whose call differs from the contract, or that lacks `initial_state`, made a cell by `as_cell`."""
 
     def __init__(self, module: nn.Module, step: Step | None, state: State | None, display_name: str = "") -> None:
         super().__init__()
-        self.display_name = display_name or type(module).__name__
+        self.display_name, self.names_start_with = display_name or type(module).__name__, "module."
         self.module = module
         self.step = step
         self.state = state
+
+    @property
+    def state_names(self) -> Sequence[str]:
+        """Those of the module, if it has any."""
+        return getattr(self.module, "state_names", ())
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -212,15 +222,37 @@ def is_torch_cell(cell: nn.Module) -> bool:
     return isinstance(cell, AdaptedCell) and cell.step in _TORCH_STEPS.values() and isinstance(cell.state, _Zeros)
 
 
+_TORCH_GATES: dict[type[nn.Module], GateLayout] = {
+    nn.RNNCell: RNNCell.gate_layout,
+    nn.GRUCell: GRUCell.gate_layout,
+    nn.LSTMCell: replace(LSTMCell.gate_layout, computed=("input", "forget", "candidate", "output", "memory")),
+}
+
+
+def gates_of(cell: nn.Module) -> Gates | None:
+    """The gates of a cell, or of the one cell inside of it that has some.
+
+    None where several inside have gates: nobody can tell then which of them keep the state of the whole.
+    """
+    found, inside = [], set[nn.Module]()
+    for module in cell.modules():
+        layout = getattr(module, "gate_layout", None) or _TORCH_GATES.get(type(module))
+        if isinstance(layout, GateLayout) and module not in inside:
+            found.append(Gates(module, layout))
+            inside.update(module.modules())
+    return found[0] if len(found) == 1 else None
+
+
 def parameter_names(cell: nn.Module) -> dict[str, str]:
     """Each parameter's name as the user knows it, and its path inside the cell.
 
     An adapter's parameters go by the names they have in the module that it adapts. A cell that shares a module with
     others says which parameters it reads.
     """
-    prefix = getattr(cell, "names_start_with", "module." if isinstance(cell, AdaptedCell) else "")
-    reads = getattr(cell, "reads_parameter", lambda name: True)
-    return {name.removeprefix(prefix): name for name, _ in cell.named_parameters() if reads(name)}
+    names = [name for name, _ in cell.named_parameters()]
+    if not isinstance(cell, StandInCell):
+        return {name: name for name in names}
+    return {name.removeprefix(cell.names_start_with): name for name in names if cell.reads_parameter(name)}
 
 
 def _parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:

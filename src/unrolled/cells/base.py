@@ -1,10 +1,14 @@
-"""The cell contract: two methods and nothing else."""
+"""The cell contract: two methods and nothing else; and what a cell may tell about itself besides."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
 from unrolled.trees import Tree
 
@@ -15,7 +19,7 @@ class Cell(Protocol):
 
     Any module with these two methods is a cell; nothing need be inherited. Input, output and state are pytrees of
     `[B, ...]`. A cell that attends to something that is the same at every step takes it as a third argument,
-    `context`.
+    `context`. What a cell may tell about itself besides is `DescribedCell`.
     """
 
     def __call__(self, input: Tree, state: Tree, /) -> tuple[Tree, Tree]:
@@ -27,3 +31,151 @@ class Cell(Protocol):
     ) -> Tree:
         """The state that copy 0 receives when the caller passes none."""
         ...
+
+
+@dataclass(frozen=True)
+class GateLayout:
+    """What the gates of a cell are called, where they are in its parameters, and what they do to the state.
+
+    Every parameter that is named here has one block of rows for each gate, all blocks of one size. A parameter that a
+    cell has only sometimes may be None.
+
+    Attributes:
+        blocks: the gates, in the order of their blocks.
+        computed: the activations (sigmoid, tanh, relu) of a step, in the order in which it computes them; a gate's has
+            the gate's name.
+        keeps: the gate by which the state is kept; None for a cell that has none.
+        keeps_at: at which end that gate keeps the state: 'high' (1) or 'low' (0).
+        takes: the gate that takes something new at its high end, where it is not the same one.
+        biases: the biases of all gates, parameters by name.
+        recurrent: the weights that the state is multiplied by, likewise.
+
+    Example:
+        >>> import unrolled as ur
+        >>> ur.LSTMCell.gate_layout.keeps, ur.MinGRUCell.gate_layout.keeps_at
+        ('forget', 'low')
+    """
+
+    blocks: tuple[str, ...]
+    computed: tuple[str, ...]
+    keeps: str | None = None
+    keeps_at: str = "high"
+    takes: str | None = None
+    biases: tuple[str, ...] = ("bias_ih", "bias_hh")
+    recurrent: tuple[str, ...] = ("weight_hh",)
+
+    def renamed(self, pattern: str) -> GateLayout:
+        """The same with other names of parameters.
+
+        Example:
+            >>> GateLayout(("update",), ("update",)).renamed("cell.{}_l0").biases
+            ('cell.bias_ih_l0', 'cell.bias_hh_l0')
+        """
+        biases, recurrent = (tuple(map(pattern.format, names)) for names in (self.biases, self.recurrent))
+        return replace(self, biases=biases, recurrent=recurrent)
+
+    def idle_end(self, gate: str) -> str | None:
+        """The end at which a gate leaves the state as it is, 'low' or 'high'; None for other gates."""
+        if gate == self.keeps:
+            return self.keeps_at
+        return "low" if gate == self.takes else None
+
+
+@runtime_checkable
+class DescribedCell(Cell, Protocol):
+    """A cell that tells about itself; optional. A cell of your own with these attributes is treated as ours are.
+
+    `stack` checks that layers fit, plans, pictures and figures use the names of the state, `diagnose` names the gates
+    and measures how long they remember, `remedy` sets their weights. `state_names` and `gate_layout` are also read of a
+    cell that has only these.
+
+    Attributes:
+        input_size: I, features of the input.
+        output_size: features of the output.
+        state_names: one for each tensor of the state; empty where the state's structure names them itself.
+        gate_layout: its gates; None for a cell without.
+
+    Example:
+        A leaky unit that learns how much it keeps: the whole cell, and what can be asked of it.
+
+        >>> import torch.nn.functional as F, unrolled as ur
+        >>> class LeakyCell(nn.Module):
+        ...     state_names = ("h",)
+        ...     gate_layout = GateLayout(
+        ...         blocks=("keep", "candidate"), computed=("keep", "candidate"), keeps="keep", biases=("bias",)
+        ...     )
+        ...
+        ...     def __init__(self, input_size, hidden_size):
+        ...         super().__init__()
+        ...         self.input_size, self.output_size = input_size, hidden_size
+        ...         self.weight_ih = nn.Parameter(torch.randn(2 * hidden_size, input_size) / input_size)
+        ...         self.weight_hh = nn.Parameter(torch.randn(2 * hidden_size, hidden_size) / hidden_size)
+        ...         self.bias = nn.Parameter(torch.zeros(2 * hidden_size))
+        ...
+        ...     def initial_state(self, batch_size, device=None, dtype=None):
+        ...         return torch.zeros(batch_size, self.output_size, device=device, dtype=dtype)
+        ...
+        ...     def forward(self, input, state):
+        ...         k, c = (F.linear(input, self.weight_ih, self.bias) + F.linear(state, self.weight_hh)).chunk(2, -1)
+        ...         keep, candidate = torch.sigmoid(k), torch.tanh(c)
+        ...         state = keep * state + (1 - keep) * candidate
+        ...         return state, state
+        >>> cell = LeakyCell(3, 4)
+        >>> ur.remedy.forget_bias(cell, 2.0)
+        >>> cell.bias[:5]
+        tensor([2., 2., 2., 2., 0.], grad_fn=<SliceBackward0>)
+        >>> figures = ur.diagnose(ur.unroll(cell), torch.randn(9, 2, 3), lambda outputs, state: outputs.sum())
+        >>> [gate.name for gate in figures.layers[0].units.gates], figures.layers[0].units.memory[0].gate
+        (['keep', 'candidate'], 'keep')
+    """
+
+    input_size: int
+    output_size: int
+    state_names: Sequence[str]
+    gate_layout: GateLayout | None
+
+
+class StandInCell(nn.Module):
+    """A cell that stands in for another module, and is shown under that one's names.
+
+    Attributes:
+        display_name: what a person calls what it stands in for.
+        names_start_with: how the paths of its parameters begin; what follows is the name that a person knows.
+    """
+
+    display_name: str
+    names_start_with: str
+
+    def reads_parameter(self, name: str) -> bool:
+        """Whether a parameter is this cell's, and not that of another one that stands in for the same module."""
+        return True
+
+
+class Gates:
+    """The gates of one cell.
+
+    Attributes:
+        layout: what they are called and do.
+    """
+
+    def __init__(self, cell: nn.Module, layout: GateLayout) -> None:
+        self._cell, self.layout = cell, layout
+
+    def _parameters(self, names: Sequence[str]) -> list[tuple[str, Any]]:
+        """Those that exist, each by the last part of its name."""
+        found = [(name.rpartition(".")[2], attrgetter(name)(self._cell)) for name in names]
+        return [(name, tensor) for name, tensor in found if tensor is not None]
+
+    def biases(self, gate: str) -> list[Tensor]:
+        """The part of each bias that is a gate's."""
+        blocks = self.layout.blocks
+        return [bias.chunk(len(blocks))[blocks.index(gate)] for _, bias in self._parameters(self.layout.biases)]
+
+    def recurrent_blocks(self) -> list[tuple[str, Tensor]]:
+        """The square matrices by which the state meets itself, one for each gate, by name: 'weight_hh (forget)'."""
+        found, blocks = list[tuple[str, Tensor]](), self.layout.blocks
+        for name, weight in self._parameters(self.layout.recurrent):
+            if weight.shape[0] == len(blocks) * weight.shape[1]:
+                names = [f"{name} ({gate})" for gate in blocks] if len(blocks) > 1 else [name]
+                found += zip(names, weight.chunk(len(blocks)), strict=True)
+        return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.cells.adapted import check_state_maker, context_use
+from unrolled.cells.base import StandInCell
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
@@ -17,14 +18,12 @@ from unrolled.unseen import OwnDraws
 
 def name_of(cell: nn.Module) -> str:
     """What a person would call a cell: its class, or that of what it was made of."""
-    name: str = getattr(cell, "display_name", type(cell).__name__)
-    return name
+    return cell.display_name if isinstance(cell, StandInCell) else type(cell).__name__
 
 
 def state_names(cell: nn.Module) -> Sequence[str]:
-    """What the cell, or what it stands for, calls the tensors of its state; nothing where it does not say."""
-    candidates = (cell, getattr(cell, "layer", None), getattr(cell, "module", None))
-    names = next((found for c in candidates if (found := getattr(c, "state_names", None))), ())
+    """What a cell calls the tensors of its state; nothing where it does not say."""
+    names = getattr(cell, "state_names", ())
     return names if isinstance(names, tuple | list) and all(isinstance(name, str) for name in names) else ()
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from unrolled.cells.base import GateLayout
 from unrolled.errors import InputError, OptionError
 
 
@@ -35,8 +36,8 @@ def check_flags(**flags: bool) -> None:
 class GatedCell(nn.Module):
     """A cell whose gates are one product of the input and one of the hidden state, as in torch.nn.
 
-    Holds `weight_ih [G, I]`, `weight_hh [G, H]`, `bias_ih [G]` and `bias_hh [G]`, drawn from
-    `U(-1/sqrt(H), 1/sqrt(H))` in that order, so that one seed gives torch.nn's numbers.
+    Holds `weight_ih [G, I]`, `weight_hh [G, H]`, `bias_ih [G]` and `bias_hh [G]` (those of them that its gate layout
+    names), drawn from `U(-1/sqrt(H), 1/sqrt(H))` in that order, so that one seed gives torch.nn's numbers.
 
     Args:
         input_size: I, features of the input.
@@ -51,12 +52,13 @@ class GatedCell(nn.Module):
         OptionError: if a size is not a positive integer, or a flag no bool.
     """
 
-    gates: int
-    """G / H: how many blocks of H rows the weights have."""
+    gate_layout: GateLayout
+    """The weights have G / H blocks of H rows, one for each gate."""
 
     state_names: tuple[str, ...] = ("h",)
-    """One name for each tensor of the state; a learned one is the parameter `initial_<name>`."""
 
+    weight_ih: Tensor
+    weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
 
@@ -79,15 +81,26 @@ class GatedCell(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        G = self.gates * hidden_size
-        self.weight_ih = parameter(G, input_size)
-        self.weight_hh = parameter(G, hidden_size)
-        self.register_parameter("bias_ih", parameter(G) if bias else None)
-        self.register_parameter("bias_hh", parameter(G) if bias else None)
+        G = len(self.gate_layout.blocks) * hidden_size
+        self.register_parameter("weight_ih", parameter(G, input_size))
+        for name in self.gate_layout.recurrent:
+            self.register_parameter(name, parameter(G, hidden_size))
+        for name in self.gate_layout.biases:
+            self.register_parameter(name, parameter(G) if bias else None)
         if learn_initial_state:
-            for name in self.state_names:
+            for name in self.learned_names:
                 self.register_parameter(f"initial_{name}", parameter(hidden_size))
         self.reset_parameters()
+
+    @property
+    def output_size(self) -> int:
+        """H: the output is the hidden state."""
+        return self.hidden_size
+
+    @property
+    def learned_names(self) -> tuple[str, ...]:
+        """The tensors that `initial_tensors` makes; a learned one is the parameter `initial_<name>`."""
+        return self.state_names
 
     def reset_parameters(self) -> None:
         """Draw the weights and biases anew, in torch.nn's order; a learned initial state becomes zero."""
@@ -106,11 +119,11 @@ class GatedCell(nn.Module):
         Learned vectors keep the parameters' own device and dtype, whatever is asked for.
         """
         if self.learn_initial_state:
-            learned = [getattr(self, f"initial_{name}") for name in self.state_names]
+            learned = [getattr(self, f"initial_{name}") for name in self.learned_names]
             return [vector.expand(batch_size, -1) for vector in learned]
-        device = self.weight_hh.device if device is None else device
-        dtype = self.weight_hh.dtype if dtype is None else dtype
-        return [torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype) for _ in self.state_names]
+        device = self.weight_ih.device if device is None else device
+        dtype = self.weight_ih.dtype if dtype is None else dtype
+        return [torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype) for _ in self.learned_names]
 
     def check_input(self, input: Tensor) -> None:
         """Refuse an input that is not `[B, I]`: broadcasting would take it for something else in silence.

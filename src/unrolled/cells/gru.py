@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unrolled.cells.base import GateLayout
 from unrolled.cells.gates import GatedCell
 
 
@@ -54,7 +55,9 @@ class GRUCell(GatedCell):
         torch.Size([2, 4])
     """
 
-    gates = 3
+    gate_layout = GateLayout(
+        blocks=("reset", "update", "candidate"), computed=("reset", "update", "candidate"), keeps="update"
+    )
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None

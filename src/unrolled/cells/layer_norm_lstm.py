@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrolled.cells.gates import GatedCell
+from unrolled.cells.lstm import LSTMCell
 from unrolled.errors import OptionError
 
 
@@ -45,7 +46,7 @@ class LayerNormLSTMCell(GatedCell):
         (torch.Size([2, 4]), torch.Size([16]), torch.Size([4]))
     """
 
-    gates = 4
+    gate_layout = LSTMCell.gate_layout
     state_names = ("h", "c")
     bias_c: Tensor | None
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unrolled.cells.base import GateLayout
 from unrolled.cells.gates import GatedCell
 
 
@@ -60,7 +61,12 @@ class LSTMCell(GatedCell):
         (torch.Size([2, 4]), torch.Size([2, 4]))
     """
 
-    gates = 4
+    gate_layout = GateLayout(
+        blocks=("input", "forget", "candidate", "output"),
+        computed=("forget", "input", "candidate", "output", "memory"),
+        keeps="forget",
+        takes="input",
+    )
     state_names = ("h", "c")
 
     def initial_state(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrolled.cells.gates import GatedCell
+from unrolled.cells.lstm import LSTMCell
 
 
 class PeepholeLSTMCell(GatedCell):
@@ -42,7 +43,7 @@ class PeepholeLSTMCell(GatedCell):
         (torch.Size([2, 4]), torch.Size([4]))
     """
 
-    gates = 4
+    gate_layout = LSTMCell.gate_layout
     state_names = ("h", "c")
 
     def __init__(

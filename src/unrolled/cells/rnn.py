@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unrolled.cells.base import GateLayout
 from unrolled.cells.gates import GatedCell
 from unrolled.errors import OptionError
 
@@ -64,7 +65,7 @@ class RNNCell(GatedCell):
         (torch.Size([2, 4]), True)
     """
 
-    gates = 1
+    gate_layout = GateLayout(blocks=("hidden",), computed=("hidden",))
 
     def __init__(
         self,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unrolled.cells.base import GateLayout
 from unrolled.cells.gates import GatedCell
 from unrolled.errors import OptionError
 
@@ -73,8 +75,11 @@ class SLSTMCell(GatedCell):
         (torch.Size([2, 4]), 1.0)
     """
 
-    gates = 4
-    state_names = ("h", "c", "m")  # those that can be learned
+    gate_layout = GateLayout(
+        blocks=("input", "forget", "candidate", "output"), computed=("forget", "candidate", "output"), keeps="forget"
+    )
+    state_names = ()  # the state is a named tuple
+    learned_names = ("h", "c", "m")
 
     def __init__(
         self,
@@ -89,6 +94,8 @@ class SLSTMCell(GatedCell):
     ) -> None:
         if forget_gate not in _LOG_FORGET:
             raise OptionError(f"forget_gate must be one of {', '.join(_LOG_FORGET)}, got {forget_gate!r}")
+        if forget_gate == "exponential":  # which does not saturate: it is none of the activations that are looked at
+            self.gate_layout = replace(self.gate_layout, computed=("candidate", "output"))
         super().__init__(
             input_size, hidden_size, bias, learn_initial_state=learn_initial_state, device=device, dtype=dtype
         )

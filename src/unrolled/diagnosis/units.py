@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled.cells.adapted import gates_of
 from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.quantiles import quartiles
 from unrolled.diagnosis.results import Missing
@@ -20,7 +21,6 @@ from unrolled.diagnosis.unit_results import EffectiveMemory, Gate, SpectralRadiu
 from unrolled.diagnosis.walk import row_norms
 from unrolled.internals import DispatchMode
 from unrolled.introspection.copies import Copies, Copy
-from unrolled.networks.families import family_of, recurrent_weights
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import flatten, leaves, paths
@@ -78,7 +78,7 @@ def unit_figures(copies: Copies) -> tuple[UnitFigures, list[Missing]]:
         gates, memory = _gates(copies)
     except UnrecordableError as error:
         missing.append(Missing("units.gates", str(error)))
-    if family_of(cell) is None:
+    if gates_of(cell) is None:
         missing.append(Missing("units.memory", f"which gate of {name_of(cell)} keeps the state is not known"))
     radii = _radii(cell, [int(x.shape[-1]) for x in leaves(copies[0].state) if x.dim() > 1])
     if not radii:
@@ -108,7 +108,9 @@ def _mean_norm(leaf: Tensor, rows: int) -> float:
 
 def _radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]:
     found = []
-    for name, weight in recurrent_weights(cell, widths):
+    gates = gates_of(cell)
+    square = [(n, x) for n, x in cell.named_parameters() if x.dim() == 2 and x.shape[0] == x.shape[1] in widths]
+    for name, weight in square if gates is None else gates.recurrent_blocks():
         values = weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64).cpu()
         radius = float(torch.linalg.eigvals(values).abs().max()) if values.isfinite().all() else math.nan
         found.append(SpectralRadius(name, radius))
@@ -129,11 +131,11 @@ def _gates(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...
                 tally.add(value)
     names = _names(copies.cell, [tally.operation for tally in tallies])
     gates = tuple(tally.gate(name) for tally, name in zip(tallies, names, strict=True))
-    known = family_of(copies.cell)
-    if known is None or known[1].keeps is None or known[1].keeps[0] not in names:
+    known = gates_of(copies.cell)
+    if known is None or known.layout.keeps not in names:
         return gates, ()
-    keeping, high = known[1].keeps
-    return gates, (tallies[names.index(keeping)].memory(keeping, high),)
+    keeps = known.layout.keeps
+    return gates, (tallies[names.index(keeps)].memory(keeps, known.layout.keeps_at == "high"),)
 
 
 def _activations(cell: nn.Module, copies: Copies, copy: Copy) -> list[tuple[str, Tensor]]:
@@ -147,10 +149,9 @@ def _activations(cell: nn.Module, copies: Copies, copy: Copy) -> list[tuple[str,
 
 
 def _names(cell: nn.Module, operations: Sequence[str]) -> list[str]:
-    known = family_of(cell)
-    fitting = [names for names in (known[1].computed if known else ()) if len(names) == len(operations)]
-    if fitting:
-        return list(fitting[0])
+    known = gates_of(cell)
+    if known is not None and len(known.layout.computed) == len(operations):
+        return list(known.layout.computed)
     return [f"{kind} {1 + operations[:n].count(kind)}" for n, kind in enumerate(operations)]
 
 

@@ -12,9 +12,9 @@ from functools import partial
 from torch import nn
 
 from unrolled import remedy
+from unrolled.cells.adapted import gates_of
 from unrolled.diagnosis.results import KINDS, Finding, LayerDiagnosis, Reach, Remedy, Verdict
 from unrolled.diagnosis.unit_results import Gate
-from unrolled.networks.families import family_of
 
 LEFT = 0.001
 """Vanishing: the share of a gradient below which it counts as gone ..."""
@@ -124,7 +124,7 @@ def _vanishing(layer: LayerDiagnosis, cell: nn.Module, horizon: int | None) -> F
         f"{LEFT:g} after {gone}, of {flows} that they flow back through; that matters to what is to link steps farther "
         "apart"
     )
-    remedies = [*_memory(cell, flows), _orthogonal(cell), _identity(cell), _gated(cell), _shorter(layer, gone)]
+    remedies = [*_memory(cell, flows), _orthogonal(cell), _identity(cell, layer), _gated(cell), _shorter(layer, gone)]
     return Finding("vanishing", sentence, tuple(_remedies(remedies)), layer.name)
 
 
@@ -150,8 +150,8 @@ def _harmful(gate: Gate, cell: nn.Module) -> float:
     """
     if gate.operation == "relu":
         return gate.dead / gate.units
-    known = family_of(cell)
-    idle = known[1].idle_end(gate.name) if known else None
+    gates = gates_of(cell)
+    idle = gates.layout.idle_end(gate.name) if gates else None
     return gate.share - (gate.high if idle == "high" else gate.low if idle == "low" else 0.0)
 
 
@@ -203,21 +203,20 @@ def _memory(cell: nn.Module, steps: int) -> list[Remedy]:
 
 
 def _orthogonal(cell: nn.Module) -> Remedy | None:
-    if not remedy.can_set_recurrent(cell):
+    if not remedy.settable_recurrent(cell):
         return None
     return Remedy("orthogonal recurrent weights: ur.remedy.orthogonal(rnn)", partial(remedy.orthogonal, cell))
 
 
-def _identity(cell: nn.Module) -> Remedy | None:
-    known = family_of(cell)
-    if known is None or getattr(known[0], "nonlinearity", "") != "relu":
+def _identity(cell: nn.Module, layer: LayerDiagnosis) -> Remedy | None:
+    if gates_of(cell) is None or not any(gate.operation == "relu" for gate in layer.units.gates):
         return None
     return Remedy("identity recurrent weights: ur.remedy.identity(rnn)", partial(remedy.identity, cell))
 
 
 def _gated(cell: nn.Module) -> Remedy | None:
-    known = family_of(cell)
-    if known is not None and known[1].keeps is not None:
+    gates = gates_of(cell)
+    if gates is not None and gates.layout.keeps is not None:
         return None
     return Remedy("a gated cell: LSTMCell, GRUCell")
 

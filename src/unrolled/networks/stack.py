@@ -18,9 +18,8 @@ from unrolled.bptt.segments import SequenceRun
 from unrolled.bptt.truncated import run_by_blocks
 from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
+from unrolled.cells.base import DescribedCell
 from unrolled.cells.contract import make_state, name_of
-from unrolled.cells.gates import GatedCell
-from unrolled.cells.min_gru import MinGRUCell
 from unrolled.errors import OptionError, UnrolledError
 from unrolled.networks.budgeted import Budgeted
 from unrolled.networks.layered import Layered, Run, named
@@ -349,7 +348,7 @@ def _input_size(layer: nn.Module) -> int | None:
     first = layer
     while isinstance(first, Layered):
         first = first.parts[0]
-    return first.cell.input_size if isinstance(first.cell, GatedCell | MinGRUCell) else None
+    return first.cell.input_size if isinstance(first.cell, DescribedCell) else None
 
 
 def _output_size(layer: nn.Module) -> int | None:
@@ -358,4 +357,4 @@ def _output_size(layer: nn.Module) -> int | None:
     if isinstance(layer, Bidirectional):
         sizes = [_output_size(part) for part in layer.parts]
         return None if None in sizes else sum(size for size in sizes if size is not None)
-    return layer.cell.hidden_size if isinstance(layer.cell, GatedCell | MinGRUCell) else None
+    return layer.cell.output_size if isinstance(layer.cell, DescribedCell) else None

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from unrolled.cells.base import GateLayout, StandInCell
 from unrolled.cells.gates import check_flags, check_sizes
-from unrolled.cells.gru import gru_step
-from unrolled.cells.lstm import lstm_step
-from unrolled.cells.rnn import check_nonlinearity, rnn_step
+from unrolled.cells.gru import GRUCell, gru_step
+from unrolled.cells.lstm import LSTMCell, lstm_step
+from unrolled.cells.rnn import RNNCell, check_nonlinearity, rnn_step
 from unrolled.errors import InputError, OptionError, StateError, warn_caller
 from unrolled.lengths import Lengths
 from unrolled.networks.stack import Bidirectional, Stack, checked_dropout
@@ -45,7 +46,7 @@ class TorchLayer(nn.Module):
             is not smaller than H.
     """
 
-    gates: ClassVar[int]
+    gate_layout: ClassVar[GateLayout]
     state_names: ClassVar[tuple[str, ...]] = ("h",)
     projects: ClassVar[bool] = False
     is_layer: ClassVar[bool] = True
@@ -97,7 +98,7 @@ class TorchLayer(nn.Module):
         return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ("", "_reverse")[: self.directions]]
 
     def _shapes(self, *, first: bool) -> dict[str, tuple[int, ...]]:
-        G, H, P = self.gates * self.hidden_size, self.hidden_size, self.proj_size
+        G, H, P = len(self.gate_layout.blocks) * self.hidden_size, self.hidden_size, self.proj_size
         I = self.input_size if first else (P or H) * self.directions
         shapes: dict[str, tuple[int, ...]] = dict(zip(WEIGHTS, [(G, I), (G, P or H), (G,), (G,)], strict=True))
         return shapes | ({"weight_hr": (P, H)} if P else {})
@@ -252,7 +253,7 @@ def _check_projection(proj_size: int, hidden_size: int, *, offered: bool) -> Non
         )
 
 
-class _LayerCell(nn.Module):
+class _LayerCell(StandInCell):
     """The cell of one layer and direction. It has no parameters of its own: it reads the layer's at every step."""
 
     names_start_with = "layer."
@@ -266,6 +267,16 @@ class _LayerCell(nn.Module):
         """Whether a parameter of the layer is this cell's, and not that of another layer or direction."""
         others = tuple(suffix for suffix in self.layer.suffixes if suffix != self.suffix)
         return not any(part.endswith(others) for part in name.split("."))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The layer's."""
+        return self.layer.state_names
+
+    @property
+    def gate_layout(self) -> GateLayout:
+        """The gates are in the layer's parameters."""
+        return self.layer.gate_layout.renamed("layer.{}" + self.suffix)
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -291,7 +302,7 @@ class RNN(TorchLayer):
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
 
-    gates = 1
+    gate_layout = RNNCell.gate_layout
 
     def __init__(
         self,
@@ -339,7 +350,7 @@ class LSTM(TorchLayer):
         torch.Size([1, 2, 4])
     """
 
-    gates = 4
+    gate_layout = LSTMCell.gate_layout
     projects = True
     state_names = ("h", "c")
 
@@ -386,7 +397,7 @@ class GRU(TorchLayer):
         (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
 
-    gates = 3
+    gate_layout = GRUCell.gate_layout
 
     def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of a GRU cell."""

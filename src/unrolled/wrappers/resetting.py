@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unrolled.cells.base import StandInCell
 from unrolled.cells.contract import name_of
 from unrolled.sequence import rows_where
 from unrolled.trees import Tree
 
 
-class ResettingCell(nn.Module):
+class ResettingCell(StandInCell):
     """A cell whose rows receive a fresh state where a mask says so.
 
     Its input is `(input, resets)`, resets a bool `[B]`; its context is `(context, fresh)`, fresh a state of the cell's.
