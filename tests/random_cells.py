@@ -17,6 +17,8 @@ from matching import assert_match
 from problems import uneven_loss
 from unrolled.engine import native
 from unrolled.engine.plan_cache import Decision, PlanCache, _loops_of
+from unrolled.networks.base import first_state
+from unrolled.networks.layout import Call
 from unrolled.plan.loops import LoopProgram
 from unrolled.trees import Tree, leaves, map_leaves
 
@@ -37,7 +39,8 @@ def unrolled(cell: nn.Module, engine: str, **options: Any) -> ur.Unrolled:
 def decision(cell: nn.Module, inputs: Tree, engine: str, state: Tree = None, context: Tree = None) -> Decision:
     """Which plan and engine a call takes, and why."""
     rnn = unrolled(cell, engine)
-    inputs, state = rnn.prepared(inputs, state, context)
+    call = Call.of(inputs, state, context=context)
+    inputs, state = call.steps, first_state(rnn, call)
     return rnn._plans.look_up(cell, inputs, state, context)
 
 
@@ -370,7 +373,7 @@ def assert_recipe_as_reference(recipe: Recipe, engine: str) -> None:
     torch.manual_seed(recipe.seed)  # the noise too is the recipe's
     cell, inputs = _made(recipe)
     rnn = unrolled(cell, engine)
-    found = rnn._plans.look_up(cell, *rnn.prepared(inputs, None, None), None)
+    found = rnn._plans.look_up(cell, inputs, first_state(rnn, Call.of(inputs)), None)
     assert found.plan is not None, found.why
     assert found.engine == engine or "does not emit" in found.why, found.why
     assert_as_reference(cell, inputs, engine=engine, inputs_require_grad=recipe.asked, rnn=rnn)

@@ -40,8 +40,8 @@ from unrolled.generation.generate import Step, generate, stream
 from unrolled.introspection.bias import TruncationBias
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import LayeredCopies, copies
+from unrolled.networks.bounded import plan_memory
 from unrolled.networks.convert import from_torch, to_torch
-from unrolled.networks.plan_memory import plan_memory
 from unrolled.networks.stack import Bidirectional, Stack, stack
 from unrolled.networks.torch_layers import GRU, LSTM, RNN
 from unrolled.networks.unroll import Unrolled, unroll

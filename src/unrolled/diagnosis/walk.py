@@ -32,7 +32,7 @@ class Walk:
         self.sizes = [len(copy.rows) for copy in self.copies]
         self.fresh: list[Tensor | None] = [None] * len(self.copies)
         if resets is not None and self.copies:
-            mask = layout.sequences(layout.resets(resets, reverse=reverse))
+            mask = layout.restarts(layout.mask(resets), reverse=reverse)
             self.fresh = list(sequence.each_step(mask, layout.extent))[:: -1 if reverse else 1]
 
     def shared(self, k: int) -> int:

@@ -19,10 +19,10 @@ from unrolled.drawing.portrait import Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.introspection.layered import copies
-from unrolled.lengths import Extent, Lengths
+from unrolled.lengths import Lengths
+from unrolled.networks.bounded import plan_memory
 from unrolled.networks.layered import Layered
-from unrolled.networks.layout import given_as
-from unrolled.networks.plan_memory import plan_memory
+from unrolled.networks.layout import BatchLayout
 from unrolled.networks.stack import Stack
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
@@ -59,7 +59,7 @@ def portrait(
         OptionError: for more copies than a page can hold.
         InputError: for a row that the batch does not have.
     """
-    extent = given_as(inputs, lengths, batch_first=getattr(rnn, "batch_first", False)).extent
+    extent = BatchLayout.of(inputs, lengths, batch_first=getattr(rnn, "batch_first", False)).extent
     T, B = extent.steps, extent.batch
     _check_page(T, B, row)
     options = {"lengths": lengths, "resets": resets, "context": context}
@@ -100,7 +100,7 @@ def _check_page(T: int, B: int, row: int) -> None:
 
 def _networks(rnn: nn.Module) -> list[Unrolled]:
     if isinstance(rnn, TorchLayer):
-        return _networks(rnn._network)
+        return _networks(rnn.network)
     return [rnn] if isinstance(rnn, Unrolled) else cast("Layered", rnn).networks
 
 
@@ -148,7 +148,8 @@ class _MeasuredLayer:
         first = self.copies[0]
         twice = map_leaves(lambda leaf: torch.stack([leaf.detach()] * 2), first.input)
         state = map_leaves(Tensor.detach, first.state)
-        return self.network.step_plan(twice, state, self.copies.context_of(first), Extent(2, len(first.rows)))
+        network = Unrolled(self.network.cell, engine=self.network.engine, quiet=True)
+        return network.plan(twice, state, context=self.copies.context_of(first))
 
     def _strips(self) -> Iterator[Strip]:
         """Input, state and output, and their gradients, of each tensor that all copies have."""

@@ -16,7 +16,9 @@ from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing.sketch import Parameter, Sketch, TensorLabel
 from unrolled.errors import InputError, OptionError
-from unrolled.networks.layered import Layered
+from unrolled.networks.base import first_state
+from unrolled.networks.layered import Layered, run_parts
+from unrolled.networks.layout import Call
 from unrolled.networks.stack import Bidirectional
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
@@ -68,7 +70,7 @@ def _sketch(
     def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
         return _sketch(part, steps, state, context, ", ".join(filter(None, [place, next(names)])), sketches)
 
-    return layered.composed_by(run, steps, state, context)
+    return run_parts(layered, run, steps, state, context)
 
 
 class _OneStep(nn.Module):
@@ -86,7 +88,8 @@ class _OneStep(nn.Module):
         for weight in weights.values():  # autograd follows all of them here, frozen ones included
             weight.requires_grad_(weight.is_floating_point() or weight.is_complex())
         with torch.enable_grad():
-            steps, first = self.rnn.prepared(inputs, state, context)
+            call = Call.of(inputs, state, context=context, batch_first=self.rnn.batch_first)
+            steps, first = call.steps, first_state(self.rnn, call)
         T, B = sequence.sizes(steps)
         try:
             constant = _labels("context", context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias, cast, overload
 
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from unrolled.introspection.copies import Copies, TappedRun
 from unrolled.introspection.recording import record
 from unrolled.introspection.taps import GradientTap
 from unrolled.lengths import Lengths
-from unrolled.networks.layered import Layered
-from unrolled.networks.layout import BatchLayout, given_as
+from unrolled.networks.base import Network
+from unrolled.networks.layered import Layered, run_parts
+from unrolled.networks.layout import BatchLayout, Call
 from unrolled.networks.stack import Bidirectional
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
@@ -185,34 +187,26 @@ def copies(
         raise OptionError(
             f"copies takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
         )
-    layout = given_as(inputs, lengths, batch_first=network.batch_first)
-    recorder = _Recorder(layout, resets)
-    made, outputs, last = recorder.run(network, layout.sequences(inputs), state, context)
+    call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context, batch_first=network.batch_first)
+    made, outputs, last = _record(network, call, GradientTap())
     if isinstance(rnn, TorchLayer) and isinstance(made, LayeredCopies):
-        made.outputs, made.state = rnn.returned(layer_inputs, layout.outputs(outputs), last)
+        made.outputs, made.state = rnn.returned(layer_inputs, call.layout.outputs(outputs), last)
     return made
 
 
-class _Recorder:
-    """Records the copies of a network, and of all the networks that it is made of, with one tap for all of them."""
+def _record(network: Network, call: Call, tap: GradientTap) -> tuple[Part, Tree, Tree]:
+    """The copies of a network and of all that it is made of, its outputs as engines return them, and its last state."""
+    if isinstance(network, Unrolled):
+        copies = record(network, call, tap)
+        return copies, copies.joined, copies.state
+    parts: list[Part] = []
 
-    def __init__(self, layout: BatchLayout, resets: Tensor | None) -> None:
-        self.layout, self.resets, self.tap = layout, resets, GradientTap()
+    def run(part: Network, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+        made, outputs, last = _record(part, replace(call, steps=steps, state=state, context=context), tap)
+        parts.append(made)
+        return outputs, last
 
-    def run(self, network: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Part, Tree, Tree]:
-        """The copies of a network, its outputs as engines return them, and its last state."""
-        if isinstance(network, Unrolled):
-            copies = record(network, self.layout, steps, state, self.resets, context, self.tap)
-            return copies, copies.joined, copies.state
-        parts: list[Part] = []
-
-        def run_part(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
-            made, outputs, last = self.run(part, steps, state, context)
-            parts.append(made)
-            return outputs, last
-
-        whole = cast("Layered", network)
-        outputs, last = whole.composed_by(run_part, steps, state, context)
-        kind = DirectedCopies if isinstance(whole, Bidirectional) else LayeredCopies
-        made = kind(whole._get_name(), self.tap, parts, self.layout.outputs(outputs), last, whole.truncation)
-        return made, outputs, last
+    outputs, last = run_parts(cast("Layered", network), run, call.steps, call.state, call.context)
+    kind = DirectedCopies if isinstance(network, Bidirectional) else LayeredCopies
+    made = kind(network._get_name(), tap, parts, call.layout.outputs(outputs), last, network.truncation)
+    return made, outputs, last

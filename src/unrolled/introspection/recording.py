@@ -5,48 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unrolled.cells.contract import CheckedStep, make_state, name_of
+from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError
 from unrolled.introspection.copies import Copies, Copy, CopyTaps
 from unrolled.introspection.recorded_run import ReceivedState, RecordedRun
 from unrolled.introspection.taps import GradientTap, ways_past
-from unrolled.networks.layout import BatchLayout
-from unrolled.networks.unroll import Unrolled
+from unrolled.networks.base import first_state
+from unrolled.networks.layout import Call
+from unrolled.networks.unroll import Unrolled, empty_outputs, fresh_state
 from unrolled.sequence import rows_where
 from unrolled.trees import Tree, map_leaves
 
 
-def record(
-    rnn: Unrolled,
-    layout: BatchLayout,
-    steps: Tree,
-    state: Tree,
-    resets: Tensor | None,
-    context: Tree,
-    tap: GradientTap,
-) -> Copies:
-    """The copies of a run over sequences that are laid out as engines take them; see `Unrolled.through`.
-
-    Args:
-        rnn: the network.
-        layout: how the caller laid the batch out.
-        steps: the inputs.
-        state: `[B, ...]` with the caller's rows, or None.
-        resets: as the caller gave them, or None.
-        context: `[B, ...]` with the caller's rows, or None.
-        tap: remembers the gradients.
-    """
-    first, fresh, inputs = rnn.checked(layout, steps, state, context), None, steps
-    if resets is not None and layout.extent.rows:
-        fresh = first if state is None else make_state(rnn.cell, steps, layout.batch)
-        inputs = steps, rnn.checked_resets(layout, resets, fresh)
-    run = RecordedRun(rnn, layout, tap, first, fresh, context, own_state=state is None)
-    if not layout.extent.rows:
-        run.no_outputs = rnn.no_outputs(layout, steps, first, context)
+def record(rnn: Unrolled, call: Call, tap: GradientTap) -> Copies:
+    """The copies of one network in a call; the tap remembers the gradients."""
+    first, fresh, inputs = first_state(rnn, call), None, call.steps
+    if call.resets is not None and call.extent.rows:
+        fresh = fresh_state(rnn, call, first)
+        inputs = call.steps, call.layout.restarts(call.resets, reverse=rnn.reverse)
+    run = RecordedRun(rnn, call.layout, tap, first, fresh, call.context, own_state=call.state is None)
+    if not call.extent.rows:
+        run.no_outputs = empty_outputs(rnn.cell, call, first)
         return Copies(run, (), ())
     step = _RecordingStep(run)
-    reference.run(step, inputs, run.first, layout.extent, reverse=rnn.reverse)
+    reference.run(step, inputs, run.first, call.extent, reverse=rnn.reverse)
     made = sorted(step.made, key=lambda copy: copy.t)
     return Copies(run, made, made)
 

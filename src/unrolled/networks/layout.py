@@ -1,10 +1,10 @@
-"""What a caller gives, as engines take it, and what they return as the caller has it."""
+"""A call as engines take it: how the caller laid the batch out, and what comes with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,67 +33,69 @@ class BatchLayout:
         self.extent, self.batch, self.batch_first = extent, batch, batch_first
         self.steps, self.by_length = extent.steps, by_length
 
+    @staticmethod
+    def of(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> BatchLayout:
+        """How a caller laid a batch out.
+
+        Args:
+            inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`), or a PackedSequence.
+            lengths: integers `[B]`, or None.
+            batch_first: whether sequences are `[B, T, ...]`.
+
+        Raises:
+            InputError: for inputs without T and B, lengths that do not fit them, or a PackedSequence that is none.
+        """
+        if isinstance(inputs, PackedSequence):
+            if lengths is not None:
+                raise InputError("a PackedSequence has its lengths in it; leave lengths= out, or pass padded inputs")
+            return _PackedLayout(inputs, batch_first=batch_first)
+        T, B = sequence.sizes(inputs, batch_first=batch_first)
+        if lengths is None:
+            return BatchLayout(Extent(T, B), B, batch_first=batch_first)
+        found = checked_lengths(lengths, T, B)
+        if bool((found == T).all()):
+            return BatchLayout(Extent(T, B), B, batch_first=batch_first, by_length=True)
+        return _PaddedLayout(Ragged(found, T), batch_first=batch_first)
+
     def sequences(self, tree: Tree) -> Tree:
-        """Sequences of the caller's as engines take them."""
+        """The caller's sequences as engines take them."""
         return sequence.swap_time_and_batch(tree) if self.batch_first else tree
 
     def outputs(self, tree: Tree) -> Tree:
-        """Sequences of an engine's as the caller has them."""
+        """An engine's sequences as the caller has them."""
         return sequence.swap_time_and_batch(tree) if self.batch_first else tree
 
     def rows(self, tree: Tree) -> Tree:
         """A state or a context, `[B, ...]`, with its rows as engines see them."""
         return tree
 
-    def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
-        """A checked mask of the rows that start afresh just before a step, in the order in which steps are walked.
+    def mask(self, resets: Tensor) -> Tensor:
+        """The caller's mask of the rows that start afresh just before a step, laid out as engines take sequences.
 
         Raises:
             InputError: if it is no bool of T and B.
         """
-        steps, layout = self.steps, "[B, T]" if self.batch_first else "[T, B]"
-        shape = (self.batch, steps) if self.batch_first else (steps, self.batch)
+        layout = "[B, T]" if self.batch_first else "[T, B]"
+        shape = (self.batch, self.steps) if self.batch_first else (self.steps, self.batch)
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != shape:
             got = f"{resets.dtype} {list(resets.shape)}" if isinstance(resets, Tensor) else type(resets).__name__
-            mask = isinstance(resets, Tensor) and resets.dtype == torch.bool
-            remedy = "it has one entry for each row and step" if mask else "compare: resets != 0"
+            is_mask = isinstance(resets, Tensor) and resets.dtype == torch.bool
+            remedy = "it has one entry for each row and step" if is_mask else "compare: resets != 0"
             raise InputError(f"resets must be a bool tensor {layout} = {list(shape)}, got {got}; {remedy}")
-        if not reverse:
-            return resets
-        # What starts afresh before step t, walked backwards, is what comes after it: step t - 1. A row's first step
-        # walked comes after none of its own.
-        time = int(self.batch_first)
-        none = torch.zeros_like(resets.narrow(time, 0, 1))
-        return torch.cat([resets.narrow(time, 1, steps - 1), none], time)
+        mask: Tensor = self.sequences(resets)
+        return mask
+
+    def restarts(self, mask: Tensor, *, reverse: bool) -> Tensor:
+        """A mask that is laid out so, for copies that run in this direction.
+
+        What starts afresh before step t comes, backwards, after it: before step t - 1. A row's last step, which is
+        the first one backwards, comes after none of its own.
+        """
+        return self.extent.shifted(mask.new_zeros(self.extent.batch), mask, reverse=True) if reverse else mask
 
     def last(self, tree: Tree, first: Tree) -> Tree:
         """An engine's last state as the caller has it; rows without a step keep the first one."""
         return tree
-
-    def fresh(self, network: nn.Module) -> Tree:
-        """The state that rows of a network start afresh from, if that is decided already; else None."""
-        return None
-
-
-class SegmentLayout(BatchLayout):
-    """A portion of a batch, laid out as engines take it already; so are its resets.
-
-    Args:
-        extent: how far it reaches.
-        fresh: for each network the state that its rows start afresh from, which all portions share.
-    """
-
-    def __init__(self, extent: Extent, fresh: Mapping[nn.Module, Tree]) -> None:
-        super().__init__(extent, extent.batch)
-        self._fresh = fresh
-
-    def fresh(self, network: nn.Module) -> Tree:
-        """The states that rows start from afresh, as `network` takes them."""
-        return self._fresh[network]
-
-    def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
-        """`resets`, which are laid out already."""
-        return resets
 
 
 class _PaddedLayout(BatchLayout):
@@ -113,14 +115,6 @@ class _PaddedLayout(BatchLayout):
     def rows(self, tree: Tree) -> Tree:
         return None if tree is None else map_leaves(self.ragged.running, tree)
 
-    def resets(self, resets: Tensor, *, reverse: bool) -> Tensor:
-        found = super().resets(resets, reverse=reverse)
-        if not reverse:
-            return found
-        # A row begins, backwards, at its own end: what comes before that is padding.
-        inside = torch.arange(self.steps).unsqueeze(1) < self.ragged.lengths - 1
-        return found & (inside.T if self.batch_first else inside).to(found.device)
-
     def last(self, tree: Tree, first: Tree) -> Tree:
         return map_leaves(self.ragged.restored, tree, first)
 
@@ -139,66 +133,50 @@ class _PackedLayout(_PaddedLayout):
         return map_leaves(lambda data: PackedSequence(data, *self._packed[1:]), tree)
 
 
-Through: TypeAlias = Callable[[BatchLayout, Tree, Tree, Tensor | None, Tree], tuple[Tree, Tree]]
-"""How a network is run over what engines see of a batch; see `Unrolled.through`."""
+@dataclass(frozen=True)
+class Call:
+    """One call of a network, made once where the caller comes in and passed down to every part.
 
-
-def given_as(inputs: Tree, lengths: Lengths, *, batch_first: bool) -> BatchLayout:
-    """How a caller gives a batch.
-
-    Args:
-        inputs: a pytree of `[T, B, ...]` (`[B, T, ...]` with `batch_first`), or a PackedSequence.
-        lengths: integers `[B]`, or None.
-        batch_first: whether sequences are `[B, T, ...]`.
-
-    Raises:
-        InputError: for inputs without T and B, lengths that do not fit them, or a PackedSequence that is none.
+    Attributes:
+        layout: how the caller laid the batch out.
+        steps: the inputs as engines take them: `[T, B, ...]`; `[N, ...]` where rows end at different times.
+        state: what each row's first copy receives, `[B, ...]` with the caller's rows; None for the cell's own.
+        resets: which rows start afresh just before a step, a bool laid out as the steps; None for none.
+        context: what is the same at every step, `[B, ...]` with the caller's rows; or None.
+        fresh: by network, the state from which its rows start afresh, where another call has decided that.
     """
-    if isinstance(inputs, PackedSequence):
-        if lengths is not None:
-            raise InputError("a PackedSequence has its lengths in it; leave lengths= out, or pass padded inputs")
-        return _PackedLayout(inputs, batch_first=batch_first)
-    T, B = sequence.sizes(inputs, batch_first=batch_first)
-    if lengths is None:
-        return BatchLayout(Extent(T, B), B, batch_first=batch_first)
-    found = checked_lengths(lengths, T, B)
-    if bool((found == T).all()):
-        return BatchLayout(Extent(T, B), B, batch_first=batch_first, by_length=True)
-    return _PaddedLayout(Ragged(found, T), batch_first=batch_first)
 
+    layout: BatchLayout
+    steps: Tree
+    state: Tree = None
+    resets: Tensor | None = None
+    context: Tree = None
+    fresh: Mapping[nn.Module, Tree] = field(default_factory=dict)
 
-def is_plain(inputs: Tree, lengths: Lengths, resets: Tensor | None) -> bool:
-    """Whether all rows are of one length and none starts afresh: what a compiler may see of a call."""
-    return lengths is None and resets is None and not isinstance(inputs, PackedSequence)
+    @classmethod
+    def of(
+        cls,
+        inputs: Tree,
+        state: Tree = None,
+        *,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        context: Tree = None,
+        batch_first: bool = False,
+    ) -> Call:
+        """The call that a caller makes, who passes what `Network.forward` takes.
 
+        Raises:
+            InputError: for inputs without T and B, or lengths or resets that do not fit them.
+        """
+        layout = BatchLayout.of(inputs, lengths, batch_first=batch_first)
+        mask = None if resets is None else layout.mask(resets)
+        return cls(layout, layout.sequences(inputs), state, mask, context)
 
-def run_as_given(
-    through: Through,
-    inputs: Tree,
-    state: Tree,
-    lengths: Lengths,
-    resets: Tensor | None,
-    context: Tree,
-    *,
-    batch_first: bool,
-) -> tuple[Tree, Tree]:
-    """Run a network over what a caller gives.
-
-    Args:
-        through: how it is run over what engines see of it.
-        inputs: as `given_as` takes them.
-        state: `[B, ...]`, or None.
-        lengths: as `given_as` takes them.
-        resets: a bool `[T, B]` in the caller's layout, or None.
-        context: `[B, ...]`, or None.
-        batch_first: whether sequences are `[B, T, ...]`.
-
-    Returns:
-        The outputs as the caller has them, and the last state.
-    """
-    given = given_as(inputs, lengths, batch_first=batch_first)
-    outputs, last = through(given, given.sequences(inputs), state, resets, context)
-    return given.outputs(outputs), last
+    @property
+    def extent(self) -> Extent:
+        """How far the steps reach."""
+        return self.layout.extent
 
 
 def _ragged_of(packed: PackedSequence) -> Ragged:

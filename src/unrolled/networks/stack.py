@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from unrolled.bptt.checkpointing import checkpointing_of
 from unrolled.bptt.costs import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SequenceRun
-from unrolled.bptt.truncated import run_by_blocks
-from unrolled.bptt.truncation import truncation_of
 from unrolled.cells.adapted import as_cell
 from unrolled.cells.base import DescribedCell
-from unrolled.cells.contract import make_state, name_of
+from unrolled.cells.contract import name_of
 from unrolled.errors import OptionError, UnrolledError
-from unrolled.networks.budgeted import Budgeted
-from unrolled.networks.layered import Layered, Run, named
-from unrolled.networks.layout import BatchLayout
-from unrolled.networks.portions import in_portions
-from unrolled.networks.unroll import Unrolled
-from unrolled.networks.windows import Windowed
+from unrolled.lengths import Extent
+from unrolled.networks.base import Network
+from unrolled.networks.bounded import BoundedNetwork
+from unrolled.networks.layered import Layered, PartRun, title
+from unrolled.networks.layout import BatchLayout, Call
+from unrolled.networks.unroll import Unrolled, fresh_state
 from unrolled.trees import Tree, map_leaves
 
 
@@ -69,7 +67,9 @@ class Bidirectional(Layered):
         """Both directions, forwards first."""
         return [self.forwards, self.backwards]
 
-    def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+    def _compose(
+        self, run: PartRun, steps: Tree, states: Sequence[Tree], context: Tree
+    ) -> tuple[Tree, tuple[Tree, ...]]:
         """Run both directions and join their outputs."""
         found = [run(part, steps, state, context) for part, state in zip(self.parts, states, strict=True)]
         joined = map_leaves(lambda *leaves: torch.cat(leaves, -1), *(outputs for outputs, _ in found))
@@ -79,7 +79,7 @@ class Bidirectional(Layered):
         return f"Bidirectional[{name_of(self.forwards.cell)}]"
 
 
-class Stack(Windowed, Budgeted, Layered):
+class Stack(BoundedNetwork, Layered):
     """Layers, each reading what the one before it gives out; made by `stack`.
 
     Args:
@@ -103,6 +103,12 @@ class Stack(Windowed, Budgeted, Layered):
         (torch.Size([5, 2, 2]), torch.Size([2, 4]))
     """
 
+    _defaults: ClassVar[Mapping[str, Any]] = {
+        "dropout": 0.0,
+        **dict.fromkeys(("horizon", "stride", "memory", "checkpoint")),
+        "batch_first": False,
+    }
+
     def __init__(
         self,
         layers: Sequence[nn.Module],
@@ -114,16 +120,14 @@ class Stack(Windowed, Budgeted, Layered):
         memory: int | float | str | None = None,
         checkpoint: Schedule | Callable[[int], Schedule] | None = None,
     ) -> None:
-        super().__init__(batch_first=batch_first)
-        self.truncation = truncation_of(horizon, stride)
-        self.checkpointing = checkpointing_of(memory, checkpoint, horizon)
+        super().__init__(batch_first=batch_first, horizon=horizon, stride=stride, memory=memory, checkpoint=checkpoint)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
         _refuse_batch_first(layers)
         _refuse_misfits(layers)
-        if self.truncation is not None or self.checkpointing is not None:
-            refuse_to_cut(layers, "horizon" if self.truncation is not None else "memory budget")
         self.layers = nn.ModuleList(layers)
+        if self.truncation is not None or self.checkpointing is not None:
+            self._refuse_parts("horizon" if self.truncation is not None else "memory budget")
         self.dropout = checked_dropout(dropout)
 
     @property
@@ -131,48 +135,30 @@ class Stack(Windowed, Budgeted, Layered):
         """The layers, the first one first."""
         return list(self.layers)
 
-    def through(
-        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Tree, Tree]:
-        """Run over sequences that are laid out as engines take them; see `Unrolled.through`."""
-        cut, T = self.truncation, given.extent.steps
+    def _run(self, call: Call) -> tuple[Tree, Tree]:
+        cut, T = self.truncation, call.extent.steps
         if not T or (self.checkpointing is None and (cut is None or cut.horizon >= T)):
-            return Layered.through(self, given, steps, state, resets, context)
-        first = self.first_state(steps, state, given.batch)
-        whole, again = self._wholes(given, steps, state, first, resets, context)
-        if cut is not None and torch.is_grad_enabled():
-            outputs, last = run_by_blocks(cut, whole)
-        else:
-            outputs, last = self.run_whole(whole, again)
-        return outputs, given.last(last, first)
+            return Layered._run(self, call)
+        first = self._first_state(call)
+        outputs, last = self._run_bounded(*self._started(call, first))
+        return outputs, call.layout.last(last, first)
 
-    def runs(
-        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
-        """A run that could be made, and the same on a copy of the network; takes what `through` does."""
-        first = self.first_state(steps, state, given.batch)
-        return self._wholes(given, steps, state, first, resets, context)
+    def _wholes(self, call: Call) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
+        return self._started(call, self._first_state(call))
 
-    def _wholes(
-        self, given: BatchLayout, steps: Tree, state: Tree, first: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
+    def _started(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         if self.checkpointing is not None:
-            self.checkpointing.check(given.steps)
-        fresh = [] if resets is None else self._fresh(steps, state, first, given.batch)
-
-        def whole(network: Stack) -> SequenceRun:
-            through = partial(Layered.through, network)
-            restarts = dict(zip(network.networks, fresh, strict=False))
-            return in_portions(through, given, steps, first, restarts, resets, context, network)
-
+            self.checkpointing.check(call.layout.steps)
+        states = zip(self.networks, self._state_of_each(call.state), self._state_of_each(first), strict=True)
+        fresh = list[Tree]()
+        if call.resets is not None:
+            fresh = [call.layout.rows(fresh_state(rnn, replace(call, state=s), begun)) for rnn, s, begun in states]
+        whole = partial(_whole, call, call.layout.rows(first), fresh)
         return whole(self), lambda: whole(copy_sharing_tensors(self))
 
-    def _fresh(self, steps: Tree, state: Tree, first: Tree, batch: int) -> list[Tree]:
-        """For each network the state that its rows start afresh from: the first one, unless that was passed."""
-        states = zip(self.networks, self.each_state(state), self.each_state(first), strict=True)
-        return [begun if given is None else make_state(network.cell, steps, batch) for network, given, begun in states]
-
-    def compose(self, run: Run, steps: Tree, states: Sequence[Tree], context: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+    def _compose(
+        self, run: PartRun, steps: Tree, states: Sequence[Tree], context: Tree
+    ) -> tuple[Tree, tuple[Tree, ...]]:
         """Run one layer after the other."""
         last: list[Tree] = []
         for number, (layer, state) in enumerate(zip(self.parts, states, strict=True)):
@@ -183,23 +169,41 @@ class Stack(Windowed, Budgeted, Layered):
             except UnrolledError as error:
                 if not number or torch.compiler.is_compiling():
                     raise
-                before = named(self.layers[number - 1])
+                before = title(self.layers[number - 1])
                 error.args = (
-                    f"layer {number}, {named(layer)}, reads what layer {number - 1}, {before}, gives out: {error}",
+                    f"layer {number}, {title(layer)}, reads what layer {number - 1}, {before}, gives out: {error}",
                 )
                 raise
             steps = outputs
             last.append(final)
         return steps, tuple(last)
 
-    def extra_repr(self) -> str:
-        """The options that differ from the defaults."""
-        cut = self.truncation
-        shown = [f"dropout={self.dropout}"] if self.dropout else []
-        shown += [f"horizon={cut.horizon}", f"stride={cut.stride}"] if cut else []
-        given = {"memory": self.memory, "checkpoint": self.checkpoint}
-        shown += [f"{name}={value!r}" for name, value in given.items() if value is not None]
-        return ", ".join(shown + ([super().extra_repr()] if self.batch_first else []))
+    def _refuse_parts(self, what: str) -> None:
+        parts = [(number, part) for number, layer in enumerate(self.layers) for part in layer.modules()]
+        for number, part in parts:
+            if isinstance(part, Network) and (part.truncation is not None or part.checkpointing is not None):
+                raise OptionError(
+                    f"layer {number}, {title(part)}, has a horizon or a memory budget of its own; give one to the "
+                    "stack or to its layers"
+                )
+            if getattr(part, "reverse", False):
+                raise OptionError(
+                    f"a stack with a {what} walks forwards, but layer {number} has {title(part)} that walks backwards "
+                    f"and begins where the last block ends; leave the {what} out, or stack one direction"
+                )
+
+
+def _whole(call: Call, first: Tree, fresh: Sequence[Tree], network: Stack) -> SequenceRun:
+    """The run of a stack all layers of which are cut at one place; states have their rows as engines see them."""
+
+    def run(inputs: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
+        (steps, resets), (around, restarts) = inputs, context
+        by_network = dict(zip(network.networks, restarts, strict=False))
+        part = Call(BatchLayout(extent, extent.batch), steps, state, resets, around, by_network)
+        return Layered._run(network, part)
+
+    around = call.layout.rows(call.context), fresh
+    return SequenceRun(run, (call.steps, call.resets), first, around, call.extent, reverse=False, module=network)
 
 
 def stack(
@@ -298,30 +302,6 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
     return other
 
 
-def refuse_to_cut(layers: Sequence[nn.Module], what: str) -> None:
-    """Refuse layers that cannot all be cut at one place.
-
-    Args:
-        layers: those of a stack.
-        what: for which reason they would be cut, in words.
-
-    Raises:
-        OptionError: naming the layer.
-    """
-    for number, layer in enumerate(layers):
-        for part in layer.modules():
-            if getattr(part, "truncation", None) is not None or getattr(part, "checkpointing", None) is not None:
-                raise OptionError(
-                    f"layer {number}, {named(part)}, has a horizon or a memory budget of its own; give one to the "
-                    "stack or to its layers"
-                )
-            if getattr(part, "reverse", False):
-                raise OptionError(
-                    f"a stack with a {what} walks forwards, but layer {number} has {named(part)} that walks backwards "
-                    f"and begins where the last block ends; leave the {what} out, or stack one direction"
-                )
-
-
 def _refuse_batch_first(layers: Sequence[Any]) -> None:
     for layer in layers:
         if not isinstance(layer, Unrolled | Layered):
@@ -339,7 +319,7 @@ def _refuse_misfits(layers: Sequence[nn.Module]) -> None:
         made, read = _output_size(below), _input_size(above)
         if made is not None and read is not None and made != read:
             raise OptionError(
-                f"layer {number + 1}, {named(above)}, reads inputs of size {read}, but layer {number}, {named(below)}, "
+                f"layer {number + 1}, {title(above)}, reads inputs of size {read}, but layer {number}, {title(below)}, "
                 f"gives out {made}; make its input_size {made}"
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from unrolled.bptt.truncated import TapedRun
 from unrolled.bptt.truncation import Block, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
 from unrolled.lengths import Extent, Lengths, checked_lengths
+from unrolled.networks.base import Network
 from unrolled.networks.chunks import Chunks
-from unrolled.networks.layout import BatchLayout, given_as
+from unrolled.networks.layout import Call
 from unrolled.trees import Tree, flatten, map_leaves, paths
 
 
@@ -41,7 +42,7 @@ class Window:
         self.inputs, self.outputs, self.state = inputs, outputs, state
         self.start, self.stop = start, stop
         self._expiry = tape.expiry
-        self._walked = False
+        self._had_backward = False
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this window's loss to `.grad`, once; nothing is added if it is refused.
@@ -60,7 +61,7 @@ class Window:
         left = self._expiry.reason or reason_expired(loss)
         if left is not None:
             raise GradientError(left)
-        if self._walked:
+        if self._had_backward:
             raise GradientError(
                 f"the window of {_steps(self)} has had its backward pass; add up its losses and call backward once"
             )
@@ -69,7 +70,7 @@ class Window:
                 f"the loss of {_steps(self)} leads back to no parameter; make it of window.outputs, without "
                 "detach() or no_grad()"
             )
-        self._walked = True
+        self._had_backward = True
         loss.backward()
 
     def leave(self) -> None:
@@ -87,82 +88,9 @@ def _steps(window: Window) -> str:
     return f"steps {window.start} to {window.stop - 1}"
 
 
-class Windowed:
-    """A network that gradients may flow back through for a horizon of copies only.
-
-    Attributes:
-        truncation: how far gradients flow back, and how often losses are taken; None for all copies.
-    """
-
-    truncation: Truncation | None
-    batch_first: bool
-
-    @property
-    def horizon(self) -> int | None:
-        """How many copies gradients flow back through; None for all of them."""
-        return self.truncation.horizon if self.truncation else None
-
-    @property
-    def stride(self) -> int | None:
-        """How many steps have their losses taken together; None for all of them."""
-        return self.truncation.stride if self.truncation else None
-
-    def through(
-        self, given: BatchLayout, steps: Tree, state: Tree, resets: Tensor | None, context: Tree
-    ) -> tuple[Tree, Tree]:
-        """Run over sequences that are laid out as engines take them."""
-        raise NotImplementedError
-
-    def windows(
-        self,
-        source: Iterable[Tree],
-        state: Tree = None,
-        *,
-        lengths: Lengths = None,
-        resets: Iterable[Tensor] | None = None,
-        context: Tree = None,
-    ) -> Iterator[Window]:
-        """Truncated BPTT over a sequence that is longer than memory, with updates of the weights between windows.
-
-        Each window has `stride` new steps (the last one may have fewer) and goes back through `horizon` copies: the
-        horizon - stride copies before its new steps are run again, with the current weights, from the state that the
-        window before had there. One window is held at a time. Inputs of the overlap are kept as numbers: what made them
-        gets its gradients from the window in which they were new, and needs chunks of `stride` steps for that.
-
-        Args:
-            source: an iterable of chunks, pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`), t as you like.
-            state: what each row's first copy receives: numbers, or leaves of a graph; by default the cell's own.
-            lengths: how many steps each row has in all chunks together, integers `[B]`.
-            resets: an iterable beside the source, for each chunk a bool `[t, B]` (`[B, t]`): rows that start afresh.
-                It is a second one, and no part of the chunks, because a chunk is whatever tree the cell reads.
-            context: what a cell with a third argument receives at every step: numbers, or leaves of a graph.
-
-        Yields:
-            A `Window`. Where its `backward` is not called (as in evaluation) the next one begins all the same.
-
-        Raises:
-            OptionError: for a network without a horizon.
-            InputError: for a reversed network, for chunks that differ in B, structure or dtype, naming the chunk, and
-                for a context that is neither numbers nor a leaf.
-            StateError: for a state that is neither.
-
-        Example:
-            >>> import torch, unrolled as ur
-            >>> rnn = ur.unroll(ur.GRUCell(3, 4), horizon=6, stride=3)
-            >>> for window in rnn.windows(torch.randn(5, 2, 3) for _ in range(2)):
-            ...     window.backward(window.outputs.pow(2).mean())
-            ...     print(window.start, window.stop)
-            0 3
-            3 6
-            6 9
-            9 10
-        """
-        return _each_window(self, self.truncation, source, state, lengths=lengths, resets=resets, context=context)
-
-
-def _each_window(
-    network: Windowed,
-    truncation: Truncation | None,
+def each_window(
+    network: Network,
+    run: Callable[[Call], tuple[Tree, Tree]],
     source: Iterable[Tree],
     state: Tree,
     *,
@@ -170,8 +98,18 @@ def _each_window(
     resets: Iterable[Tensor] | None,
     context: Tree,
 ) -> Iterator[Window]:
-    """The windows of a source; what is refused beforehand is refused now, not by `next`."""
-    if truncation is None:
+    """The windows of a source, see `BoundedNetwork.windows`; what is refused is refused now, not by `next`.
+
+    Args:
+        network: the network.
+        run: runs a call of it.
+        source: the chunks.
+        state: what each row's first copy receives, or None.
+        lengths: how many steps each row has in all chunks together, or None.
+        resets: a mask for each chunk, or None.
+        context: what is the same at every step, or None.
+    """
+    if network.truncation is None:
         raise OptionError(
             f"windows need a horizon, this {type(network).__name__} has none; make it with horizon=k2, stride=k1"
         )
@@ -188,7 +126,7 @@ def _each_window(
             "chunk pass [inputs], for more of them inputs.split(steps)"
         )
     chunks = Chunks(source, resets, batch_first=network.batch_first)
-    return _Walker(network, truncation, chunks, state, lengths, context).windows()
+    return _Windows(network, run, network.truncation, chunks, state, lengths, context).each()
 
 
 def _refuse_graphs(what: str, tree: Tree, error: type[UnrolledError]) -> None:
@@ -204,18 +142,25 @@ def _refuse_graphs(what: str, tree: Tree, error: type[UnrolledError]) -> None:
             )
 
 
-class _Walker:
-    """One walk over a source: where it is, and what the next window needs of the ones before."""
+class _Windows:
+    """The windows of one source: where they are, and what the next one needs of the ones before."""
 
     def __init__(
-        self, network: Windowed, truncation: Truncation, chunks: Chunks, state: Tree, lengths: Any, context: Tree
+        self,
+        network: Network,
+        run: Callable[[Call], tuple[Tree, Tree]],
+        truncation: Truncation,
+        chunks: Chunks,
+        state: Tree,
+        lengths: Any,
+        context: Tree,
     ) -> None:
-        self.network, self.truncation, self.chunks = network, truncation, chunks
+        self.network, self.run, self.truncation, self.chunks = network, run, truncation, chunks
         self.lengths, self.context = lengths, context
         self.entry, self.overlap, self.begin, self.stop = state, None, 0, 0
         self.random: Tensor | None = None
 
-    def windows(self) -> Iterator[Window]:
+    def each(self) -> Iterator[Window]:
         """Each window, the one before it left."""
         while (new := self.chunks.take(self.truncation.stride)) is not None:
             if not self.stop:
@@ -264,10 +209,10 @@ class _Walker:
     def _run(self, steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         (inputs, resets), first = steps, self.begin + start
         lengths = None if self.lengths is None else (self.lengths - first).clamp(0, extent.steps)
-        given = given_as(inputs, lengths, batch_first=False)
+        call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context)
         try:
-            outputs, last = self.network.through(given, given.sequences(inputs), state, resets, context)
+            outputs, last = self.run(call)
         except UnrolledError as error:
             error.args = (f"in a window, copies counted from step {first} on: {error}",)
             raise
-        return given.outputs(outputs), last
+        return call.layout.outputs(outputs), last

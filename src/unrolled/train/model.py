@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from unrolled.networks.plan_memory import plan_memory
+from unrolled.networks.bounded import plan_memory
 from unrolled.networks.unroll import unroll
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.trees import Tree

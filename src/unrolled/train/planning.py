@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from unrolled.bptt.memory_plan import MemoryPlan
-from unrolled.networks.plan_memory import plan_memory
+from unrolled.networks.bounded import plan_memory
 from unrolled.networks.unroll import unroll
 from unrolled.train.config import TrainConfig
 from unrolled.train.model import CharacterModel

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from unrolled.engine.witness import neighbours, reals
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Lengths
+from unrolled.networks.base import first_state
 from unrolled.networks.layered import Layered
-from unrolled.networks.layout import given_as
+from unrolled.networks.layout import Call
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
 from unrolled.results import Result
@@ -210,8 +211,8 @@ def _run(
 
 def _own_state(network: Unrolled, inputs: Tree, options: dict[str, Any], dtype: torch.dtype) -> Tree:
     """The cell's own initial state in this precision, where the cell makes it in another one whatever it is asked."""
-    given = given_as(inputs, options["lengths"], batch_first=network.batch_first)
-    state = network.checked(given, given.sequences(inputs), None, options.get("context"))
+    call = Call.of(inputs, lengths=options["lengths"], context=options.get("context"), batch_first=network.batch_first)
+    state = first_state(network, call)
     if all(x.dtype == _of_kind(x, dtype) for x in leaves(state)):
         return None
     return map_leaves(lambda x: x.to(_of_kind(x, dtype)), state)
