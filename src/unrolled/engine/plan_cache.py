@@ -278,7 +278,7 @@ def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
     return all(
         (known := recording.program.values[value]).dtype == (tensor := external.fetch(cell)).dtype
         and known.shape == tuple(tensor.shape)
-        and (value in plan.asked) == tensor.requires_grad
+        and (value in plan.requires_grad) == tensor.requires_grad
         for value, external in zip(values, recording.externals, strict=True)
     )
 

@@ -61,9 +61,9 @@ def run_plan(
     )
     first = leaves(state)
     last = stages.run(env, first)
-    outputs = [over_time(env[plan.handed.get(v, v)], extent, plan.rows.get(v)) for v in recording.outputs]
+    outputs = [over_time(env[plan.copies.get(v, v)], extent, plan.rows.get(v)) for v in recording.outputs]
     read = [*given, *first, *context_leaves, *externals]
-    copies = [v in plan.handed for v in recording.outputs] + [True] * len(last)
+    copies = [v in plan.copies for v in recording.outputs] + [True] * len(last)
     results = list(_callers_own([*outputs, *last], copies, read))
     return unflatten(recording.structures[3], results[: len(outputs)]), unflatten(
         recording.structures[1], results[len(outputs) :]

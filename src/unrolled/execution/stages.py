@@ -1,4 +1,4 @@
-"""Running a coloured step over a segment of copies, stage by stage."""
+"""Running a partitioned step over a segment of copies, stage by stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unrolled.execution.protocol import LoopInputs, LoopRunner
 from unrolled.execution.timed import Summed, Timed, spread
 from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
-from unrolled.plan.partition import Counter, Held, Loop, Shift, Stage, Steps
+from unrolled.plan.partition import Counter, Held, Loop, Stage, Steps
 
 
 def over_time(entry: Entry, extent: Extent, rows: int | None) -> Tensor:
@@ -23,7 +23,7 @@ def over_time(entry: Entry, extent: Extent, rows: int | None) -> Tensor:
 
 
 class Stages:
-    """A coloured step that is run over a segment.
+    """A partitioned step that is run over a segment.
 
     Args:
         stages: where each operation runs.
@@ -70,25 +70,23 @@ class Stages:
             elif isinstance(stage, Loop) and loop is not None:
                 final |= self._run_loop(stage, loop, env, initial)
             elif not isinstance(stage, Loop):
-                leaf = stage.leaf
-                env[self.state[leaf]], final[leaf] = self._known(stage, env, initial[leaf])
+                (leaf,) = stage.leaves
+                env[self.state[leaf]], final[leaf] = self._known(stage, leaf, env, initial[leaf])
         return [final[leaf] for leaf in range(len(self.state))]
 
-    def _known(
-        self, stage: Held | Counter | Shift, env: MutableMapping[int, Entry], first: Tensor
-    ) -> tuple[Entry, Tensor]:
+    def _known(self, stage: Stage, leaf: int, env: MutableMapping[int, Entry], first: Tensor) -> tuple[Entry, Tensor]:
         """What every copy receives of a leaf that is in no loop, and what the last one hands on."""
         extent = self.batched.extent
         if isinstance(stage, Held):
             return (spread(first, extent, 0) if extent.ragged else first), first
         if isinstance(stage, Counter):
             counts, last = self._counted(first, stage.step)
-            return self._timed(self.state[stage.leaf], counts), last
-        value = self.next_state[stage.leaf]
+            return self._timed(self.state[leaf], counts), last
+        value = self.next_state[leaf]
         entry = env[value] if value >= 0 else torch.zeros_like(first)
         entries = over_time(entry, extent, 0)
         received = extent.shifted(first, entries, reverse=self.reverse)
-        return self._timed(self.state[stage.leaf], received), extent.last_of(entries, reverse=self.reverse)
+        return self._timed(self.state[leaf], received), extent.last_of(entries, reverse=self.reverse)
 
     def _counted(self, first: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """What each copy receives of a counter to which every copy adds `step`, and what the last one passes on."""

@@ -52,7 +52,7 @@ def fused(
         if not isinstance(stage, Loop):
             continue
         inside, totals = set(stage.ops), set[int]()
-        there = fusing.there(found[:number], {state[leaf] for later in found[number + 1 :] for leaf in _leaves(later)})
+        there = fusing.there(found[:number], {state[leaf] for later in found[number + 1 :] for leaf in later.leaves})
         before = -1
         while before != len(inside):  # what follows may be the last reader of what feeds
             before = len(inside)
@@ -61,19 +61,9 @@ def fused(
             for later in found[number + 1 :]:
                 fusing.follow(inside, totals, later, there)
         moved = (inside | totals).difference(stage.ops)
-        found = [_without(other, moved) for other in found]
+        found = [replace(other, ops=tuple(n for n in other.ops if n not in moved)) for other in found]
         found[number] = replace(stage, ops=tuple(sorted(inside)), totals=tuple(sorted(totals)))
     return [stage for stage in found if not isinstance(stage, Steps) or stage.ops]
-
-
-def _leaves(stage: Stage) -> tuple[int, ...]:
-    if isinstance(stage, Loop):
-        return stage.leaves
-    return () if isinstance(stage, Steps) else (stage.leaf,)
-
-
-def _without(stage: Stage, moved: Collection[int]) -> Stage:
-    return replace(stage, ops=tuple(n for n in stage.ops if n not in moved)) if isinstance(stage, Steps) else stage
 
 
 class _Fusing:

@@ -8,11 +8,9 @@ from functools import cached_property
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
 from unrolled.plan.partition import Loop
-from unrolled.recording.interpret import run_op
-from unrolled.recording.program import Op, Program, Ref
+from unrolled.recording.program import Op, Program, Ref, live_in
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class LoopProgram:
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """Values that are given anew at every step."""
+        """Values that are others at every step."""
         return self.program.inputs[: self.counts[0]]
 
     @property
@@ -44,7 +42,7 @@ class LoopProgram:
 
     @property
     def states(self) -> tuple[int, ...]:
-        """Values that are handed on."""
+        """Values that are passed on from step to step."""
         return self.program.inputs[self.counts[0] + self.counts[1] :]
 
     @cached_property
@@ -65,7 +63,7 @@ def cut_loop(
     next_state: Sequence[int],
     fixed: set[int],
     wanted: set[int],
-    handed: Mapping[int, int] = MappingProxyType({}),
+    copies: Mapping[int, int] = MappingProxyType({}),
 ) -> LoopProgram:
     """Cut a loop out of a step.
 
@@ -76,28 +74,26 @@ def cut_loop(
         next_state: the values that replace them.
         fixed: values that are the same at every step.
         wanted: values that are asked for outside of the loop's own recurrence.
-        handed: values that are emitted a second time, for the caller to write into; the numbers of the copies.
+        copies: values that are emitted a second time, for the caller to write into; the numbers of the copies.
     """
     ops = tuple(program.ops[n] for n in loop.ops)
     totals = tuple((program.ops[n].inputs[0], program.ops[n].outputs[0]) for n in loop.totals)
-    made = {v for op in ops for v in op.outputs if v >= 0}
     own = tuple(state[leaf] for leaf in loop.leaves)
     following = tuple(next_state[leaf] for leaf in loop.leaves)
-    read = dict.fromkeys([v for op in ops for v in op.inputs] + list(following))
-    given = [v for v in read if v not in made and v not in own]
+    given = [v for v in live_in(ops, following) if v not in own]
     sequences = tuple(v for v in given if v not in fixed)
     constants = tuple(v for v in given if v in fixed)
+    made = {v for op in ops for v in op.outputs if v >= 0}
     emitted = tuple(v for v in dict.fromkeys((*following, *sorted(made))) if v in wanted or v in following)
-    again = [(v, copy) for v, copy in handed.items() if v in made]
-    ops += tuple(Op(torch.ops.aten.clone.default, (Ref(v),), (), (copy,)) for v, copy in again)
-    values = (*program.values, *(program.values[v] for v in handed))
-    copies = tuple(copy for _, copy in again)
-    outputs = (*emitted, *copies, *(v for v, _ in totals), *following)
+    again = {v: copy for v, copy in copies.items() if v in made}
+    ops += tuple(Op(torch.ops.aten.clone.default, (Ref(v),), (), (copy,)) for v, copy in again.items())
+    values = (*program.values, *(program.values[v] for v in copies))
+    outputs = (*emitted, *again.values(), *(v for v, _ in totals), *following)
     step = Program(values, (*sequences, *constants, *own), ops, outputs)
     return LoopProgram(step, (len(sequences), len(constants), len(own)), totals)
 
 
-def once_each(loop: LoopProgram) -> tuple[LoopProgram, tuple[int, ...]]:
+def without_copies(loop: LoopProgram) -> tuple[LoopProgram, tuple[int, ...]]:
     """The loop without the copies for the caller; for each emitted value which one it is now."""
     original: dict[int, int] = {}
     for op in loop.program.ops:
@@ -108,13 +104,3 @@ def once_each(loop: LoopProgram) -> tuple[LoopProgram, tuple[int, ...]]:
     following = [original.get(v, v) for v in loop.next_states]
     step = Program(loop.program.values, loop.program.inputs, loop.program.ops, (*emitted, *following)).pruned()
     return LoopProgram(step, loop.counts), tuple(emitted.index(v) for v in values)
-
-
-def sample_values(program: Program, given: Sequence[Tensor], rows: int) -> dict[int, Tensor]:
-    """Every value of a step on one sample."""
-    values = dict(zip(program.inputs, given, strict=True))
-    with torch.no_grad():
-        for op in program.ops:
-            results = run_op(op, values, rows)
-            values |= {v: r for v, r in zip(op.outputs, results, strict=False) if v >= 0 and r is not None}
-    return values

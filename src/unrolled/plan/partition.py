@@ -1,4 +1,4 @@
-"""Colouring: where in an unrolled sequence each operation of a step runs.
+"""Partitioning: where in an unrolled sequence each operation of a step runs.
 
 The step's operations and its state's leaves form a graph in which a leaf leads from what computes the next state to
 what reads the state. A cycle in it is a recurrence and has to walk through time: a *loop*. All else can be done for
@@ -14,55 +14,57 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from unrolled.recording.program import Program, Ref, dependents
+from unrolled.recording.program import Program, Ref
 
 
 @dataclass(frozen=True)
-class Steps:
+class Stage:
+    """A part of a step. It is done for all copies of a segment before the next stage begins.
+
+    Attributes:
+        ops: its operations, by their numbers in the step.
+        leaves: the leaves of the state that it passes on from copy to copy.
+    """
+
+    ops: tuple[int, ...] = ()
+    leaves: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Steps(Stage):
     """Operations that are run for all copies of a segment at once (once per sequence, if `once`)."""
 
-    ops: tuple[int, ...]
-    once: bool
+    once: bool = False
 
 
 @dataclass(frozen=True)
-class Loop:
-    """Operations on a cycle through time, and the state's leaves that they hand on.
+class Loop(Stage):
+    """Operations on a cycle through time.
 
     Totals are operations that add up over the rows what the loop made; it adds their results up over the steps.
     """
 
-    ops: tuple[int, ...]
-    leaves: tuple[int, ...]
     totals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Stage):
     """A leaf of the state that is on no cycle: what copy t receives is what copy t-1 computed without it."""
 
-    leaf: int
+
+@dataclass(frozen=True)
+class Held(Stage):
+    """A leaf of the state that every copy passes on as it received it."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """A leaf of the state that every copy hands on as it received it."""
+class Counter(Stage):
+    """An integer leaf of the state that every copy passes on as itself plus a constant."""
 
-    leaf: int
-
-
-@dataclass(frozen=True)
-class Counter:
-    """An integer leaf of the state that every copy hands on as itself plus a constant."""
-
-    leaf: int
-    step: int
+    step: int = 0
 
 
-Stage = Steps | Loop | Shift | Held | Counter
-
-
-def colour(program: Program, state: Sequence[int], next_state: Sequence[int], inputs: Iterable[int]) -> list[Stage]:
+def partition(program: Program, state: Sequence[int], next_state: Sequence[int], inputs: Iterable[int]) -> list[Stage]:
     """The stages in which a sequence is run, in order.
 
     Args:
@@ -71,17 +73,17 @@ def colour(program: Program, state: Sequence[int], next_state: Sequence[int], in
         next_state: the values that replace them.
         inputs: values that differ from step to step.
     """
-    graph = _Graph(program, state, next_state)
-    changing = dependents(program.ops, {*inputs, *state})
+    graph = _DependencyGraph(program, state, next_state)
+    changing = program.dependents({*inputs, *state})
     once = [n for n, op in enumerate(program.ops) if not changing.intersection(op.outputs)]
     stages: list[Stage] = [Steps(tuple(once), once=True)] if once else []
     done = set(once)
     components = list(graph.components())
     waiting = [c for c in components if not done.issuperset(c)]
     while waiting:
-        easy, waiting = _ready(graph, waiting, done)
+        easy, waiting = graph.ready(waiting, done)
         if easy:
-            stages.append(Steps(tuple(sorted(n for c in easy for n in c)), once=False))
+            stages.append(Steps(tuple(sorted(n for c in easy for n in c))))
             continue
         component = next(c for c in waiting if graph.sources(c) <= done)
         waiting.remove(component)
@@ -91,16 +93,16 @@ def colour(program: Program, state: Sequence[int], next_state: Sequence[int], in
 
 
 def read_outside(program: Program, stages: Sequence[Stage], state: Sequence[int]) -> frozenset[int]:
-    """The states of loops that are read outside of the loop that hands them on."""
+    """The states of loops that are read outside of the loop that passes them on."""
     home = {state[leaf]: stage for stage in stages if isinstance(stage, Loop) for leaf in stage.leaves}
     found = {v for v in program.outputs if v in home}
     for stage in stages:
-        for n in stage.ops if isinstance(stage, Steps | Loop) else ():
+        for n in stage.ops:
             found.update(v for v in program.ops[n].inputs if home.get(v, stage) is not stage)
     return frozenset(found)
 
 
-def sunk(program: Program, stages: Sequence[Stage], light: Collection[int]) -> list[Stage]:
+def sink_light(program: Program, stages: Sequence[Stage], light: Collection[int]) -> list[Stage]:
     """Move light operations that only one loop reads into it: one more there costs less than memory for all copies.
 
     Args:
@@ -108,28 +110,25 @@ def sunk(program: Program, stages: Sequence[Stage], light: Collection[int]) -> l
         stages: its stages.
         light: the operations that may be moved.
     """
-    home = {n: i for i, stage in enumerate(stages) if isinstance(stage, Steps | Loop) for n in stage.ops}
-    asked = {v for v in program.outputs if v >= 0}
+    home = {n: i for i, stage in enumerate(stages) for n in stage.ops}
+    returned = {v for v in program.outputs if v >= 0}
     for n in sorted(light, reverse=True):
         op = program.ops[n]
         readers = {home[m] for m, other in enumerate(program.ops) if not set(op.outputs).isdisjoint(other.inputs)}
-        if len(readers) == 1 and asked.isdisjoint(op.outputs) and isinstance(stages[min(readers)], Loop):
+        if len(readers) == 1 and returned.isdisjoint(op.outputs) and isinstance(stages[min(readers)], Loop):
             (home[n],) = readers
-    moved = [
-        replace(stage, ops=tuple(sorted(n for n in home if home[n] == i))) if isinstance(stage, Steps | Loop) else stage
-        for i, stage in enumerate(stages)
-    ]
+    moved = [replace(stage, ops=tuple(sorted(n for n in home if home[n] == i))) for i, stage in enumerate(stages)]
     return [stage for stage in moved if not isinstance(stage, Steps) or stage.ops]
 
 
-def places(program: Program, stages: Sequence[Stage]) -> list[str]:
+def places_of(program: Program, stages: Sequence[Stage]) -> list[str]:
     """For each operation once, before, through or after, as the design names them."""
     found = ["after"] * len(program.ops)
     needed: set[int] = set()
     for stage in reversed(stages):
         if isinstance(stage, Loop):
             needed.update(v for n in stage.ops for v in program.ops[n].inputs)
-        for n in reversed(stage.ops if isinstance(stage, Steps | Loop) else ()):
+        for n in reversed(stage.ops):
             op = program.ops[n]
             if isinstance(stage, Loop):
                 found[n] = "through"
@@ -141,7 +140,7 @@ def places(program: Program, stages: Sequence[Stage]) -> list[str]:
     return found
 
 
-class _Graph:
+class _DependencyGraph:
     """Nodes 0.. are operations, -1, -2, .. the state's leaves 0, 1, .."""
 
     def __init__(self, program: Program, state: Sequence[int], next_state: Sequence[int]) -> None:
@@ -150,7 +149,7 @@ class _Graph:
         self.before: dict[int, set[int]] = {
             n: {producers[v] for v in op.inputs if v in producers} for n, op in enumerate(program.ops)
         }
-        self.counters = _counters(program, state, next_state)
+        self.counters = self._counters(program, state, next_state)
         for leaf, value in enumerate(next_state):
             computed = value in producers and leaf not in self.counters
             self.before[-1 - leaf] = {producers[value]} if computed else set()
@@ -166,8 +165,21 @@ class _Graph:
         if ops or len(leaves) > 1:
             return Loop(ops, leaves)
         if leaves[0] in self.counters:
-            return Counter(leaves[0], self.counters[leaves[0]])
-        return Held(leaves[0]) if -1 - leaves[0] in self.before[-1 - leaves[0]] else Shift(leaves[0])
+            return Counter(leaves=leaves, step=self.counters[leaves[0]])
+        node = -1 - leaves[0]
+        return Held(leaves=leaves) if node in self.before[node] else Shift(leaves=leaves)
+
+    def ready(self, waiting: list[frozenset[int]], done: set[int]) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
+        """The single operations that can run now, one after another, which it marks as done; and what still waits."""
+        easy, hard = [], []
+        for component in waiting:
+            single = len(component) == 1 and next(iter(component)) >= 0
+            if single and self.sources(component) <= done and not component & self.before[next(iter(component))]:
+                easy.append(component)
+                done.update(component)
+            else:
+                hard.append(component)
+        return easy, hard
 
     def components(self) -> Iterator[frozenset[int]]:
         """Strongly connected components, sources first (Tarjan 1972, without recursion)."""
@@ -206,33 +218,16 @@ class _Graph:
             if popped == node:
                 return
 
-
-def _counters(program: Program, state: Sequence[int], next_state: Sequence[int]) -> dict[int, int]:
-    """The leaves that are handed on as themselves plus an integer, and that integer; of integers only, to be exact."""
-    producers, found = program.producers(), {}
-    for leaf, (received, following) in enumerate(zip(state, next_state, strict=True)):
-        op = program.ops[producers[following]] if following in producers else None
-        if op is None or op.name != "aten.add.Tensor" or op.kwargs or op.args[0] != Ref(received):
-            continue
-        dtypes = {program.values[received].dtype, program.values[following].dtype}
-        if type(op.args[1]) is int and len(dtypes) == 1 and dtypes <= _INTEGERS:
-            found[leaf] = op.args[1]
-    return found
-
-
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-
-
-def _ready(
-    graph: _Graph, waiting: list[frozenset[int]], done: set[int]
-) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
-    """The single operations that can run now, one after another; marks them done."""
-    easy, hard = [], []
-    for component in waiting:
-        single = len(component) == 1 and next(iter(component)) >= 0
-        if single and graph.sources(component) <= done and not component & graph.before[next(iter(component))]:
-            easy.append(component)
-            done.update(component)
-        else:
-            hard.append(component)
-    return easy, hard
+    @staticmethod
+    def _counters(program: Program, state: Sequence[int], next_state: Sequence[int]) -> dict[int, int]:
+        """The leaves that are passed on as themselves plus an integer, and that integer; of integers, to be exact."""
+        integers = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+        producers, found = program.producers(), {}
+        for leaf, (received, following) in enumerate(zip(state, next_state, strict=True)):
+            op = program.ops[producers[following]] if following in producers else None
+            if op is None or op.name != "aten.add.Tensor" or op.kwargs or op.args[0] != Ref(received):
+                continue
+            dtypes = {program.values[received].dtype, program.values[following].dtype}
+            if type(op.args[1]) is int and len(dtypes) == 1 and dtypes <= integers:
+                found[leaf] = op.args[1]
+        return found

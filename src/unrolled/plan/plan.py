@@ -9,13 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from unrolled.plan.backward import Backward, colour_backward, derive_backward
+from unrolled.plan.backward import Backward, derive_backward, partition_backward
 from unrolled.plan.fuse import fused
-from unrolled.plan.loops import LoopProgram, cut_loop, once_each, sample_values
-from unrolled.plan.partition import Loop, Stage, colour, places, read_outside
+from unrolled.plan.loops import LoopProgram, cut_loop, without_copies
+from unrolled.plan.partition import Loop, Stage, partition, places_of, read_outside
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
-from unrolled.recording.program import dependents
+from unrolled.recording.interpret import all_values
 from unrolled.recording.record import ROWS, Recording, record_step, samples_of
 from unrolled.trees import Tree, leaves
 
@@ -52,7 +52,7 @@ class PlannedLoop:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A recorded and coloured step.
+    """A recorded and partitioned step.
 
     Attributes:
         recording: the step as a program.
@@ -62,10 +62,10 @@ class StepPlan:
         places: for each operation once, before, through or after.
         rows: where the rows of each value are.
         coupled: operations that are not proved to act row by row, and why.
-        read: states that are read outside of the loop that hands them on.
-        handed: for each output that a loop makes the number of its copy, which is the caller's alone.
-        beside: operations that a loop does beside what it must.
-        asked: inputs and fixed values whose gradients are asked for.
+        read: states that are read outside of the loop that passes them on.
+        copies: for each output that a loop makes the number of its copy, which is the caller's alone.
+        fused: operations that a loop does although it need not.
+        requires_grad: inputs and fixed values whose gradients are asked for.
     """
 
     recording: Recording
@@ -76,9 +76,9 @@ class StepPlan:
     rows: Mapping[int, int]
     coupled: Mapping[int, str]
     read: frozenset[int]
-    handed: Mapping[int, int]
-    beside: frozenset[int]
-    asked: frozenset[int]
+    copies: Mapping[int, int]
+    fused: frozenset[int]
+    requires_grad: frozenset[int]
 
     @cached_property
     def why_not_ragged(self) -> str | None:
@@ -99,11 +99,11 @@ def plan_step(
     state: Tree,
     context: Tree,
     batch_size: int,
-    needing: Sequence[bool],
+    requires_grad: Sequence[bool],
     *,
     fuse: bool = False,
 ) -> StepPlan:
-    """Record a cell's step and colour it.
+    """Record a cell's step and partition it.
 
     Args:
         cell: the cell.
@@ -111,105 +111,125 @@ def plan_step(
         state: the state it receives.
         context: its context, or None.
         batch_size: B.
-        needing: for each leaf of inputs and context whether its gradient is asked for.
-        fuse: whether loops are compiled, and also do the light work beside them.
+        requires_grad: for each leaf of inputs and context whether its gradient is asked for.
+        fuse: whether loops are compiled, and also do light work that could be done outside of them.
 
     Raises:
         UnrecordableError: if the step cannot be recorded; the message says why.
     """
     samples = samples_of((inputs, state, context), batch_size)
     recording = record_step(cell, samples)
-    given = (*recording.inputs, *recording.fixed)
-    externals = [external.fetch(cell).requires_grad for external in recording.externals]
-    asked = {v for v, needed in zip(given, [*needing, *externals], strict=True) if needed}
-    return _coloured(cell, recording, samples, asked, batch_size if fuse else None)
-
-
-def _coloured(
-    cell: nn.Module,
-    recording: Recording,
-    samples: Sequence[tuple[Tree, Tree, Tree]],
-    asked: set[int],
-    batch_size: int | None,
-) -> StepPlan:
-    program = recording.program
-    apart = colour(program, recording.state, recording.next_state, recording.inputs)
-    changing = dependents(program.ops, {*recording.inputs, *recording.state})
-    fixed = {v for v in range(len(program.values)) if v not in changing}
-    rows, coupled = find_rows(program, rows_in_front(program))
-    stages = tuple(apart if batch_size is None else fused(program, apart, recording.state, coupled, fixed, batch_size))
-    needing = dependents(program.ops, {*asked, *recording.state})
-    values = [_values(cell, recording, sample, n) for sample, n in zip(samples, ROWS, strict=True)]
-    read = read_outside(program, stages, recording.state)
-    handed = _handed(recording, stages)
-    rows |= {copy: rows[v] for v, copy in handed.items() if v in rows}
-    wanted = {stage: _wanted(recording, stage, read, handed) for stage in stages if isinstance(stage, Loop)}
-    cut = [
-        cut_loop(program, stage, recording.state, recording.next_state, fixed, wanted[stage], handed)
-        if isinstance(stage, Loop)
-        else None
-        for stage in stages
-    ]
-    planned = {
-        loop: _with_backward(loop, wanted[stage], needing, values, rows, batch_size)
-        for stage, loop in zip(stages, cut, strict=True)
-        if isinstance(stage, Loop) and loop is not None
-    }
-    found = tuple(places(program, stages))
-    beside = frozenset(_loop_ops(stages) - _loop_ops(apart))
-    return StepPlan(
-        recording, stages, tuple(cut), planned, found, rows, coupled, read, handed, beside, frozenset(asked)
-    )
-
-
-def _loop_ops(stages: Sequence[Stage]) -> set[int]:
-    return {n for stage in stages if isinstance(stage, Loop) for n in stage.ops}
-
-
-def _values(cell: nn.Module, recording: Recording, sample: tuple[Tree, Tree, Tree], rows: int) -> dict[int, Tensor]:
     externals = [external.fetch(cell) for external in recording.externals]
-    return sample_values(recording.program, [*leaves(sample), *externals], rows)
+    wanted = [*requires_grad, *(tensor.requires_grad for tensor in externals)]
+    needed = [v for v, grad in zip((*recording.inputs, *recording.fixed), wanted, strict=True) if grad]
+    values = [
+        all_values(recording.program, [*leaves(sample), *externals], n) for sample, n in zip(samples, ROWS, strict=True)
+    ]
+    return _Planner(recording, values, frozenset(needed), batch_size if fuse else None).plan()
 
 
-def _handed(recording: Recording, stages: Sequence[Stage]) -> dict[int, int]:
-    """For each output that a loop makes the number of its copy, which is the caller's alone."""
-    ops = [recording.program.ops[n] for stage in stages if isinstance(stage, Loop) for n in stage.ops]
-    made = {v for op in ops for v in op.outputs if v >= 0}
-    asked = [v for v in dict.fromkeys(recording.outputs) if v in made]
-    return {v: len(recording.program.values) + number for number, v in enumerate(asked)}
+class _Planner:
+    """Makes the plan of a recorded step.
 
+    Args:
+        recording: the step.
+        values: every value of the step, on two samples of `ROWS` rows.
+        requires_grad: inputs and fixed values whose gradients are asked for.
+        batch_size: B, if loops are fused with other work.
+    """
 
-def _wanted(recording: Recording, loop: Loop, read: frozenset[int], handed: Mapping[int, int]) -> set[int]:
-    """What others than the loop read of its values: operations, other states, the caller."""
-    inside = set(loop.ops)
-    found = {v for n, op in enumerate(recording.program.ops) if n not in inside for v in op.inputs}
-    leaves = enumerate(zip(recording.state, recording.next_state, strict=True))
-    found |= {following for leaf, (state, following) in leaves if leaf not in loop.leaves or state in read}
-    return found | set(handed.values())
+    def __init__(
+        self,
+        recording: Recording,
+        values: Sequence[Mapping[int, Tensor]],
+        requires_grad: frozenset[int],
+        batch_size: int | None,
+    ) -> None:
+        program, state = recording.program, recording.state
+        self.recording, self.values, self.batch_size = recording, values, batch_size
+        self.requires_grad = requires_grad
+        self.fixed = program.made_of(recording.fixed)
+        self.rows, self.coupled = find_rows(program, rows_in_front(program))
+        self.stages = partition(program, state, recording.next_state, recording.inputs)
+        in_loops = self.in_loops()
+        if batch_size is not None:
+            self.stages = fused(program, self.stages, state, self.coupled, self.fixed, batch_size)
+        self.fused = frozenset(self.in_loops() - in_loops)
+        self.read = read_outside(program, self.stages, state)
+        self.copies = self.copies_of_outputs()
+        self.rows |= {copy: self.rows[v] for v, copy in self.copies.items() if v in self.rows}
 
+    def plan(self) -> StepPlan:
+        """The plan."""
+        loops: list[LoopProgram | None] = []
+        planned = {}
+        for stage in self.stages:
+            if not isinstance(stage, Loop):
+                loops.append(None)
+                continue
+            wanted = self.wanted_of(stage)
+            recording = self.recording
+            loop = cut_loop(
+                recording.program, stage, recording.state, recording.next_state, self.fixed, wanted, self.copies
+            )
+            loops.append(loop)
+            planned[loop] = self.planned(loop, wanted)
+        return StepPlan(
+            recording=self.recording,
+            stages=tuple(self.stages),
+            loops=tuple(loops),
+            planned=planned,
+            places=tuple(places_of(self.recording.program, self.stages)),
+            rows=self.rows,
+            coupled=self.coupled,
+            read=self.read,
+            copies=self.copies,
+            fused=self.fused,
+            requires_grad=self.requires_grad,
+        )
 
-def _with_backward(
-    loop: LoopProgram,
-    wanted: set[int],
-    needing: set[int],
-    values: Sequence[Mapping[int, Tensor]],
-    rows: Mapping[int, int],
-    batch_size: int | None,
-) -> PlannedLoop:
-    forward, widened, step = derive_backward(loop, wanted, needing, values, ROWS)
-    by_position = dict(zip(widened.program.inputs, loop.program.inputs, strict=True))
-    seeds = {v: rows[by_position[v]] for v in widened.program.inputs if by_position[v] in rows}
-    forward_rows, _ = find_rows(widened.program, seeds)
-    emitted = [widened.emitted[i] for i in step.emitted]
-    states = [widened.next_states[i] for i in step.states]
-    tangents = dict(zip(step.tangents, emitted + states, strict=True))
-    known = {v: forward_rows[v] for v in (*step.kept, *step.fixed) if v in forward_rows}
-    known |= {v: forward_rows[source] for v, source in tangents.items() if source in forward_rows}
-    back_rows, coupled = find_rows(step.program, known)
-    a, b, _ = loop.counts
-    changing = dependents(step.program.ops, {*step.kept, *step.tangents})
-    same = {v for v in range(len(step.program.values)) if v not in changing}
-    sums = summable(step.program, [v for v in step.program.outputs[a : a + b] if v >= 0], same)
-    inference, shared = once_each(forward)
-    backward = colour_backward(step, widened, coupled, sums, batch_size)
-    return PlannedLoop(inference, shared, widened, backward, len(loop.emitted), back_rows, coupled, sums)
+    def in_loops(self) -> set[int]:
+        """The operations that run in loops."""
+        return {n for stage in self.stages if isinstance(stage, Loop) for n in stage.ops}
+
+    def copies_of_outputs(self) -> dict[int, int]:
+        """For each output that a loop makes the number of its copy, which is the caller's alone."""
+        program = self.recording.program
+        made = {v for n in self.in_loops() for v in program.ops[n].outputs if v >= 0}
+        outputs = [v for v in dict.fromkeys(self.recording.outputs) if v in made]
+        return {v: len(program.values) + number for number, v in enumerate(outputs)}
+
+    def wanted_of(self, loop: Loop) -> set[int]:
+        """What others than a loop read of its values: operations, other states, the caller."""
+        recording = self.recording
+        leaves = enumerate(zip(recording.state, recording.next_state, strict=True))
+        found = {following for leaf, (state, following) in leaves if leaf not in loop.leaves or state in self.read}
+        return found | recording.program.read_by_others(set(loop.ops)) | set(self.copies.values())
+
+    def planned(self, loop: LoopProgram, wanted: set[int]) -> PlannedLoop:
+        """A loop with its way back."""
+        requires_grad = self.recording.program.dependents({*self.requires_grad, *self.recording.state})
+        forward, widened, step = derive_backward(loop, wanted, requires_grad, self.values, ROWS)
+        by_position = dict(zip(widened.program.inputs, loop.program.inputs, strict=True))
+        seeds = {v: self.rows[by_position[v]] for v in widened.program.inputs if by_position[v] in self.rows}
+        forward_rows, _ = find_rows(widened.program, seeds)
+        emitted = [widened.emitted[i] for i in step.emitted]
+        states = [widened.next_states[i] for i in step.states]
+        tangents = dict(zip(step.tangents, emitted + states, strict=True))
+        known = {v: forward_rows[v] for v in (*step.kept, *step.fixed) if v in forward_rows}
+        known |= {v: forward_rows[source] for v, source in tangents.items() if source in forward_rows}
+        rows, coupled = find_rows(step.program, known)
+        a, b, _ = loop.counts
+        weight_grads = [v for v in step.program.outputs[a : a + b] if v >= 0]
+        sums = summable(step.program, weight_grads, step.program.made_of(step.fixed))
+        inference, shared = without_copies(forward)
+        return PlannedLoop(
+            inference=inference,
+            shared=shared,
+            loop=widened,
+            backward=partition_backward(step, widened, coupled, sums, self.batch_size),
+            emits=len(loop.emitted),
+            rows=rows,
+            coupled=coupled,
+            sums=sums,
+        )

@@ -169,7 +169,9 @@ def _result(program: Program, op: Op) -> str:
 
 
 def _reason(plan: StepPlan, number: int, place: str, state: _StateNames) -> str:
-    counting = {plan.recording.next_state[stage.leaf] for stage in plan.stages if isinstance(stage, Counter)}
+    counting = {
+        plan.recording.next_state[leaf] for stage in plan.stages if isinstance(stage, Counter) for leaf in stage.leaves
+    }
     if counting.intersection(plan.recording.program.ops[number].outputs):
         return "only counts: what every copy receives of it is known beforehand"
     mapped = f"; step by step, as {plan.coupled[number]}" if number in plan.coupled and place != "through" else ""
@@ -179,7 +181,7 @@ def _reason(plan: StepPlan, number: int, place: str, state: _StateNames) -> str:
         return f"feeds a loop, but depends on no state of it{mapped}"
     if place == "after":
         return f"no later state needs it{mapped}"
-    if number in plan.beside:
+    if number in plan.fused:
         return "light enough to be done in the loop while its operands are at hand"
     leaves = _loop_of(plan.stages, number).leaves
     return f"on the way from {', '.join(state.received[leaf] for leaf in leaves)} to the next one"

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unrolled.recording.program import Ref
+from unrolled.recording.program import Ref, live_in
 from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like, values_behind
 
 
-@dataclass
+@dataclass(eq=False)
 class RawProgram:
     """A program as one recording saw it: shapes are still those of that batch size."""
 
@@ -28,7 +28,7 @@ class RawProgram:
     outputs: list[int]
 
 
-@dataclass
+@dataclass(eq=False)
 class RawCustom:
     """A Function as one recording saw it."""
 
@@ -50,14 +50,13 @@ def fold_functions(tape: Tape) -> None:
 def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     inside = _events_inside(tape.events, outputs)
     made = {value for event in inside for value in event.outputs}
-    read = list(dict.fromkeys(value for event in inside for value in event.inputs if value not in made))
     sources = values_behind(node, tape.tensors)
     backward, saved, tangents, grads = _record_backward(tape, node, outputs, sources)
-    inputs = list(dict.fromkeys([*read, *(source for source in sources if source is not None)]))
+    inputs = list(dict.fromkeys([*live_in(inside), *(source for source in sources if source is not None)]))
     kept = [value for value in saved if value in made and value not in outputs]
-    strangers = [value for value in saved if value not in made and value not in inputs]
-    forward = RawProgram(tape.tensors, inputs + strangers, inside, outputs + kept)
-    by_input = [grads.get(value, -1) for value in inputs + strangers]
+    inputs += [value for value in saved if value not in made and value not in inputs]
+    forward = RawProgram(tape.tensors, inputs, inside, outputs + kept)
+    by_input = [grads.get(value, -1) for value in inputs]
     custom = RawCustom(
         type(node).__name__.removesuffix("Backward"),
         forward,
@@ -65,8 +64,8 @@ def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
         saved,
     )
     position = tape.events.index(inside[-1])
-    arguments = tuple(Ref(value) for value in inputs + strangers)
-    folded = Event(custom, arguments, {}, tuple(outputs + kept), differentiable=True)  # type: ignore[arg-type]
+    arguments = tuple(Ref(value) for value in inputs)
+    folded = Event(custom, arguments, (), tuple(outputs + kept), differentiable=True)  # type: ignore[arg-type]
     tape.events[:] = [
         folded if index == position else event
         for index, event in enumerate(tape.events)
@@ -108,7 +107,5 @@ def _record_backward(
         for source, grad in zip(sources, returned, strict=False)
         if source is not None and grad is not None
     }
-    made = {value for event in events for value in event.outputs}
-    read = dict.fromkeys(value for event in events for value in event.inputs if value not in made)
-    saved = [value for value in read if value not in tangents]
+    saved = [value for value in live_in(events) if value not in tangents]
     return events, saved, tangents, grads

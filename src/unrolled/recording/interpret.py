@@ -16,9 +16,19 @@ def run_op(op: Op, values: Any, rows: int) -> Sequence[Tensor | None]:
     """Run one operation on the tensors of its values, for so many rows; its results, one for each output."""
     arguments = resolved(op.args, values, rows)
     if isinstance(op.target, Custom):
-        return _apply(op.target, rows, arguments)
+        return _RecordedFunction.run(op.target, rows, arguments)
     result = op.target(*arguments, **{name: resolved(arg, values, rows) for name, arg in op.kwargs})
     return result if isinstance(result, tuple | list) else (result,)
+
+
+def all_values(program: Program, inputs: Sequence[Tensor], rows: int) -> dict[int, Tensor]:
+    """Every value of a program, for so many rows."""
+    values = dict(zip(program.inputs, inputs, strict=True))
+    with torch.no_grad():
+        for op in program.ops:
+            results = run_op(op, values, rows)
+            values |= {v: r for v, r in zip(op.outputs, results, strict=False) if v >= 0 and r is not None}
+    return values
 
 
 @lru_cache(maxsize=512)
@@ -26,7 +36,7 @@ def compiled(program: Program) -> Callable[..., tuple[Tensor | None, ...]]:
     """A function `(rows, *inputs) -> outputs` that runs a program; None for outputs that it does not have."""
     writer = _Writer(program)
     source = writer.source()
-    scope: dict[str, Any] = {"apply": _apply, **writer.held}
+    scope: dict[str, Any] = {"run": _RecordedFunction.run, **writer.held}
     exec(compile(source, f"<step of {len(program.ops)} operations>", "exec"), scope)
     function: Callable[..., tuple[Tensor | None, ...]] = scope["step"]
     return function
@@ -38,27 +48,26 @@ class _Writer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.held: dict[str, Any] = {}
-        self.last_use: dict[int, int] = {}
-        for number, op in enumerate(program.ops):
-            self.last_use |= dict.fromkeys(op.inputs, number)
 
     def source(self) -> str:
         inputs = ", ".join(["rows", *(f"v{v}" for v in self.program.inputs)])
         lines = [f"def step({inputs}):"]
-        for number, op in enumerate(self.program.ops):
-            lines.append(f"    {self._targets(op)} = {self._call(number, op)}")
+        lines += [f"    {self._targets(op)} = {self._call(op)}" for op in self.program.ops]
         outputs = ", ".join(f"v{v}" if v >= 0 else "None" for v in self.program.outputs)
         return "\n".join([*lines, f"    return ({outputs}{',' if outputs else ''})"])
 
     def _targets(self, op: Op) -> str:
         names = [f"v{v}" if v >= 0 else "_" for v in op.outputs]
-        several = isinstance(op.target, Custom) or len(names) > 1 or _returns_list(op.target)
+        several = isinstance(op.target, Custom) or len(names) > 1
+        if not several:  # what it returns may be a list of one
+            returns = op.target._schema.returns  # type: ignore[attr-defined]
+            several = len(returns) == 1 and str(returns[0].type).startswith("List")
         return f"({', '.join(names)},)" if several else names[0]
 
-    def _call(self, number: int, op: Op) -> str:
+    def _call(self, op: Op) -> str:
         arguments = [self._argument(arg) for arg in op.args]
         if isinstance(op.target, Custom):
-            return f"apply({self._hold(op.target)}, rows, [{', '.join(arguments)}])"
+            return f"run({self._hold(op.target)}, rows, [{', '.join(arguments)}])"
         named = [f"{name}={self._argument(arg)}" for name, arg in op.kwargs]
         return f"{self._hold(op.target)}({', '.join(arguments + named)})"
 
@@ -79,18 +88,15 @@ class _Writer:
         return name
 
 
-def _returns_list(target: Any) -> bool:
-    returns = target._schema.returns
-    return len(returns) == 1 and str(returns[0].type).startswith("List")
+class _RecordedFunction(torch.autograd.Function):
+    """A Function of a program: its recorded operations, and its own backward where autograd asks for it."""
 
+    @classmethod
+    def run(cls, custom: Custom, rows: int, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Its results, those that its backward reads included."""
+        results = cls.apply(custom, rows, *arguments)
+        return results if isinstance(results, tuple) else (results,)
 
-def _apply(custom: Custom, rows: int, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Run a Function's operations; its own backward is used where autograd asks for it."""
-    results = _Recorded.apply(custom, rows, *arguments)
-    return results if isinstance(results, tuple) else (results,)
-
-
-class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, custom: Custom, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.custom, ctx.rows = custom, rows

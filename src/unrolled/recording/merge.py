@@ -94,12 +94,12 @@ class _Merger:
 
     def op(self, first: Event, second: Event) -> Op:
         """One operation for both batch sizes."""
-        target = first.target
+        target, named, other = first.target, dict(first.kwargs), dict(second.kwargs)
         if isinstance(target, RawCustom) and isinstance(second.target, RawCustom):
             target = self.custom(target, second.target)
-        elif target is not second.target or first.kwargs.keys() != second.kwargs.keys():
+        elif target is not second.target or named.keys() != other.keys():
             raise UnrecordableError(f"it runs {first.target} at one batch size and {second.target} at another")
         args = self.argument(first.args, second.args)
-        kwargs = tuple((name, self.argument(arg, second.kwargs[name])) for name, arg in first.kwargs.items())
+        kwargs = tuple((name, self.argument(arg, other[name])) for name, arg in named.items())
         outputs = tuple(self.value(pair) for pair in _pairs(first.outputs, second.outputs))
         return Op(target, args, kwargs, outputs)

@@ -6,7 +6,7 @@ number of rows B: one program serves every B.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -152,6 +152,36 @@ class Program:
         """For each value that an operation makes, which operation."""
         return {value: index for index, op in enumerate(self.ops) for value in op.outputs if value >= 0}
 
+    def dependents(self, values: Iterable[int]) -> set[int]:
+        """All values that depend on the given ones, these included."""
+        found = set(values)
+        for op in self.ops:
+            if found.intersection(op.inputs):
+                found.update(v for v in op.outputs if v >= 0)
+        return found
+
+    def made_of(self, values: Iterable[int]) -> set[int]:
+        """All values that depend on no others than the given ones, these included."""
+        found = set(values)
+        for op in self.ops:
+            if found.issuperset(op.inputs):
+                found.update(op.outputs)
+        return found
+
+    def read_by_others(self, ops: Collection[int]) -> set[int]:
+        """The values that operations other than these read."""
+        return {v for number, op in enumerate(self.ops) if number not in ops for v in op.inputs}
+
+
+def live_in(ops: Collection[Op], outputs: Sequence[int] = ()) -> list[int]:
+    """The values that must be there before some operations run: what they or the outputs read and none of them makes.
+
+    Each stands once, in the order in which they are read.
+    """
+    made = {v for op in ops for v in op.outputs}
+    read = dict.fromkeys([*(v for op in ops for v in op.inputs), *outputs])
+    return [v for v in read if v >= 0 and v not in made]
+
 
 def refs_of(tree: Any) -> Iterator[int]:
     """All values that a nest of arguments mentions."""
@@ -173,12 +203,3 @@ def resolved(tree: Any, values: Mapping[int, Tensor] | Sequence[Tensor], rows: i
     if isinstance(tree, tuple | list):
         return [resolved(child, values, rows) for child in tree]
     return tree
-
-
-def dependents(ops: Iterable[Op], seeds: Iterable[int]) -> set[int]:
-    """All values that depend on the given ones, these included."""
-    reached = set(seeds)
-    for op in ops:
-        if reached.intersection(op.inputs):
-            reached.update(v for v in op.outputs if v >= 0)
-    return reached

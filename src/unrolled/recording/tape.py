@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
-from unrolled.recording.program import Ref, refs_of
-
-Place = tuple[Any, ...]
+from unrolled.recording.program import Op, Ref, refs_of
 
 
 class UnrecordableError(Exception):
@@ -29,34 +28,50 @@ class IrreversibleError(UnrecordableError):
     """A step that does something which cannot be put back: it is not even tried."""
 
 
-@dataclass(eq=False)
-class Event:
-    """One operation as it ran, its tensors replaced by the numbers of values."""
+@dataclass(frozen=True)
+class Event(Op):
+    """One operation as it ran, its tensors replaced by the numbers of values.
 
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...]
+    Attributes:
+        differentiable: whether autograd was on.
+    """
+
     differentiable: bool
 
-    @property
-    def inputs(self) -> list[int]:
-        """The values that it read."""
-        return list(refs_of((self.args, tuple(self.kwargs.values()))))
+
+class _Region(NamedTuple):
+    """Where a tensor lies in memory."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Region:
+        storage = tensor.untyped_storage().data_ptr()
+        return cls(storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def elements(self) -> set[int]:
+        """Its entries, by their places in the storage."""
+        found = torch.tensor([self.offset])
+        for size, stride in zip(self.shape, self.strides, strict=True):
+            found = (found.unsqueeze(1) + torch.arange(size) * stride).flatten()
+        return set(found.tolist())
 
 
 class NumbersStayUnread(TorchFunctionMode):
-    """Refuses what hands a tensor's numbers to Python, where the tape cannot see what becomes of them."""
+    """Refuses what gives a tensor's numbers to Python, where the tape cannot see what becomes of them."""
+
+    _readers = frozenset(["tolist", "numpy", "item", "__array__", "__repr__", "__format__", "__bool__", "data_ptr"])
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _READERS:
+        if getattr(func, "__name__", "") in self._readers:
             raise UnrecordableError(f"what it does may depend on the numbers in its tensors ({func.__name__})")
         return func(*args, **(kwargs or {}))
-
-
-_READERS = frozenset(["tolist", "numpy", "item", "__array__", "__repr__", "__format__", "__bool__", "data_ptr"])
 
 
 class Tape(DispatchMode):
@@ -84,38 +99,38 @@ class Tape(DispatchMode):
         self.fresh: set[int] = set()
         self.in_backward = False
         self._keep: list[Any] = []
-        self._at: dict[Place, int] = {}
-        self._detached_at: dict[Place, int] = {}
-        self._stale: set[Place] = set()
+        self._at: dict[_Region, int] = {}
+        self._detached_at: dict[_Region, int] = {}
+        self._stale: set[_Region] = set()
         self._tracked: set[int] = set()
 
     def add(self, tensor: Tensor) -> int:
         """Give a tensor a number of its own: an input."""
         value = self._new(tensor)
-        self._at[_place(tensor)] = value
+        self._at[_Region.of(tensor)] = value
         return value
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor that was seen; one that never was is an external."""
-        place = _place(tensor)
-        if place in self._stale:
+        region = _Region.of(tensor)
+        if region in self._stale:
             raise UnrecordableError("it changes a tensor in place and then reads it through another view")
-        value = self._at.get(place)
+        value = self._at.get(region)
         if value is None:
             value = self.add(tensor)
             self.externals.append(value)
             return value
         if tensor.requires_grad:
             self._note_node(value, tensor)
-        elif not self.in_backward and value in self._tracked and place in self._detached_at:
-            return self._detached_at[place]
+        elif not self.in_backward and value in self._tracked and region in self._detached_at:
+            return self._detached_at[region]
         return value
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        _refuse_unrecordable(func)
+        self._refuse_unrecordable(func)
         simpler = self.decomposition(func)
         if simpler is not None:
             with self:
@@ -125,8 +140,9 @@ class Tape(DispatchMode):
             self._refuse_foreign_write(func, recorded)
         result = func(*args, **kwargs)
         if func in _FILLED:
-            # Only the shape of what it was given counts: nothing is read, and nothing need be kept.
-            recorded, named = _as_full(func, args, result)
+            # Only the shapes of its arguments count: nothing is read, and nothing need be kept.
+            recorded = (tuple(result.shape), args[-1] if _FILLED[func] is None else _FILLED[func])
+            named = {"dtype": result.dtype, "device": result.device}
             func = torch.ops.aten.full.default
         func = _ANY_LAYOUT.get(func, func)
         if func is torch.ops.aten.lift_fresh.default:
@@ -164,16 +180,19 @@ class Tape(DispatchMode):
             if not isinstance(tensor, Tensor):
                 outputs.append(-1)
                 continue
-            place = _place(tensor)
+            region = _Region.of(tensor)
             if func is torch.ops.aten.detach.default:
                 value = self._new(tensor)
-                self._detached_at[place] = value
+                self._detached_at[region] = value
             else:
                 value = self._new(tensor)
-                self._at[place] = value
-                self._stale.discard(place)
+                self._at[region] = value
+                self._stale.discard(region)
             outputs.append(value)
-        self.events.append(Event(func, args, kwargs, tuple(outputs), torch.is_grad_enabled()))
+        self._append(func, args, kwargs, tuple(outputs))
+
+    def _append(self, func: Any, args: Any, kwargs: dict[str, Any], outputs: tuple[int, ...]) -> None:
+        self.events.append(Event(func, args, tuple(kwargs.items()), outputs, torch.is_grad_enabled()))
 
     def _refuse_foreign_write(self, func: Any, args: Any) -> None:
         """Before it is run: what the step did not make is not the recording's to change."""
@@ -187,21 +206,32 @@ class Tape(DispatchMode):
     def _write_in_place(self, func: Any, args: Any, kwargs: dict[str, Any], given: tuple[Any, ...]) -> None:
         tensor = given[0]
         value = self._new(tensor)
-        self.events.append(Event(_functional(func), args, kwargs, (value,), torch.is_grad_enabled()))
-        place = _place(tensor)
+        self._append(_functional(func), args, kwargs, (value,))
+        region = _Region.of(tensor)
         self._outdate(tensor)
-        self._at[place] = value
-        self._stale.discard(place)
+        self._at[region] = value
+        self._stale.discard(region)
 
     def _outdate(self, tensor: Tensor) -> None:
         """Whatever shares elements with a tensor that was written to is no longer what was recorded."""
-        storage, touched = tensor.untyped_storage().data_ptr(), _elements(_place(tensor))
-        for place in [place for place in self._at if place[0] == storage]:
-            if not touched.isdisjoint(_elements(place)):
-                self._stale.add(place)
+        written = _Region.of(tensor)
+        touched = written.elements()
+        for region in self._at:
+            if region.storage == written.storage and not touched.isdisjoint(region.elements()):
+                self._stale.add(region)
+
+    @staticmethod
+    def _refuse_unrecordable(func: Any) -> None:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise UnrecordableError(
+                f"it draws random numbers ({func}); dropout over time is a wrapper: DropoutCell, ZoneoutCell"
+            )
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")
 
 
 _ATEN = torch.ops.aten
+# By what number the operation fills a tensor; None if by its last argument.
 _FILLED = {
     **dict.fromkeys((_ATEN.new_zeros.default, _ATEN.zeros_like.default, _ATEN.zeros.default), 0),
     **dict.fromkeys((_ATEN.new_ones.default, _ATEN.ones_like.default, _ATEN.ones.default), 1),
@@ -212,53 +242,16 @@ _FILLED = {
 _ANY_LAYOUT = dict.fromkeys((_ATEN.view.default, _ATEN._unsafe_view.default), _ATEN.reshape.default)
 
 
-def _as_full(func: Any, args: tuple[Any, ...], made: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `aten.full` that make the same tensor."""
-    number = _FILLED[func] if _FILLED[func] is not None else args[-1]
-    return (tuple(made.shape), number), {"dtype": made.dtype, "device": made.device}
-
-
-def _place(tensor: Tensor) -> Place:
-    return (
-        tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.dtype,
-    )
-
-
-def _elements(place: Place) -> set[int]:
-    _, offset, shape, strides, _ = place
-    found = torch.tensor([offset])
-    for size, stride in zip(shape, strides, strict=True):
-        found = (found.unsqueeze(1) + torch.arange(size) * stride).flatten()
-    return set(found.tolist())
-
-
-def _refuse_unrecordable(func: Any) -> None:
-    tags = func.tags
-    if torch.Tag.nondeterministic_seeded in tags:
-        raise UnrecordableError(
-            f"it draws random numbers ({func}); dropout over time is a wrapper: DropoutCell, ZoneoutCell"
-        )
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-        raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")
-
-
 def _functional(func: Any) -> Any:
     name = func._schema.name.removeprefix("aten::")
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     # The counterpart may be called something else: that of `pow_.Scalar` is `pow.Tensor_Scalar`.
     names = [] if packet is None else [func._overloadname, *packet.overloads()]
     for functional in [getattr(packet, name) for name in names if hasattr(packet, name)]:
-        if not functional._schema.is_mutable and _kinds(functional) == _kinds(func):
+        types, wanted = ([str(argument.type) for argument in f._schema.arguments] for f in (functional, func))
+        if not functional._schema.is_mutable and types == wanted:
             return functional
     raise UnrecordableError(f"{func} has no functional counterpart")
-
-
-def _kinds(func: Any) -> list[str]:
-    return [str(argument.type) for argument in func._schema.arguments]
 
 
 def tangent_like(tensor: Tensor) -> Tensor:
@@ -268,16 +261,6 @@ def tangent_like(tensor: Tensor) -> Tensor:
 
 def values_behind(node: Any, tensors: Sequence[Tensor]) -> list[int | None]:
     """For each input of an autograd node the number of the tensor that it came from; None where there is none."""
-    found: list[int | None] = []
-    for function, output in node.next_functions:
-        matches = [number for number, tensor in enumerate(tensors) if _made_by(tensor, function, output)]
-        found.append(matches[-1] if matches else None)
-    return found
-
-
-def _made_by(tensor: Tensor, function: Any, output: int) -> bool:
-    if function is None or not tensor.requires_grad:
-        return False
-    if tensor.grad_fn is None:
-        return getattr(function, "variable", None) is tensor
-    return tensor.grad_fn is function and tensor.output_nr == output
+    edges = [(n, get_gradient_edge(tensor)) for n, tensor in enumerate(tensors) if tensor.requires_grad]
+    numbers = {(edge.node, edge.output_nr): n for n, edge in edges}
+    return [numbers.get(source) for source in node.next_functions]
