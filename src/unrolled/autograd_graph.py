@@ -1,10 +1,11 @@
-"""Autograd's graph, searched: the nodes behind some tensors, and the leaves among them."""
+"""Autograd's graph: the nodes behind some tensors, the leaves among them, and vector-Jacobian products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -46,3 +47,37 @@ def leaves_behind(tensors: Iterable[Tensor], *, known: Iterable[Tensor] = ()) ->
         [torch.Size([3])]
     """
     return [node.variable for node in nodes_behind(tensors, known=known) if hasattr(node, "variable")]
+
+
+def vjp(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """The vector-Jacobian product: the gradient of each input, None where none flows.
+
+    Args:
+        outputs: what was computed; some may need no gradient.
+        grads: the gradient of each of them, or None.
+        inputs: what to differentiate by; some may need no gradient.
+        retain_graph: whether the graph is gone through again later.
+        create_graph: whether the gradients get a graph of their own.
+    """
+    flowing = [(x, grad) for x, grad in zip(outputs, grads, strict=True) if grad is not None and x.requires_grad]
+    wanted = [n for n, x in enumerate(inputs) if x.requires_grad]
+    result: list[Tensor | None] = [None] * len(inputs)
+    if flowing and wanted:
+        found = torch.autograd.grad(
+            [x for x, _ in flowing],
+            [inputs[n] for n in wanted],
+            [grad for _, grad in flowing],
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        for n, grad in zip(wanted, found, strict=True):
+            result[n] = grad
+    return result

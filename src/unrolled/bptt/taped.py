@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unrolled.autograd_graph import leaves_behind
+from unrolled.autograd_graph import leaves_behind, vjp
 from unrolled.bptt.segments import Segment, SegmentRunner
 from unrolled.execution.memory import allocate
 from unrolled.internals import has_memory
@@ -79,18 +79,9 @@ class TapedSegment:
         flowing = [None if grad is None else segment.steps_of(grad, offset) for grad in grads[:many]]
         lasts = zip(leaves(self.last), following or [None] * (len(grads) - many), grads[many:], strict=True)
         flowing += [segment.grad_of_last(leaf, after, grad) for leaf, after, grad in lasts]
-        pairs = zip(self.results, flowing, strict=True)
-        present = [(x, grad) for x, grad in pairs if grad is not None and x.requires_grad]
-        wanted = [x for x in (*self.entry, *self.inputs, *self.context, *weights) if x.requires_grad]
-        by_leaf: dict[int, Tensor | None] = {}
-        if present and wanted:
-            results, given = zip(*present, strict=True)
-            found = torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True)
-            by_leaf = {id(x): grad for x, grad in zip(wanted, found, strict=True)}
-        inputs, entry, others = (
-            [by_leaf.get(id(x)) for x in part] for part in (self.inputs, self.entry, [*self.context, *weights])
-        )
-        return SegmentGradients(inputs, entry, others)
+        found = vjp(self.results, flowing, [*self.read, *weights], retain_graph=True)
+        a, b = len(self.inputs), len(self.inputs) + len(self.entry)
+        return SegmentGradients(found[:a], found[a:b], found[b:])
 
 
 def unlisted_leaves(taped: Iterable[TapedSegment], weights: Sequence[Tensor]) -> list[Tensor]:

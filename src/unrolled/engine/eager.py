@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unrolled.engine.graphs import block_for, capturable, run_in_blocks
 from unrolled.execution.protocol import LoopInputs, LoopResult
-from unrolled.execution.stepping import stepped
+from unrolled.execution.stepping import iterate_loop
 from unrolled.plan.loops import LoopProgram
 
 
@@ -29,7 +29,7 @@ def _run_steps(loop: LoopProgram, request: LoopInputs) -> LoopResult:
     many, added = len(loop.emitted), len(loop.totals)
     kept = _Kept(loop, request)
     totals: list[Tensor] = []
-    for t, results in stepped(loop, request):
+    for t, results in iterate_loop(loop, request):
         kept.write(t, results[:many])
         more = [result.sum(0) for result in results[many : many + added]]
         totals = [total + new for total, new in zip(totals, more, strict=True)] if totals else more
@@ -40,10 +40,7 @@ def _run_steps(loop: LoopProgram, request: LoopInputs) -> LoopResult:
         else results[many + added :]
     )
 
-    def received(state: int) -> Tensor:
-        return extent.shifted(request.states[state], following[state], reverse=reverse)
-
-    return LoopResult(kept.tensors, last, received, totals)
+    return LoopResult(kept.tensors, last, lambda state: request.received(state, following[state]), totals)
 
 
 class _Kept:

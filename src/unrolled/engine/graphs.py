@@ -175,10 +175,7 @@ def run_in_blocks(
         last, totals = list(walk.last), [a + b for a, b in zip(totals, walk.totals, strict=True)]
     following = [kept[loop.emitted.index(value)] for value in loop.next_states]
 
-    def received(state: int) -> Tensor:
-        return request.extent.shifted(request.states[state], following[state], reverse=request.reverse)
-
-    return LoopResult(kept, last, received, totals)
+    return LoopResult(kept, last, lambda state: request.received(state, following[state]), totals)
 
 
 @cache

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from unrolled.execution.timed import Summed, Timed, spread
+from unrolled.execution.series import Entry, Series, Total
 from unrolled.lengths import Extent
 from unrolled.operations.operation import Linear, operation_of
 from unrolled.plan.sums import contracts_rows
 from unrolled.recording.interpret import run_op
 from unrolled.recording.program import Custom, Op, Program
-
-Entry: TypeAlias = Tensor | Timed | Summed
-"""What is known of a value over a segment: a tensor where it is the same at every step."""
 
 CHUNK_BYTES = 32 << 20
 """How much is held of the steps' shares of a gradient that no product contracts, before they are added up."""
@@ -24,10 +22,11 @@ CHUNK_BYTES = 32 << 20
 Affine: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
 
 
-class Batched:
+@dataclass(frozen=True)
+class BatchedOps:
     """Runs operations of a step over a segment.
 
-    Args:
+    Attributes:
         program: the step.
         rows: for each value that has rows, in which dimension.
         coupled: operations that are not proved to act row by row; these are mapped over T.
@@ -37,18 +36,27 @@ class Batched:
             returns None for those that it leaves to torch.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        rows: Mapping[int, int],
-        coupled: Mapping[int, str],
-        extent: Extent,
-        sums: frozenset[int] = frozenset(),
-        affine: Affine | None = None,
-    ) -> None:
-        self.program, self.rows, self.coupled = program, rows, coupled
-        self.extent, self.sums = extent, sums
-        self.affine = affine
+    program: Program
+    rows: Mapping[int, int]
+    coupled: Mapping[int, str]
+    extent: Extent
+    sums: frozenset[int] = frozenset()
+    affine: Affine | None = None
+
+    def series(self, value: int, tensor: Tensor) -> Series:
+        """A value from its entries at all steps: `[T, ...]`, or folded where rows end at different times."""
+        return Series(tensor, self.extent, self.rows.get(value) if self.extent.ragged else None)
+
+    def over_time(self, entry: Entry, rows: int | None) -> Tensor:
+        """A value as loops and callers take it.
+
+        Args:
+            entry: the value.
+            rows: the dimension of its rows, if it has any.
+        """
+        if isinstance(entry, Total):
+            raise TypeError("a sum over all steps has no entries of its own")
+        return (entry if isinstance(entry, Series) else Series.constant(entry, self.extent, rows)).over_time()
 
     def run(self, ops: Sequence[int], env: MutableMapping[int, Entry]) -> None:
         """Run some operations; their results are added to `env`."""
@@ -59,21 +67,21 @@ class Batched:
 
     def _results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         kinds = {type(entry) for entry in entries.values()}
-        if Summed in kinds:
+        if Total in kinds:
             return self._on_sums(op, entries)
-        if Timed not in kinds:
-            apart = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
-            return self._step_by_step(op, entries) if apart else run_op(op, entries, self.extent.batch)
-        spread_rows = any(v in self.rows and not isinstance(entry, Timed) for v, entry in entries.items())
-        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, Timed)):
+        if Series not in kinds:
+            by_step = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
+            return self._step_by_step(op, entries) if by_step else run_op(op, entries, self.extent.batch)
+        spread_rows = any(v in self.rows and not isinstance(entry, Series) for v, entry in entries.items())
+        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, Series)):
             if number not in self.coupled:
                 return self._folded(op, entries)
             if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
-                return [Summed(result) for result in self._on_folded(op, entries)]
+                return [Total(result) for result in self._on_folded(op, entries)]
         return self._mapped(op, entries)
 
     def _on_folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Any]:
-        tensors = {v: e.folded(self.rows[v]) if isinstance(e, Timed) else e for v, e in entries.items()}
+        tensors = {v: e.folded(self.rows[v]) if isinstance(e, Series) else e for v, e in entries.items()}
         result = self._affine(op, tensors)
         if result is not None:
             return (result,)
@@ -83,36 +91,33 @@ class Batched:
         """A product by the engine's own kernel, if it has one and takes it."""
         if self.affine is None or op.kwargs or op.name not in ("aten.mm", "aten.addmm"):
             return None
-        given = [tensors[v] for v in op.inputs]
-        bias = given[0] if len(given) == 3 else None
-        if bias is not None and bias.dim() != 1:
+        *bias, x, y = (tensors[v] for v in op.inputs)
+        if bias and bias[0].dim() != 1:
             return None
-        return self.affine(given[-2], given[-1], bias)
+        return self.affine(x, y, bias[0] if bias else None)
 
     def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         results = zip(op.outputs, self._on_folded(op, entries), strict=False)
-        return [Timed(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
+        return [Series(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
 
     def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """One operation for each step, by vmap; Functions with a backward of their own one after the other."""
         if self.extent.ragged:
             return self._step_by_step(op, entries)
-        given = list(entries)
         tensors = [
-            entry.stacked() if isinstance(entry, Timed) else entry.tensor if isinstance(entry, Summed) else entry
+            entry.stacked() if isinstance(entry, Series) else entry.tensor if isinstance(entry, Total) else entry
             for entry in entries.values()
         ]
-        dims = tuple(0 if isinstance(entry, Timed) else None for entry in entries.values())
+        dims = tuple(0 if isinstance(entry, Series) else None for entry in entries.values())
 
         def once(*values: Tensor) -> tuple[Tensor, ...]:
-            return tuple(
-                r for r in run_op(op, dict(zip(given, values, strict=True)), self.extent.batch) if r is not None
-            )
+            results = run_op(op, dict(zip(entries, values, strict=True)), self.extent.batch)
+            return tuple(result for result in results if result is not None)
 
         run = _one_by_one(once, dims) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
         if self.sums.issuperset(v for v in op.outputs if v >= 0):
-            return [Summed(total) for total in self._in_chunks(op, run, tensors, dims)]
-        return [Timed(result, self.extent) for result in run(*tensors)]
+            return [Total(total) for total in self._in_chunks(op, run, tensors, dims)]
+        return [Series(result, self.extent) for result in run(*tensors)]
 
     def _in_chunks(
         self, op: Op, run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Sequence[int | None]
@@ -132,10 +137,10 @@ class Batched:
     def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation that is linear in what was summed."""
         if operation_of(op).linear is Linear.EACH:
-            tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Summed) else e for v, e in entries.items()}
+            tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Total) else e for v, e in entries.items()}
         else:
             tensors = {v: self.total(v, entry) for v, entry in entries.items()}
-        return [Summed(result) for result in run_op(op, tensors, self.extent.batch)]
+        return [Total(result) for result in run_op(op, tensors, self.extent.batch)]
 
     def _step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """One operation for each step on the rows that are alive, where steps differ in how many that are."""
@@ -146,23 +151,20 @@ class Batched:
         if self.sums.issuperset(v for v in op.outputs if v >= 0):
             return self._added_up(op, results)
         made = zip(*results, strict=True)
-        return [self._joined(v, column) for v, column in zip(op.outputs, made, strict=False)]
+        return [  # what nobody reads is one of its entries
+            Series(column[0], self.extent) if v < 0 else Series.joined(column, self.extent, self.rows.get(v))
+            for v, column in zip(op.outputs, made, strict=False)
+        ]
 
     def _each(self, value: int, entry: Entry) -> Sequence[Tensor]:
         """An entry at step 0, 1, 2, ...; of what is the same at every step, the rows that are alive."""
-        if isinstance(entry, Timed):
+        if isinstance(entry, Series):
             return entry.each()
         rows = self.rows.get(value)
-        if isinstance(entry, Summed) or rows is None:
-            return [entry.tensor if isinstance(entry, Summed) else entry] * self.extent.steps
+        if isinstance(entry, Total) or rows is None:
+            return [entry.tensor if isinstance(entry, Total) else entry] * self.extent.steps
         many = entry.shape[rows] // self.extent.batch
         return [entry.narrow(rows, 0, many * n) for n in self.extent.sizes]
-
-    def _joined(self, value: int, column: Sequence[Any]) -> Timed:
-        rows = self.rows.get(value)
-        if value < 0:  # nobody reads it
-            return Timed(column[0], self.extent)
-        return Timed(torch.stack(column) if rows is None else torch.cat(column, rows), self.extent, rows)
 
     def _added_up(self, op: Op, results: Iterable[Sequence[Any]]) -> list[Entry]:
         """The sums of an operation's results over all steps, one step after the other; what has rows keeps them."""
@@ -176,27 +178,18 @@ class Batched:
                     rows = self.rows.get(v)
                     part = total if rows is None else total.narrow(rows, 0, result.shape[rows])
                     part.add_(result)
-        return [Summed(total) for total in totals]
+        return [Total(total) for total in totals]
 
     def total(self, value: int, entry: Entry) -> Tensor:
         """A value added up over all steps; what has rows keeps them."""
         rows = self.rows.get(value)
-        if isinstance(entry, Summed):
+        if isinstance(entry, Total):
             return entry.tensor
-        if isinstance(entry, Timed) and (entry.rows is None or not self.extent.ragged):
-            return entry.stacked().sum(0)
-        if isinstance(entry, Timed) or (self.extent.ragged and rows is not None):
-            timed = entry if isinstance(entry, Timed) else spread(entry, self.extent, rows)
-            return _by_row(timed.tensor, self.extent, timed.rows or 0)
+        if isinstance(entry, Series):
+            return entry.total()
+        if self.extent.ragged and rows is not None:
+            return Series.constant(entry, self.extent, rows).total()
         return entry * self.extent.steps
-
-
-def _by_row(tensor: Tensor, extent: Extent, rows: int) -> Tensor:
-    """What each row has at all of its steps, added up."""
-    by_row = tensor.unflatten(rows, (extent.rows, -1))
-    shape = list(by_row.shape)
-    shape[rows] = extent.batch
-    return by_row.new_zeros(shape).index_add(rows, extent.row_of.to(tensor.device), by_row).flatten(rows, rows + 1)
 
 
 def _one_by_one(function: Callable[..., tuple[Tensor, ...]], dims: Sequence[int | None]) -> Callable[..., list[Tensor]]:

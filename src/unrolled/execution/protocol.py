@@ -1,4 +1,4 @@
-"""What a walk through time is asked for, and what it gives back."""
+"""The protocol between the execution of a segment and the engines: what runs a loop, on what, with which result."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from unrolled.plan.loops import LoopProgram
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """What an engine gets for a walk: values for a loop's inputs, in the order of its program.
+    """The tensors that a loop runs on, in the order of its program.
 
     Attributes:
         sequences: `[T, ...]` each; where rows end at different times, all steps' rows one after the other.
         fixed: what is the same at every step.
-        states: what each row's first step walked receives.
+        states: what the step of each row that runs first receives.
         extent: how far the segment reaches.
-        reverse: whether to begin with the last step.
+        reverse: whether the last step runs first.
     """
 
     sequences: Sequence[Tensor]
@@ -35,14 +35,18 @@ class LoopInputs:
         """All inputs, in order."""
         return [*self.sequences, *self.fixed, *self.states]
 
+    def received(self, state: int, passed_on: Tensor) -> Tensor:
+        """What every step received of a state, from what every step passed on; both laid out as the sequences."""
+        return self.extent.shifted(self.states[state], passed_on, reverse=self.reverse)
+
 
 @dataclass(frozen=True)
 class LoopResult:
     """A loop's results.
 
     Attributes:
-        emitted: the emitted values, laid out as a request's sequences.
-        last: the states after each row's last step walked.
+        emitted: the emitted values, laid out as the sequences of the inputs.
+        last: the states after the step of each row that runs last.
         received: for each state what every step received, laid out likewise; made when it is asked for.
         totals: the sums over all rows and steps.
     """
@@ -54,7 +58,7 @@ class LoopResult:
 
 
 class LoopRunner(Protocol):
-    """What an engine is asked for: to run one loop over a segment, and, if it can, products of large matrices."""
+    """What an engine does: it runs a loop over a segment, and it may compute products of large matrices."""
 
     def affine(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor | None:
         """`x @ y + bias` for `[M, K]`, `[K, N]`, `[N]`; None for those that are left to torch."""

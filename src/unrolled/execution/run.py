@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from unrolled.execution.batched import Batched, Entry
+from unrolled.execution.batched import BatchedOps
 from unrolled.execution.loop_function import LoopUnderAutograd
 from unrolled.execution.protocol import LoopRunner
-from unrolled.execution.stages import Stages, over_time
-from unrolled.execution.timed import Timed
+from unrolled.execution.series import Entry, Series
+from unrolled.execution.stages import SegmentStages
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.trees import Tree, leaves, unflatten
@@ -43,35 +43,42 @@ def run_plan(
         The outputs, laid out as the inputs, and the last copy's state.
     """
     recording = plan.recording
-    given = leaves(inputs)
+    sequences = leaves(inputs)
     fold = 0 if extent.ragged else None
-    env: dict[int, Entry] = {v: Timed(leaf, extent, fold) for v, leaf in zip(recording.inputs, given, strict=True)}
+    env: dict[int, Entry] = {v: Series(leaf, extent, fold) for v, leaf in zip(recording.inputs, sequences, strict=True)}
     context_leaves = [] if context is None else leaves(context)
     externals = [external.fetch(cell) for external in recording.externals]
     env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))
-    stages = Stages(
-        plan.stages,
-        plan.loops,
-        recording.state,
-        recording.next_state,
-        Batched(recording.program, plan.rows, plan.coupled, extent, affine=runner.affine),
-        LoopUnderAutograd(plan.planned, runner),
-        plan.read,
+    batched = BatchedOps(recording.program, plan.rows, plan.coupled, extent, affine=runner.affine)
+    stages = SegmentStages(
+        stages=plan.stages,
+        loops=plan.loops,
+        state=recording.state,
+        next_state=recording.next_state,
+        batched=batched,
+        runner=LoopUnderAutograd(plan.planned, runner),
+        read=plan.read,
         reverse=reverse,
     )
     first = leaves(state)
     last = stages.run(env, first)
-    outputs = [over_time(env[plan.copies.get(v, v)], extent, plan.rows.get(v)) for v in recording.outputs]
-    read = [*given, *first, *context_leaves, *externals]
+    outputs = [batched.over_time(env[plan.copies.get(v, v)], plan.rows.get(v)) for v in recording.outputs]
+    read = [*sequences, *first, *context_leaves, *externals]
     copies = [v in plan.copies for v in recording.outputs] + [True] * len(last)
-    results = list(_callers_own([*outputs, *last], copies, read))
+    results = list(_owned_by_caller([*outputs, *last], copies, read))
     return unflatten(recording.structures[3], results[: len(outputs)]), unflatten(
         recording.structures[1], results[len(outputs) :]
     )
 
 
-def _callers_own(tensors: Sequence[Tensor], copies: Sequence[bool], read: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Outputs and states are the caller's to write into: never memory that someone else reads, or a backward pass."""
+def _owned_by_caller(tensors: Sequence[Tensor], copies: Sequence[bool], read: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Outputs and states that the caller may write into: nobody else, and no backward pass, reads their memory.
+
+    Args:
+        tensors: the outputs and the last states.
+        copies: which of them a loop has made for the caller alone.
+        read: what was read to make them.
+    """
     others = {tensor.untyped_storage().data_ptr() for tensor in read}
     for tensor, copy in zip(tensors, copies, strict=True):
         memory = tensor.untyped_storage().data_ptr()

@@ -13,24 +13,24 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from torch import Tensor
 
 
-class _Known(threading.local):
+class _Unchanged(threading.local):
     def __init__(self) -> None:
         self.storages: frozenset[int] = frozenset()
         self.made: dict[Hashable, Tensor] = {}
 
 
-_known = _Known()
+_unchanged = _Unchanged()
 
 
 @contextlib.contextmanager
 def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
     """A context inside of which nobody writes into some tensors, which the caller keeps; in this thread."""
-    before = _known.storages, _known.made
-    _known.storages, _known.made = frozenset(x.untyped_storage().data_ptr() for x in tensors), {}
+    before = _unchanged.storages, _unchanged.made
+    _unchanged.storages, _unchanged.made = frozenset(x.untyped_storage().data_ptr() for x in tensors), {}
     try:
         yield
     finally:
-        _known.storages, _known.made = before
+        _unchanged.storages, _unchanged.made = before
 
 
 def made_once(make: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ def made_once(make: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         ...     made_once(torch.clone, weight.t()) is made_once(torch.clone, weight.t())
         True
     """
-    if tensor.untyped_storage().data_ptr() not in _known.storages:
+    if tensor.untyped_storage().data_ptr() not in _unchanged.storages:
         return make(tensor)
     key = make, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-    if key not in _known.made:
-        _known.made[key] = make(tensor)
-    return _known.made[key]
+    if key not in _unchanged.made:
+        _unchanged.made[key] = make(tensor)
+    return _unchanged.made[key]
