@@ -10,11 +10,10 @@ from math import prod
 from typing import Any
 
 from unrolled.operations.operation import operation_of
-from unrolled.plan.partition import Counter, Loop, Stage
+from unrolled.plan.partition import Counter, Loop
 from unrolled.plan.plan import StepPlan
-from unrolled.recording.program import Op, Program, Ref
-from unrolled.recording.record import Recording
-from unrolled.results import Result
+from unrolled.recording.program import Op, Ref
+from unrolled.results import Result, aligned
 from unrolled.trees import paths
 
 PLACES = ("once", "before", "through", "after")
@@ -79,14 +78,9 @@ class Plan(Result):
         head += f"\n{self.schedule}" if self.schedule else ""
         if not self.operations:
             return f"{head}\nevery copy is run by itself: nothing could be moved"
-        return "\n".join([head, "", *self._table(), "", *self._costs()])
-
-    def _table(self) -> list[str]:
-        rows = [("operation", "result", "place", "why there"), *map(_cells, self.operations)]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
-        ]
+        cells = [(op.name, op.result, op.place, op.reason) for op in self.operations]
+        table = aligned([("operation", "result", "place", "why there"), *cells])
+        return "\n".join([head, "", *table, "", *self._costs()])
 
     def _costs(self) -> list[str]:
         total = max(sum(count for _, count in self.flops), 1)
@@ -96,10 +90,6 @@ class Plan(Result):
             f"kept for the backward pass: {self.kept_bytes:,} bytes per step, {self.kept_bytes * self.T:,} in all",
             f"floating-point operations per step: {shares}",
         ]
-
-
-def _cells(operation: PlannedOperation) -> tuple[str, str, str, str]:
-    return operation.name, operation.result, operation.place, operation.reason
 
 
 def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str, state_names: Sequence[str] = ()) -> Plan:
@@ -114,101 +104,86 @@ def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str, sta
         why: why no faster one.
         state_names: what the cell calls the leaves of its state; without them they go by their place.
     """
-    names = _StateNames(plan.recording, state_names)
-    program, sources = plan.recording.program, _sources(plan.recording, names)
-    operations = tuple(
-        PlannedOperation(
+    writer = _Writer(plan, B, state_names)
+    operations = tuple(map(writer.operation, range(len(plan.places))))
+    loops = sum(isinstance(stage, Loop) for stage in plan.stages)
+    return Plan(cell, T, B, engine, why, operations, writer.results(), loops, writer.kept_bytes(), writer.flops())
+
+
+class _Writer:
+    """Says what a plan does, for so many rows."""
+
+    def __init__(self, plan: StepPlan, rows: int, state_names: Sequence[str]) -> None:
+        self.plan, self.rows = plan, rows
+        self.recording, self.program = plan.recording, plan.recording.program
+        inputs, state, context, _ = self.recording.structures
+        leaves = paths(state, "state")
+        self.state = list(state_names) if len(state_names) == len(leaves) else leaves
+        names = [*paths(inputs, "input"), *self.state, *paths(context, "context")]
+        names += [external.name for external in self.recording.externals]
+        # For each value the operation that makes it, or the name of what it is in the step's arguments and weights.
+        self.sources: dict[int, int | str] = {
+            **dict(zip(self.program.inputs, names, strict=True)),
+            **self.program.producers(),
+        }
+
+    def operation(self, number: int) -> PlannedOperation:
+        """An operation with its place and the reason."""
+        op = self.program.ops[number]
+        made = [self.program.values[v] for v in op.outputs if v >= 0]
+        result = str(made[0]) if made else "nothing"
+        return PlannedOperation(
             op.name,
-            _result(program, op),
-            place,
-            _reason(plan, number, place, names),
-            tuple(sources[v] for v in op.inputs),
+            result if len(made) == 1 else f"{len(made)} x {result}",
+            self.plan.places[number],
+            self.reason(number),
+            tuple(self.sources[v] for v in op.inputs),
         )
-        for number, (op, place) in enumerate(zip(program.ops, plan.places, strict=True))
-    )
-    flops = collections.Counter[str]()
-    for op, place in zip(program.ops, plan.places, strict=True):
-        flops[place] += _flops(program, op, B)
-    loops = [stage for stage in plan.stages if isinstance(stage, Loop)]
-    costs = tuple((place, flops[place]) for place in PLACES if flops[place])
-    return Plan(
-        cell, T, B, engine, why, operations, _results(plan.recording, sources, names), len(loops), _kept(plan, B), costs
-    )
 
+    def reason(self, number: int) -> str:
+        """Why an operation runs where it does."""
+        plan, place = self.plan, self.plan.places[number]
+        counters = [stage.leaves[0] for stage in plan.stages if isinstance(stage, Counter)]
+        if not {self.recording.next_state[leaf] for leaf in counters}.isdisjoint(self.program.ops[number].outputs):
+            return "only counts: what every copy receives of it is known beforehand"
+        mapped = f"; step by step, as {plan.coupled[number]}" if number in plan.coupled else ""
+        if place == "once":
+            return "depends on parameters and context only"
+        if place == "before":
+            return f"feeds a loop, but depends on no state of it{mapped}"
+        if place == "after":
+            return f"no later state needs it{mapped}"
+        if number in plan.fused:
+            return "light enough to be done in the loop while its operands are at hand"
+        loop = next(stage for stage in plan.stages if number in stage.ops)
+        return f"on the way from {', '.join(self.state[leaf] for leaf in loop.leaves)} to the next one"
 
-class _StateNames:
-    """What the leaves of a state are called."""
+    def results(self) -> tuple[tuple[str, int | str], ...]:
+        """What leaves the step, by name, and where it comes from."""
+        names = [*paths(self.recording.structures[3], "output"), *(f"next {name}" for name in self.state)]
+        values = (*self.recording.outputs, *self.recording.next_state)
+        return tuple((name, self.sources[v]) for name, v in zip(names, values, strict=True) if v in self.sources)
 
-    def __init__(self, recording: Recording, given: Sequence[str]) -> None:
-        places = paths(recording.structures[1])
-        known = len(given) == len(places)
-        self.received = list(given) if known else [f"state{place}" for place in places]
-        self.handed_on = [f"next {name}" for name in self.received]
+    def kept_bytes(self) -> int:
+        """What the backward of the loops reads of one step."""
+        backwards = [planned.backward for planned in self.plan.planned.values()]
+        return sum(backward.program.values[v].bytes(self.rows) for backward in backwards for v in backward.kept)
 
+    def flops(self) -> tuple[tuple[str, int], ...]:
+        """Floating-point operations of one step by place."""
+        found = collections.Counter[str]()
+        for op, place in zip(self.program.ops, self.plan.places, strict=True):
+            found[place] += self.flops_of(op)
+        return tuple((place, found[place]) for place in PLACES if found[place])
 
-def _sources(recording: Recording, state: _StateNames) -> dict[int, int | str]:
-    """For each value the operation that makes it, or the name of what it is in the step's arguments and weights."""
-    inputs, _, context, _ = recording.structures
-    names = [*paths(inputs, "input"), *state.received, *paths(context, "context")]
-    names += [external.name for external in recording.externals]
-    return {**dict(zip(recording.program.inputs, names, strict=True)), **recording.program.producers()}
-
-
-def _results(
-    recording: Recording, sources: dict[int, int | str], state: _StateNames
-) -> tuple[tuple[str, int | str], ...]:
-    names = [*paths(recording.structures[3], "output"), *state.handed_on]
-    made = zip(names, (*recording.outputs, *recording.next_state), strict=True)
-    return tuple((name, sources[v]) for name, v in made if v in sources)
-
-
-def _result(program: Program, op: Op) -> str:
-    made = [program.values[v] for v in op.outputs if v >= 0]
-    text = str(made[0]) if made else "nothing"
-    return text if len(made) == 1 else f"{len(made)} x {text}"
-
-
-def _reason(plan: StepPlan, number: int, place: str, state: _StateNames) -> str:
-    counting = {
-        plan.recording.next_state[leaf] for stage in plan.stages if isinstance(stage, Counter) for leaf in stage.leaves
-    }
-    if counting.intersection(plan.recording.program.ops[number].outputs):
-        return "only counts: what every copy receives of it is known beforehand"
-    mapped = f"; step by step, as {plan.coupled[number]}" if number in plan.coupled and place != "through" else ""
-    if place == "once":
-        return "depends on parameters and context only"
-    if place == "before":
-        return f"feeds a loop, but depends on no state of it{mapped}"
-    if place == "after":
-        return f"no later state needs it{mapped}"
-    if number in plan.fused:
-        return "light enough to be done in the loop while its operands are at hand"
-    leaves = _loop_of(plan.stages, number).leaves
-    return f"on the way from {', '.join(state.received[leaf] for leaf in leaves)} to the next one"
-
-
-def _loop_of(stages: Sequence[Stage], number: int) -> Loop:
-    return next(stage for stage in stages if isinstance(stage, Loop) and number in stage.ops)
-
-
-def _kept(plan: StepPlan, rows: int) -> int:
-    """Bytes of all that the backward of the loops reads of one step."""
-    total = 0
-    for planned in plan.planned.values():
-        values = planned.backward.program.values
-        total += sum(values[v].bytes(rows) for v in planned.backward.kept)
-    return total
-
-
-def _flops(program: Program, op: Op, rows: int) -> int:
-    operation = operation_of(op)
-    if operation.moves:
-        return 0
-    if not any(program.values[v].differentiable for v in (*op.inputs, *op.outputs) if v >= 0):
-        return 0
-    made = sum(prod(program.values[v].sizes(rows)) for v in op.outputs if v >= 0)
-    if operation.factors is not None:
-        left = op.args[operation.factors[0]]
-        if isinstance(left, Ref):
-            return 2 * made * program.values[left.value].sizes(rows)[-1]
-    return made
+    def flops_of(self, op: Op) -> int:
+        """Floating-point operations of an operation."""
+        values, operation = self.program.values, operation_of(op)
+        if operation.moves or not any(values[v].differentiable for v in (*op.inputs, *op.outputs) if v >= 0):
+            return 0
+        made = sum(prod(values[v].sizes(self.rows)) for v in op.outputs if v >= 0)
+        if operation.factors is not None:
+            left = op.args[operation.factors[0]]
+            if isinstance(left, Ref):
+                return 2 * made * values[left.value].sizes(self.rows)[-1]
+        return made

@@ -18,7 +18,7 @@ from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Call
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
-from unrolled.results import Result
+from unrolled.results import Result, aligned
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 from unrolled.unseen import OwnDraws
 
@@ -92,8 +92,7 @@ class Verification(Result):
             dtype = str(c.dtype).removeprefix("torch.")
             verdict = "ok" if c.passed else "MISMATCH"
             rows.append((c.engine, c.ran, dtype, f"{c.error:.1e}", f"{c.bound:.0e}", c.where, verdict))
-        widths = [max(len(row[column]) for row in rows) for column in range(7)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(aligned(rows))
 
 
 def verify(

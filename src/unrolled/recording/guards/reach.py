@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from unrolled.internals import has_memory
+from unrolled.recording.guards import places
 from unrolled.recording.guards.generators import GENERATORS
 from unrolled.recording.guards.kinds import (
     HIDING,
@@ -32,25 +33,7 @@ from unrolled.recording.guards.kinds import (
     slots_of,
 )
 from unrolled.recording.guards.names import Names, names_in
-from unrolled.recording.guards.places import (
-    CONTAINERS,
-    MISSING,
-    PLAIN,
-    ArrayContent,
-    ClassEntry,
-    ClassNames,
-    ClassOf,
-    ClosureVariable,
-    Content,
-    ContextValue,
-    Definition,
-    Entry,
-    KindOfTensor,
-    Place,
-    Referent,
-    Slot,
-    is_small,
-)
+from unrolled.recording.guards.places import CONTAINERS, MISSING, PLAIN, Place, is_small
 from unrolled.recording.tape import IrreversibleError
 
 _MOST_PLACES, _MOST_ITEMS = 4096, 1024
@@ -159,16 +142,16 @@ class Reachable:
         module = held.get("__name__", "")
         for name in names.globals:
             if name in held:
-                self._at(Entry, held, name, f"{module}.{name}", names)
+                self._at(places.Entry, held, name, f"{module}.{name}", names)
                 if names.computed and isinstance(held[name], types.ModuleType) and not is_common(held[name].__name__):
                     self._opened(f"it looks up names in {held[name].__name__} that it makes as it runs")
             else:
                 builtins = held.get("__builtins__", {})
                 builtins = vars(builtins) if isinstance(builtins, types.ModuleType) else builtins
-                self._at(Entry, held, name, f"{module}.{name}", names)
-                self._at(Entry, builtins, name, name, names)
+                self._at(places.Entry, held, name, f"{module}.{name}", names)
+                self._at(places.Entry, builtins, name, name, names)
         for name in names.modules:
-            self._at(Entry, sys.modules, name, name, names)
+            self._at(places.Entry, sys.modules, name, name, names)
 
     # -- what it reaches ----------------------------------------------------------------------------------------------
 
@@ -245,9 +228,9 @@ class Reachable:
 
     def _defined(self, function: types.FunctionType) -> None:
         label, inside = function.__qualname__, names_in(function.__code__)
-        self._note(Definition, function, f"the definition of {label}")
+        self._note(places.Definition, function, f"the definition of {label}")
         for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self._at(ClosureVariable, cell, "", f"{variable} of {label}", inside)
+            self._at(places.ClosureVariable, cell, "", f"{variable} of {label}", inside)
         held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values())
         for value in held:
             self._follow(value, inside, f"a default of {label}", outside=True)
@@ -269,9 +252,9 @@ class Reachable:
                 return
             few = len(vars(base)) <= 40  # a class with more names is looked over name by name, not as a whole
             if few:
-                self._note(ClassNames, base, f"the names of {base.__qualname__}")
+                self._note(places.ClassNames, base, f"the names of {base.__qualname__}")
             if name in vars(base) or not few:
-                self._at(ClassEntry, base, name, f"{base.__qualname__}.{name}", names)
+                self._at(places.ClassEntry, base, name, f"{base.__qualname__}.{name}", names)
             if name in vars(base):
                 return
 
@@ -279,7 +262,7 @@ class Reachable:
         held = vars(module)
         for name in names.attributes:
             if name in held:
-                self._at(Entry, held, name, f"{module.__name__}.{name}", names)
+                self._at(places.Entry, held, name, f"{module.__name__}.{name}", names)
 
     def _object(self, thing: Any, names: Names, label: str, outside: bool) -> None:
         kind: Any = type(thing)
@@ -288,7 +271,7 @@ class Reachable:
         label = label or kind.__qualname__
         slots = slots_of(kind)
         if outside:
-            self._at(ClassOf, thing, "", f"the class of {label}", names)
+            self._at(places.ClassOf, thing, "", f"the class of {label}", names)
         else:
             self._class(kind, names, label, outside)
         if isinstance(thing, nn.Module):
@@ -297,7 +280,7 @@ class Reachable:
                     self._outside[id(held[name])] = held[name]
                 self._follow(held[name], names, f"{label}.{name}", outside=outside)
         for name in self._looked_up(names, [*held, *slots]):
-            place, owner = (Slot, thing) if name in slots else (Entry, held)
+            place, owner = (places.Slot, thing) if name in slots else (places.Entry, held)
             if outside:
                 self._at(place, owner, name, f"{label}.{name}", names)
             else:
@@ -319,13 +302,13 @@ class Reachable:
                 self._opened(f"it reads {label}, which holds more than {_MOST_ITEMS} things")
             return
         if outside:
-            self._note(Content, container, f"what {label} holds")
+            self._note(places.Content, container, f"what {label} holds")
         self._items(container, names, label, outside)
         held = attributes_of(container)
         if type(container) not in CONTAINERS and held is not None:
             self._class(type(container), names, label, outside)
             if outside:
-                self._note(Content, held, f"the attributes of {label}")
+                self._note(places.Content, held, f"the attributes of {label}")
             self._items(held, names, label, outside)
 
     def _items(self, container: Any, names: Names, label: str, outside: bool) -> None:
@@ -345,7 +328,7 @@ class Reachable:
         for value in (partial.func, *partial.args, *partial.keywords.values()):
             self._follow(value, names, label, outside=outside)
         if outside:
-            self._at(Slot, partial, "keywords", f"{label}.keywords", names)
+            self._at(places.Slot, partial, "keywords", f"{label}.keywords", names)
             self._follow(partial.keywords, names, label, outside=True)
 
     def _wrapped(self, wrapper: Any, names: Names, label: str, outside: bool) -> None:
@@ -354,7 +337,7 @@ class Reachable:
 
     def _tensor(self, tensor: Tensor, names: Names, label: str, outside: bool) -> None:
         if outside:
-            self._note(KindOfTensor, tensor, label)
+            self._note(places.KindOfTensor, tensor, label)
             if has_memory(tensor):
                 self.memory[tensor.untyped_storage().data_ptr()] = label
 
@@ -371,13 +354,13 @@ class Reachable:
             self._opened(f"it reads {label}, an array of {values.nbytes} bytes")
             self.large.append((values, values.copy(), label))
             return
-        self._note(ArrayContent, values, label)
+        self._note(places.ArrayContent, values, label)
 
     def _variable(self, variable: ContextVar[Any], names: Names, label: str, outside: bool) -> None:
-        self._at(ContextValue, variable, "", f"the context variable {variable.name}", names)
+        self._at(places.ContextValue, variable, "", f"the context variable {variable.name}", names)
 
     def _reference(self, reference: Any, names: Names, label: str, outside: bool) -> None:
-        self._at(Referent, reference, "", f"what {label} refers to", names)
+        self._at(places.Referent, reference, "", f"what {label} refers to", names)
 
     def _hidden(self, thing: Any, names: Names, label: str, outside: bool) -> None:
         """What looks like an object of Python's and keeps what it reads out of sight."""
