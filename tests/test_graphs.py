@@ -29,7 +29,7 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def block_for(loop, request):
         ran.append(request.extent.steps)
-        return graphs.Block(loop, request, called_again)
+        return graphs.StepBlock(loop, request, called_again)
 
     monkeypatch.setattr(eager, "capturable", lambda request: request.extent.steps >= graphs.STEPS)
     monkeypatch.setattr(eager, "block_for", block_for)
@@ -74,7 +74,7 @@ def test_a_block_begins_each_walk_afresh():
         return graphs.LoopInputs(sequences, fixed, states, extent, False)
 
     first, second = request(1.0), request(0.5)
-    block = graphs.Block(loop, first, called_again)
+    block = graphs.StepBlock(loop, first, called_again)
     for given in (first, second, first):
         found = graphs.run_in_blocks(loop, given, block, eager._run_steps)
         right = eager._run_steps(loop, given)

@@ -268,7 +268,7 @@ values = loop.program.values
 sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]
 fixed = [torch.zeros(values[v].sizes(2)) for v in loop.fixed]
 states = [torch.zeros(values[v].sizes(2)) for v in loop.states]
-run = lambda s, f, h, T=4, B=2: native.run_loop(loop, LoopInputs(s, f, h, Extent(T, B), False))
+run = lambda s, f, h, T=4, B=2: native.run_compiled(loop, LoopInputs(s, f, h, Extent(T, B), False))
 native.prepare([loop])
 run(sequences, fixed, states)
 wrong = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 
@@ -69,6 +70,12 @@ class NonFiniteError(UnrolledError, ArithmeticError):
 
 class RunError(UnrolledError, OSError):
     """A run directory that cannot be written, would be overwritten, or is not one."""
+
+
+@functools.cache
+def warn_caller_once(message: str) -> None:
+    """Warn as `warn_caller` does, but once in a process."""
+    warn_caller(message)
 
 
 def warn_caller(message: str) -> None:

@@ -54,8 +54,8 @@ class Runner:
         """`x @ y + bias` by the native kernel; None where torch is left to do it."""
         return native.affine(x, y, bias) if self.use_native and native.worthwhile(x, y) else None
 
-    def __call__(self, loop: LoopProgram, request: LoopInputs) -> LoopResult:
-        """Walk through time; see `execution.protocol.LoopRunner`."""
-        on_cpu = request.states[0].device.type == "cpu"
-        run = native.run_loop if self.use_native and on_cpu and self._emits(loop) else eager.run_loop
-        return run(loop, request)
+    def __call__(self, loop: LoopProgram, inputs: LoopInputs) -> LoopResult:
+        """Run all steps; see `execution.protocol.LoopRunner`."""
+        on_cpu = inputs.states[0].device.type == "cpu"
+        run = native.run_compiled if self.use_native and on_cpu and self._emits(loop) else eager.run_loop
+        return run(loop, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from unrolled import sequence
 from unrolled.cells.contract import name_of
 from unrolled.engine.choice import Runner
 from unrolled.engine.witness import Turns, hold_against_the_cell, steps_at
-from unrolled.errors import warn_caller
+from unrolled.errors import warn_caller, warn_caller_once
 from unrolled.internals import unwatched
 from unrolled.lengths import Extent
 from unrolled.lru import LRUCache
@@ -251,7 +250,7 @@ class PlanCache:
     def _told(self, decision: Decision) -> Decision:
         """Say it where another engine runs than the one that was asked for by name, and where there is no compiler."""
         if self.engine == "auto" and self.runner.no_compiler and not self.quiet:
-            _say_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
+            warn_caller_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
         if not self.quiet and self.engine not in ("auto", decision.engine):
             warn_caller(
                 f"engine={self.engine!r} was asked for, but this cell runs on {decision.engine!r}: {decision.why}"
@@ -262,11 +261,6 @@ class PlanCache:
         """Say it for a decision that is made anew at every call."""
         known, self._said = decision in self._said, {*self._said, decision}
         return decision if known else self._told(decision)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    warn_caller(message)
 
 
 def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:

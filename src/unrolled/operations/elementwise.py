@@ -15,7 +15,8 @@ from unrolled.operations.row_rules import Rows
 from unrolled.recording.program import Op
 
 
-def _entry(expression: str, cost: Cost = Cost.HEAVY, linear: Linear | None = None) -> Operation:
+def _c(expression: str, cost: Cost = Cost.HEAVY, linear: Linear | None = None) -> Operation:
+    """An operation that is this C for each entry."""
     return Operation(expression=expression, cost=cost, linear=linear)
 
 
@@ -26,53 +27,53 @@ _SHRINK = (("lambd", 0.5),)
 # Expressions that only nodes have: no operation of torch bears these names.
 declare(
     {
-        "literal": _entry("{0}", Cost.REGISTER),
-        "same": _entry("{0}", Cost.REGISTER),
-        "cast": _entry("({type})({0})", Cost.REGISTER),
-        "trunc_divide": _entry("FN(trunc)({0} / {1})"),
+        "literal": _c("{0}", Cost.REGISTER),
+        "same": _c("{0}", Cost.REGISTER),
+        "cast": _c("({type})({0})", Cost.REGISTER),
+        "trunc_divide": _c("FN(trunc)({0} / {1})"),
     }
 )
 
 declare(
     {
-        "sub": _entry("({0} - {1})", Cost.REGISTER, Linear.JOINTLY),
+        "sub": _c("({0} - {1})", Cost.REGISTER, Linear.JOINTLY),
         "rsub": Operation(expression="({1} - {0})", cost=Cost.REGISTER, decomposed=True),
-        "mul": _entry("({0} * {1})", Cost.REGISTER, Linear.EACH),
-        "neg": _entry("(-{0})", Cost.REGISTER, Linear.JOINTLY),
-        "reciprocal": _entry("(1 / {0})", Cost.LIGHT),
+        "mul": _c("({0} * {1})", Cost.REGISTER, Linear.EACH),
+        "neg": _c("(-{0})", Cost.REGISTER, Linear.JOINTLY),
+        "reciprocal": _c("(1 / {0})", Cost.LIGHT),
         "floor_divide": Operation(Rows.pointwise, expression="ur_floor_divide({0}, {1})"),
-        "remainder": _entry("ur_remainder({0}, {1})"),
-        "abs": _entry("ABS({0})", Cost.LIGHT),
-        "sign": _entry("(({0} > 0) - ({0} < 0))"),
-        "sgn": _entry("(({0} > 0) - ({0} < 0))"),
-        "frac": _entry("({0} - FN(trunc)({0}))"),
-        "sqrt": _entry("SQRT({0})", Cost.FUSED),
-        "rsqrt": _entry("(1 / SQRT({0}))", Cost.FUSED),
-        "pow": _entry("ur_pow({0}, {1})", Cost.FUSED),
-        "exp": _entry("ur_exp({0})", Cost.LIGHT),
-        "expm1": _entry("EXPM1({0})", Cost.FUSED),
-        "log": _entry("ur_log({0})", Cost.FUSED),
-        "log1p": _entry("ur_log1p({0})", Cost.FUSED),
-        "sin": _entry("FN(sin)({0})", Cost.FUSED),
-        "cos": _entry("FN(cos)({0})", Cost.FUSED),
-        "erf": _entry("FN(erf)({0})", Cost.FUSED),
-        **{name: _entry(f"FN({name})({{0}})") for name in _ONE_ARGUMENT.split()},
-        **{name: _entry(f"FN({name})({{0}}, {{1}})") for name in _TWO_ARGUMENTS.split()},
-        "lerp": _entry("(ABS({2}) < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))", Cost.FUSED),
+        "remainder": _c("ur_remainder({0}, {1})"),
+        "abs": _c("ABS({0})", Cost.LIGHT),
+        "sign": _c("(({0} > 0) - ({0} < 0))"),
+        "sgn": _c("(({0} > 0) - ({0} < 0))"),
+        "frac": _c("({0} - FN(trunc)({0}))"),
+        "sqrt": _c("SQRT({0})", Cost.FUSED),
+        "rsqrt": _c("(1 / SQRT({0}))", Cost.FUSED),
+        "pow": _c("ur_pow({0}, {1})", Cost.FUSED),
+        "exp": _c("ur_exp({0})", Cost.LIGHT),
+        "expm1": _c("EXPM1({0})", Cost.FUSED),
+        "log": _c("ur_log({0})", Cost.FUSED),
+        "log1p": _c("ur_log1p({0})", Cost.FUSED),
+        "sin": _c("FN(sin)({0})", Cost.FUSED),
+        "cos": _c("FN(cos)({0})", Cost.FUSED),
+        "erf": _c("FN(erf)({0})", Cost.FUSED),
+        **{name: _c(f"FN({name})({{0}})") for name in _ONE_ARGUMENT.split()},
+        **{name: _c(f"FN({name})({{0}}, {{1}})") for name in _TWO_ARGUMENTS.split()},
+        "lerp": _c("(ABS({2}) < (real)0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))", Cost.FUSED),
     }
 )
 
 # Activations, and what their derivatives are made of.
 declare(
     {
-        "tanh": _entry("ur_tanh({0})", Cost.LIGHT),
-        "tanh_backward": _entry("({0} * (1 - {1} * {1}))", Cost.FUSED),
-        "sigmoid": _entry("ur_sigmoid({0})", Cost.LIGHT),
-        "sigmoid_backward": _entry("({0} * ({1} * (1 - {1})))", Cost.FUSED),
-        "relu": _entry("({0} < 0 ? 0 : {0})", Cost.LIGHT),
-        "threshold": _entry("({0} <= {1} ? {2} : {0})"),
-        "threshold_backward": _entry("({1} <= {2} ? 0 : {0})", Cost.FUSED),
-        "hardsigmoid": _entry("(ur_clamp({0} + 3, 0, 6) / 6)"),
+        "tanh": _c("ur_tanh({0})", Cost.LIGHT),
+        "tanh_backward": _c("({0} * (1 - {1} * {1}))", Cost.FUSED),
+        "sigmoid": _c("ur_sigmoid({0})", Cost.LIGHT),
+        "sigmoid_backward": _c("({0} * ({1} * (1 - {1})))", Cost.FUSED),
+        "relu": _c("({0} < 0 ? 0 : {0})", Cost.LIGHT),
+        "threshold": _c("({0} <= {1} ? {2} : {0})"),
+        "threshold_backward": _c("({1} <= {2} ? 0 : {0})", Cost.FUSED),
+        "hardsigmoid": _c("(ur_clamp({0} + 3, 0, 6) / 6)"),
         # torch's own factor is a float, whatever the dtype.
         "hardsigmoid_backward": Operation(
             Rows.pointwise, expression="(({1} > -3) & ({1} < 3) ? {0} * (real)(1.0f / 6.0f) : 0)"
@@ -91,34 +92,34 @@ declare(
 # Comparisons, choices, and logic on bools.
 declare(
     {
-        "gt": _entry("({0} > {1})", Cost.LIGHT),
-        "ge": _entry("({0} >= {1})", Cost.LIGHT),
-        "lt": _entry("({0} < {1})", Cost.LIGHT),
-        "le": _entry("({0} <= {1})", Cost.LIGHT),
-        "eq": _entry("({0} == {1})", Cost.LIGHT),
-        "ne": _entry("({0} != {1})", Cost.LIGHT),
-        "isnan": _entry("({0} != {0})"),
-        "isinf": _entry("(ABS({0}) == INFINITY)"),
-        "isfinite": _entry("(ABS({0}) < INFINITY)"),
-        "signbit": _entry("(signbit({0}) != 0)"),
-        "heaviside": _entry("({0} == 0 ? {1} : (real)({0} > 0))"),
-        "maximum": _entry("(({0} > {1}) | ({0} != {0}) ? {0} : {1})", Cost.LIGHT),
-        "minimum": _entry("(({0} < {1}) | ({0} != {0}) ? {0} : {1})", Cost.LIGHT),
+        "gt": _c("({0} > {1})", Cost.LIGHT),
+        "ge": _c("({0} >= {1})", Cost.LIGHT),
+        "lt": _c("({0} < {1})", Cost.LIGHT),
+        "le": _c("({0} <= {1})", Cost.LIGHT),
+        "eq": _c("({0} == {1})", Cost.LIGHT),
+        "ne": _c("({0} != {1})", Cost.LIGHT),
+        "isnan": _c("({0} != {0})"),
+        "isinf": _c("(ABS({0}) == INFINITY)"),
+        "isfinite": _c("(ABS({0}) < INFINITY)"),
+        "signbit": _c("(signbit({0}) != 0)"),
+        "heaviside": _c("({0} == 0 ? {1} : (real)({0} > 0))"),
+        "maximum": _c("(({0} > {1}) | ({0} != {0}) ? {0} : {1})", Cost.LIGHT),
+        "minimum": _c("(({0} < {1}) | ({0} != {0}) ? {0} : {1})", Cost.LIGHT),
         "clamp": Operation(
             expression="ur_clamp({0}, {1}, {2})", cost=Cost.LIGHT, keywords=(("min", None), ("max", None))
         ),
-        "clamp_min": _entry("({0} < {1} ? {1} : {0})", Cost.LIGHT),
-        "clamp_max": _entry("({0} > {1} ? {1} : {0})", Cost.LIGHT),
+        "clamp_min": _c("({0} < {1} ? {1} : {0})", Cost.LIGHT),
+        "clamp_max": _c("({0} > {1} ? {1} : {0})", Cost.LIGHT),
         "where": Operation(Rows.pointwise, expression="({0} ? {1} : {2})", cost=Cost.LIGHT, condition=0),
         "masked_fill": Operation(expression="({1} ? {2} : {0})", cost=Cost.FUSED, condition=1),
-        "logical_not": _entry("(!{0})", Cost.LIGHT),
-        "logical_and": _entry("(({0} != 0) & ({1} != 0))", Cost.LIGHT),
-        "logical_or": _entry("(({0} != 0) | ({1} != 0))", Cost.LIGHT),
-        "logical_xor": _entry("(({0} != 0) ^ ({1} != 0))"),
-        "bitwise_not": _entry("(!{0})", Cost.LIGHT),
-        "bitwise_and": _entry("({0} & {1})", Cost.LIGHT),
-        "bitwise_or": _entry("({0} | {1})"),
-        "bitwise_xor": _entry("({0} ^ {1})"),
+        "logical_not": _c("(!{0})", Cost.LIGHT),
+        "logical_and": _c("(({0} != 0) & ({1} != 0))", Cost.LIGHT),
+        "logical_or": _c("(({0} != 0) | ({1} != 0))", Cost.LIGHT),
+        "logical_xor": _c("(({0} != 0) ^ ({1} != 0))"),
+        "bitwise_not": _c("(!{0})", Cost.LIGHT),
+        "bitwise_and": _c("({0} & {1})", Cost.LIGHT),
+        "bitwise_or": _c("({0} | {1})"),
+        "bitwise_xor": _c("({0} ^ {1})"),
         "__and__": Operation(Rows.pointwise, expression="({0} & {1})"),
         "__or__": Operation(Rows.pointwise, expression="({0} | {1})"),
         "__xor__": Operation(Rows.pointwise, expression="({0} ^ {1})"),
@@ -131,16 +132,16 @@ _DIVISIONS = {None: "div", "floor": "floor_divide", "trunc": "trunc_divide"}
 class Arithmetic(Lowering):
     """Element-wise operations whose expression depends on an argument, or that are several expressions."""
 
-    @lowers("add", _entry("({0} + {1})", Cost.REGISTER, Linear.JOINTLY))
+    @lowers("add", _c("({0} + {1})", Cost.REGISTER, Linear.JOINTLY))
     def _add(self, op: Op) -> list[View]:
         return [self.elementwise(op, "logical_or" if self.values[op.outputs[0]].dtype == torch.bool else "add")]
 
-    @lowers("div", _entry("({0} / {1})", Cost.LIGHT))
+    @lowers("div", _c("({0} / {1})", Cost.LIGHT))
     @lowers("true_divide", Operation())
     def _div(self, op: Op) -> list[View]:
         return [self.elementwise(op, _DIVISIONS[dict(op.kwargs).get("rounding_mode")], ["rounding_mode"])]
 
-    @lowers("round", _entry("RINT({0})"))
+    @lowers("round", _c("RINT({0})"))
     def _round(self, op: Op) -> list[View]:
         decimals = dict(op.kwargs).get("decimals", 0)
         if not decimals:
@@ -149,7 +150,7 @@ class Arithmetic(Lowering):
         there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
         return [self.compute(back, self.compute("round", self.compute(there, view, power)), power)]
 
-    @lowers("nan_to_num", _entry("({0} != {0} ? {1} : {0} == INFINITY ? {2} : {0} == -INFINITY ? {3} : {0})"))
+    @lowers("nan_to_num", _c("({0} != {0} ? {1} : {0} == INFINITY ? {2} : {0} == -INFINITY ? {3} : {0})"))
     def _nan_to_num(self, op: Op) -> list[View]:
         view, limits = self.aligned(op.args[0], self.layout_of(op)), torch.finfo(self.real)
         numbers = [self.argument(op, index) for index in (1, 2, 3)]

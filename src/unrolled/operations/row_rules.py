@@ -160,11 +160,11 @@ class Rows:
         ref = self.arg(0)
         place, shape, new = self.place(ref), self.shape(ref), self.out()
         assert place is not None
-        before = _count(shape[:place])
+        before = _entries(shape[:place])
         for d, n in enumerate(new):
             # What a row has may become so many rows of a dimension: they lie one after the other.
             whole = isinstance(n, Size) and n.constant == 0
-            if whole and before is not None and _count(new[:d]) == before:
+            if whole and before is not None and _entries(new[:d]) == before:
                 return [d]
         raise self.refusal("merges the rows with another dimension")
 
@@ -337,7 +337,7 @@ def _dims(named: Any, rank: int) -> set[int]:
     return {d % max(rank, 1) for d in (named if isinstance(named, tuple) else (named,))}
 
 
-def _count(sizes: Sequence[int | Size]) -> int | None:
+def _entries(sizes: Sequence[int | Size]) -> int | None:
     """How many entries a shape has; None if that depends on the batch."""
     numbers = [n for n in sizes if not isinstance(n, Size)]
     return prod(numbers) if len(numbers) == len(sizes) else None

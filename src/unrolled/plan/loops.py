@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -54,6 +55,15 @@ class LoopProgram:
     def next_states(self) -> tuple[int, ...]:
         """Values that replace the states."""
         return self.program.outputs[len(self.program.outputs) - self.counts[2] :]
+
+    def split(self, outputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """The program's outputs as what is emitted, what is added up, and the next states."""
+        emitted, states = len(self.emitted), len(outputs) - self.counts[2]
+        return outputs[:emitted], outputs[emitted:states], outputs[states:]
+
+    def passed_on(self, emitted: Sequence[Any]) -> list[Any]:
+        """For each state what every step passed on, which is among what it emitted."""
+        return [emitted[self.emitted.index(value)] for value in self.next_states]
 
 
 def cut_loop(

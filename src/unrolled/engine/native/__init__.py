@@ -14,7 +14,7 @@ from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.operations.layout import UnsupportedError
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["BuildError", "affine", "prepare", "run_loop", "worthwhile"]
+__all__ = ["BuildError", "affine", "prepare", "run_compiled", "worthwhile"]
 
 _LOOPS: dict[LoopProgram, NativeLoop] = {}
 
@@ -47,6 +47,6 @@ def prepare(loops: Iterable[LoopProgram]) -> dict[LoopProgram, str]:
     return refused
 
 
-def run_loop(loop: LoopProgram, request: LoopInputs) -> LoopResult:
-    """Walk through time in C; see `execution.protocol.LoopRunner`. The loop was prepared before."""
-    return _LOOPS[loop](request)
+def run_compiled(loop: LoopProgram, inputs: LoopInputs) -> LoopResult:
+    """Run all steps in C; see `execution.protocol.LoopRunner`. The loop was prepared before."""
+    return _LOOPS[loop](inputs)

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from unrolled.engine.native.build import library, machine_lines
+from unrolled.engine.native.build import library
 from unrolled.engine.native.emit import Source, one_file
 from unrolled.engine.native.lower import state_buffers
 from unrolled.engine.native.products import packed_matrix, product_library
@@ -39,7 +39,7 @@ def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop
     Raises:
         BuildError: if there is no compiler, or it fails.
     """
-    loaded = library(machine_lines() + one_file(list(sources.values())))
+    loaded = library(one_file(list(sources.values())))
     loaded.ur_loop.argtypes = [c_void_p] * 10 + [c_int64] * 8 + [c_void_p]
     for source in sources.values():
         if source.matrices:

@@ -13,7 +13,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from importlib import resources
 from pathlib import Path
+
+import torch
 
 from unrolled.errors import warn_caller
 
@@ -48,23 +51,36 @@ def compiler() -> tuple[str, ...]:
 
 @functools.cache
 def machine() -> str:
-    """What compiled code depends on beside its source: compiler, flags, processor."""
+    """What compiled code depends on other than its source: compiler, flags, processor."""
     command = compiler()
     version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    # What -march=native means here is told by the macros it defines.
+    # The macros that it defines say what -march=native means here.
     macros = subprocess.run([*command, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, check=False).stdout
     return hashlib.sha256(
         b"\0".join([version, macros, " ".join(command).encode(), platform.machine().encode()])
     ).hexdigest()
 
 
-def machine_lines() -> str:
-    """The vector width and the block of rows for this processor, as the compiler knows it."""
-    return (
-        "#if defined(__AVX512F__)\n#define VECTOR_BYTES 64\n#define ROW_BLOCK 12\n"
-        "#elif defined(__AVX__)\n#define VECTOR_BYTES 32\n#define ROW_BLOCK 6\n"
-        "#else\n#define VECTOR_BYTES 16\n#define ROW_BLOCK 4\n#endif\n"
-    )
+# The vector width and the block of rows for this processor, as the compiler knows it.
+_PROCESSOR = """
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define ROW_BLOCK 12
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define ROW_BLOCK 6
+#else
+#define VECTOR_BYTES 16
+#define ROW_BLOCK 4
+#endif
+"""
+
+
+def c_text(real: torch.dtype, *files: str) -> str:
+    """C files of this package one after the other, for numbers of one dtype on this processor."""
+    folder = resources.files("unrolled.engine.native")
+    texts = [folder.joinpath(file).read_text(encoding="utf-8") for file in files]
+    return "".join([_PROCESSOR, f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n", *texts])
 
 
 def library(source: str) -> ctypes.CDLL:
@@ -76,12 +92,12 @@ def library(source: str) -> ctypes.CDLL:
     key = hashlib.sha256(f"{machine()}\0{source}".encode()).hexdigest()[:40]
     if not _unwritable:
         try:
-            return _library_in(cache_directory(), key, source)
+            return _LibraryFile(cache_directory(), key).load(source)
         except OSError as error:
             _unwritable.append(error)
             warn_caller(f"compiled loops are not kept between runs: {error}")
     try:
-        return _library_in(_of_this_process(), key, source)
+        return _LibraryFile(_of_this_process(), key).load(source)
     except OSError as error:
         raise BuildError(f"{' '.join(compiler())} made no library: {error}") from error
 
@@ -90,18 +106,55 @@ def library(source: str) -> ctypes.CDLL:
 _unwritable: list[OSError] = []
 
 
-def _library_in(folder: Path, key: str, source: str) -> ctypes.CDLL:
-    built, mark = folder / f"{key}.so", folder / f"{key}.sha256"
-    for _ in range(2):  # another process may forget a file between the look and the load
-        if not _intact(built, mark):
-            _build(source, built, mark)
+class _LibraryFile:
+    """A library in a folder, and beside it the digest by which a damaged one is known."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path, self.digest = folder / f"{key}.so", folder / f"{key}.sha256"
+
+    def load(self, source: str) -> ctypes.CDLL:
+        """The library, built now if it is not there.
+
+        Raises:
+            BuildError: if the compiler fails, or makes what cannot be loaded.
+            OSError: if nothing can be written there.
+        """
+        for _ in range(2):  # another process may forget a file between the look and the load
+            if not self._intact():
+                self._build(source)
+                with contextlib.suppress(FileNotFoundError):  # another process forgets too
+                    _forget_oldest(self.path.parent)
+            try:
+                os.utime(self.path)  # used last, forgotten last
+                return ctypes.CDLL(str(self.path))
+            except OSError as error:
+                failure = error
+                _remove(self.digest)
+        raise BuildError(f"{' '.join(compiler())} made a library that cannot be loaded: {failure}")
+
+    def _intact(self) -> bool:
         try:
-            os.utime(built)  # used last, forgotten last
-            return ctypes.CDLL(str(built))
-        except OSError as error:
-            failure = error
-            _remove(mark)
-    raise BuildError(f"{' '.join(compiler())} made a library that cannot be loaded: {failure}")
+            return self.digest.read_text() == hashlib.sha256(self.path.read_bytes()).hexdigest()
+        except OSError:
+            return False
+
+    def _build(self, source: str) -> None:
+        """Compile into files of our own and move them into place: another process may do the same at the same time."""
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            made = Path(folder, "loop.so")
+            command = [*compiler(), "-x", "c", "-", "-o", str(made), "-lm", "-lpthread"]
+            run = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
+            if run.returncode and os.strerror(errno.ENOSPC).encode() in run.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path.parent))
+            if run.returncode:
+                raise BuildError(f"{' '.join(command)} failed: {run.stderr.decode(errors='replace')[:2000]}")
+            digest = Path(folder, "digest")
+            digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+            for path in (self.path, self.digest):
+                if path.is_dir():
+                    _remove(path)
+            made.replace(self.path)
+            digest.replace(self.digest)
 
 
 @functools.cache
@@ -124,42 +177,6 @@ def cache_directory() -> Path:
 @functools.cache
 def _of_this_process() -> Path:
     return Path(tempfile.mkdtemp(prefix="unrolled-"))
-
-
-def _intact(built: Path, mark: Path) -> bool:
-    try:
-        return mark.read_text() == hashlib.sha256(built.read_bytes()).hexdigest()
-    except OSError:
-        return False
-
-
-def _build(source: str, built: Path, mark: Path) -> None:
-    """Compile into files of our own and move them into place: another process may do the same at the same time.
-
-    Raises:
-        OSError: if nothing can be written there.
-    """
-    _compile(source, built, mark)
-    with contextlib.suppress(FileNotFoundError):  # another process forgets too
-        _forget_oldest(built.parent)
-
-
-def _compile(source: str, built: Path, mark: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        made = Path(folder, "loop.so")
-        command = [*compiler(), "-x", "c", "-", "-o", str(made), "-lm", "-lpthread"]
-        run = subprocess.run(command, input=source.encode(), capture_output=True, check=False)
-        if run.returncode and os.strerror(errno.ENOSPC).encode() in run.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(built.parent))
-        if run.returncode:
-            raise BuildError(f"{' '.join(command)} failed: {run.stderr.decode(errors='replace')[:2000]}")
-        digest = Path(folder, "digest")
-        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
-        for path in (built, mark):
-            if path.is_dir():
-                _remove(path)
-        made.replace(built)
-        digest.replace(mark)
 
 
 def _forget_oldest(folder: Path) -> None:

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 
+from unrolled.engine.native.build import c_text
 from unrolled.engine.native.lower import lower, state_buffers
 from unrolled.engine.native.schedule import Kernels, arrange, in_register
 from unrolled.operations.nodes import (
@@ -74,10 +74,8 @@ def one_file(sources: Sequence[Source]) -> str:
     Its entry is `ur_loop`; its first argument is the address of a loop's function: `ur_loop_0`, `ur_loop_1`, ...
     """
     (real,) = {source.real for source in sources}
-    folder = resources.files("unrolled.engine.native")
-    shared = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "loops.c"))
-    functions = "".join(source.function(f"ur_loop_{number}") for number, source in enumerate(sources))
-    return f"#define REAL_IS_FLOAT {int(real == torch.float32)}\n{shared}{functions}"
+    functions = [source.function(f"ur_loop_{number}") for number, source in enumerate(sources)]
+    return "".join([c_text(real, "kernels.c", "loops.c"), *functions])
 
 
 _FUNCTION = """

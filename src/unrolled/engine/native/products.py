@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unrolled.engine.native.build import BuildError, library, machine_lines
+from unrolled.engine.native.build import BuildError, c_text, library
 from unrolled.engine.native.threads import team
 from unrolled.execution.memory import allocate, materialized
 
@@ -30,9 +29,7 @@ def product_library(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         BuildError: if there is no compiler, or it fails.
     """
-    folder = resources.files("unrolled.engine.native")
-    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.c", "products.c"))
-    loaded = library(f"{machine_lines()}#define REAL_IS_FLOAT {int(dtype == torch.float32)}\n{source}")
+    loaded = library(c_text(dtype, "kernels.c", "products.c"))
     loaded.ur_scratch.restype, loaded.ur_scratch.argtypes = ctypes.c_int64, [ctypes.c_int64]
     loaded.ur_pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
     for function in (loaded.ur_multiply, loaded.ur_contract):

@@ -94,18 +94,18 @@ def _levels(nodes: Sequence[Node]) -> dict[Node, int]:
         elif isinstance(node, Input):
             levels[node] = 0
         else:
-            levels[node] = max([1, *(levels[view.node] + _distance(view, node) for view in node.views)])
+            levels[node] = max([1, *(levels[view.node] + _levels_between(view, node) for view in node.views)])
     latest: dict[Node, int] = {}
     for node in reversed(nodes):
         if type(node) is Compute and node in latest:
             levels[node] = max(levels[node], latest[node])
         for view in node.views:
-            bound = levels[node] - _distance(view, node)
+            bound = levels[node] - _levels_between(view, node)
             latest[view.node] = min(latest.get(view.node, bound), bound)
     return levels
 
 
-def _distance(view: View, reader: Node) -> int:
+def _levels_between(view: View, reader: Node) -> int:
     """How many levels a reader is after what it reads."""
     return 0 if in_register(view, reader) else 1
 
