@@ -71,7 +71,7 @@ def test_orthogonal_and_identity_set_each_gates_block() -> None:
 def test_every_layer_and_direction_is_set_and_models_are_searched() -> None:
     layers = ur.LSTM(3, 4, num_layers=2, bidirectional=True)
     ur.remedy.forget_bias(nn.Sequential(nn.Linear(3, 3), layers), 2.0)
-    for suffix in layers.suffixes:
+    for suffix in layers._suffixes:
         assert torch.equal(bias_of(layers, 1, suffix), torch.full((4,), 2.0))
     stacked = ur.stack([ur.RNNCell(3, 4), ur.ZoneoutCell(ur.LSTMCell(4, 4))])
     ur.remedy.forget_bias(stacked)  # of the layers that have such a gate

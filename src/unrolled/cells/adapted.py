@@ -115,7 +115,7 @@ def as_cell(
         raise OptionError(f"as_cell takes a module, got the class {module.__name__}; make one: {module.__name__}(...)")
     if not isinstance(module, nn.Module):
         return _function_as_cell(module, step, state, parameters)
-    if step is None and (isinstance(module, nn.RNNBase) or getattr(module, "is_layer", False)):
+    if step is None and hasattr(module, "flatten_parameters"):  # as torch.nn's layers over time have, and ours
         raise OptionError(
             f"as_cell takes a cell, but {type(module).__name__} is a whole layer over time; call it as it is, or make "
             "ours of torch.nn's: from_torch(layer)"

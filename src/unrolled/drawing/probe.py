@@ -20,7 +20,7 @@ from unrolled.networks.base import first_state
 from unrolled.networks.layered import Layered, run_parts
 from unrolled.networks.layout import Call
 from unrolled.networks.stack import Bidirectional
-from unrolled.networks.torch_layers import TorchLayer
+from unrolled.networks.torch_layers import TorchLayer, network_call
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 from unrolled.unseen import OwnDraws
@@ -38,7 +38,7 @@ def sketches_of(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tup
         CellError: as the call itself does.
     """
     if isinstance(rnn, TorchLayer):
-        rnn, inputs, state = rnn.prepared(inputs, state)
+        rnn, inputs, state = network_call(rnn, inputs, state)
     if not isinstance(rnn, Unrolled | Layered):
         raise OptionError(
             f"draw takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"

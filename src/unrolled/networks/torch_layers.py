@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unrolled.cells.base import GateLayout, StandInCell
-from unrolled.cells.gates import check_flags, check_sizes
+from unrolled.cells.gates import GatedCell, check_flags, check_sizes
 from unrolled.cells.gru import GRUCell, gru_step
 from unrolled.cells.lstm import LSTMCell, lstm_step
 from unrolled.cells.rnn import RNNCell, check_nonlinearity, rnn_step
@@ -21,7 +21,7 @@ from unrolled.errors import InputError, OptionError, StateError, warn_caller
 from unrolled.lengths import Lengths
 from unrolled.networks.stack import Bidirectional, Stack, checked_dropout
 from unrolled.networks.unroll import Unrolled
-from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.trees import Tree, leaves
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -46,10 +46,7 @@ class TorchLayer(nn.Module):
             is not smaller than H.
     """
 
-    gate_layout: ClassVar[GateLayout]
-    state_names: ClassVar[tuple[str, ...]] = ("h",)
-    projects: ClassVar[bool] = False
-    is_layer: ClassVar[bool] = True
+    _cell_type: ClassVar[type[GatedCell]]
 
     def __init__(
         self,
@@ -67,7 +64,11 @@ class TorchLayer(nn.Module):
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
-        _check_projection(proj_size, hidden_size, offered=self.projects)
+        if isinstance(proj_size, bool) or not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
+            raise OptionError(
+                f"proj_size must be an integer from 0 (none) up to, but not including, hidden_size = {hidden_size}, "
+                f"got {proj_size!r}"
+            )
         self.input_size, self.hidden_size, self.num_layers, self.proj_size = (
             input_size,
             hidden_size,
@@ -78,8 +79,8 @@ class TorchLayer(nn.Module):
         self.dropout = checked_dropout(dropout)
         if dropout and num_layers == 1:
             warn_caller(f"dropout={dropout} acts between layers, and this is one; leave it out")
-        for number, suffix in enumerate(self.suffixes):
-            for name, shape in self._shapes(first=number < self.directions).items():
+        for number, suffix in enumerate(self._suffixes):
+            for name, shape in self._shapes(first=number < 1 + bidirectional).items():
                 made = bias or not name.startswith("bias")
                 tensor = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if made else None
                 self.register_parameter(name + suffix, tensor)
@@ -88,18 +89,14 @@ class TorchLayer(nn.Module):
         self.__dict__["_network"] = self.network
 
     @property
-    def directions(self) -> int:
-        """1, or 2 if bidirectional."""
-        return 1 + self.bidirectional
-
-    @property
-    def suffixes(self) -> list[str]:
+    def _suffixes(self) -> list[str]:
         """How the parameters of each layer and direction end: `_l0`, `_l0_reverse`, `_l1`, ..."""
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ("", "_reverse")[: self.directions]]
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
 
     def _shapes(self, *, first: bool) -> dict[str, tuple[int, ...]]:
-        G, H, P = len(self.gate_layout.blocks) * self.hidden_size, self.hidden_size, self.proj_size
-        I = self.input_size if first else (P or H) * self.directions
+        G, H, P = len(self._cell_type.gate_layout.blocks) * self.hidden_size, self.hidden_size, self.proj_size
+        I = self.input_size if first else (P or H) * (1 + self.bidirectional)
         shapes: dict[str, tuple[int, ...]] = dict(zip(WEIGHTS, [(G, I), (G, P or H), (G,), (G,)], strict=True))
         return shapes | ({"weight_hr": (P, H)} if P else {})
 
@@ -112,11 +109,11 @@ class TorchLayer(nn.Module):
     def flatten_parameters(self) -> None:
         """Nothing: kept so that code written for torch.nn's layers, which pack weights for cuDNN here, still runs."""
 
-    def weights(self, suffix: str) -> list[Tensor | None]:
+    def _weights(self, suffix: str) -> list[Tensor | None]:
         """`weight_ih, weight_hh, bias_ih, bias_hh` as they are now: parametrised or swapped ones included."""
         return [getattr(self, name + suffix, None) for name in WEIGHTS]
 
-    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of the cell of one layer and direction: input `[B, I]`, state of `[B, H]`."""
         raise NotImplementedError
 
@@ -140,30 +137,8 @@ class TorchLayer(nn.Module):
             InputError: for an input of another shape, or lengths or resets that do not fit it.
             StateError: for a state that does not fit.
         """
-        network, inputs, state = self.prepared(input, hx)
-        return self.returned(input, *network(inputs, state, lengths=lengths, resets=resets))
-
-    def returned(self, input: Tensor, outputs: Tensor, last: Tree) -> tuple[Tensor, Tree]:
-        """What the layers return for an input, from what their network returns."""
-        if isinstance(input, Tensor) and input.dim() == 2:
-            return outputs.squeeze(0 if self.batch_first else 1), map_leaves(
-                lambda h: h.squeeze(1), self._layered(last)
-            )
-        return outputs, self._layered(last)
-
-    def prepared(self, input: Tensor, hx: Tree) -> tuple[Unrolled | Stack, Tensor, Tree]:
-        """The network that runs the layers, with what it is to be called with.
-
-        A sequence without a batch becomes a batch of one.
-
-        Raises:
-            InputError: as the call itself does.
-            StateError: as the call itself does.
-        """
-        self._check_input(input)
-        batch = isinstance(input, PackedSequence) or input.dim() == 3
-        state = self._cell_states(hx, batch=batch)
-        return self.network, input if batch else input.unsqueeze(0 if self.batch_first else 1), state
+        network, inputs, state = network_call(self, input, hx)
+        return layer_results(self, input, *network(inputs, state, lengths=lengths, resets=resets))
 
     def _check_input(self, input: Tensor | PackedSequence) -> None:
         tensor = input.data if isinstance(input, PackedSequence) else input
@@ -179,12 +154,12 @@ class TorchLayer(nn.Module):
         """A state in torch.nn's layout, `[L, B, H]` or without a batch `[L, H]`, as the network's cells have them."""
         if hx is None:
             return None
-        many, pair = len(self.suffixes), len(self.state_names) > 1
+        many, pair = len(self._suffixes), len(self._cell_type.state_names) > 1
         tensors = hx if pair and isinstance(hx, tuple | list) else (hx,)
-        fits = len(tensors) == len(self.state_names)
+        fits = len(tensors) == len(self._cell_type.state_names)
         rank = 3 if batch else 2
         if not fits or not all(isinstance(h, Tensor) and h.dim() == rank and h.shape[0] == many for h in tensors):
-            wanted = f"({', '.join(self.state_names)}), each" if pair else "one tensor"
+            wanted = f"({', '.join(self._cell_type.state_names)}), each" if pair else "one tensor"
             shape = f"[{many}, B, H]" if batch else f"[{many}, H]"
             got = [list(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in tensors]
             raise StateError(
@@ -196,12 +171,6 @@ class TorchLayer(nn.Module):
         if isinstance(self.network, Unrolled):
             return each[0]
         return tuple(zip(each[::2], each[1::2], strict=True)) if self.bidirectional else tuple(each)
-
-    def _layered(self, last: Tree) -> Tree:
-        """The states of the network's cells in torch.nn's layout."""
-        tensors, names = leaves(last), len(self.state_names)
-        joined = [torch.stack(tensors[n::names]) for n in range(names)]
-        return tuple(joined) if names > 1 else joined[0]
 
     @property
     def network(self) -> Unrolled | Stack:
@@ -218,7 +187,7 @@ class TorchLayer(nn.Module):
         return made
 
     def _made(self) -> Unrolled | Stack:
-        cells = [_LayerCell(self, suffix) for suffix in self.suffixes]
+        cells = [_LayerCell(self, suffix) for suffix in self._suffixes]
         if len(cells) == 1:
             network: Unrolled | Stack = Unrolled(cells[0], batch_first=self.batch_first)
         elif self.bidirectional:
@@ -243,14 +212,28 @@ class TorchLayer(nn.Module):
         return f"{self.input_size}, {self.hidden_size}" + "".join(changed)
 
 
-def _check_projection(proj_size: int, hidden_size: int, *, offered: bool) -> None:
-    if proj_size and not offered:
-        raise OptionError(f"proj_size is an LSTM's, as in torch.nn; got {proj_size!r}; put a torch.nn.Linear after it")
-    if isinstance(proj_size, bool) or not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
-        raise OptionError(
-            f"proj_size must be an integer from 0 (none) up to, but not including, hidden_size = {hidden_size}, "
-            f"got {proj_size!r}"
-        )
+def network_call(layer: TorchLayer, input: Tensor, hx: Tree) -> tuple[Unrolled | Stack, Tensor, Tree]:
+    """The network that runs a layer, and the inputs and the state that it is to be called with.
+
+    A sequence without a batch becomes a batch of one.
+
+    Raises:
+        InputError: as the call of the layer does.
+        StateError: as the call of the layer does.
+    """
+    layer._check_input(input)
+    batch = isinstance(input, PackedSequence) or input.dim() == 3
+    state = layer._cell_states(hx, batch=batch)
+    return layer.network, input if batch else input.unsqueeze(0 if layer.batch_first else 1), state
+
+
+def layer_results(layer: TorchLayer, input: Tensor, outputs: Tensor, last: Tree) -> tuple[Tensor, Tree]:
+    """What a layer returns for an input, made of what its network returns: states as `[L, B, H]`."""
+    tensors, names = leaves(last), len(layer._cell_type.state_names)
+    joined = [torch.stack(tensors[n::names]) for n in range(names)]
+    if isinstance(input, Tensor) and input.dim() == 2:
+        outputs, joined = outputs.squeeze(0 if layer.batch_first else 1), [h.squeeze(1) for h in joined]
+    return outputs, tuple(joined) if names > 1 else joined[0]
 
 
 class _LayerCell(StandInCell):
@@ -265,28 +248,28 @@ class _LayerCell(StandInCell):
 
     def reads_parameter(self, name: str) -> bool:
         """Whether a parameter of the layer is this cell's, and not that of another layer or direction."""
-        others = tuple(suffix for suffix in self.layer.suffixes if suffix != self.suffix)
+        others = tuple(suffix for suffix in self.layer._suffixes if suffix != self.suffix)
         return not any(part.endswith(others) for part in name.split("."))
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """The layer's."""
-        return self.layer.state_names
+        return self.layer._cell_type.state_names
 
     @property
     def gate_layout(self) -> GateLayout:
         """The gates are in the layer's parameters."""
-        return self.layer.gate_layout.renamed("layer.{}" + self.suffix)
+        return self.layer._cell_type.gate_layout.renamed("layer.{}" + self.suffix)
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Tree:
         sizes = {"h": self.layer.proj_size or self.layer.hidden_size, "c": self.layer.hidden_size}
-        zeros = [torch.zeros(batch_size, sizes[name], device=device, dtype=dtype) for name in self.layer.state_names]
+        zeros = [torch.zeros(batch_size, sizes[name], device=device, dtype=dtype) for name in self.state_names]
         return tuple(zeros) if len(zeros) > 1 else zeros[0]
 
     def forward(self, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
-        return self.layer.step(self.suffix, input, state)
+        return self.layer._step(self.suffix, input, state)
 
 
 class RNN(TorchLayer):
@@ -302,7 +285,7 @@ class RNN(TorchLayer):
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
 
-    gate_layout = RNNCell.gate_layout
+    _cell_type = RNNCell
 
     def __init__(
         self,
@@ -331,9 +314,9 @@ class RNN(TorchLayer):
             dtype=dtype,
         )
 
-    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of a simple recurrent cell."""
-        return rnn_step(input, state, *self.weights(suffix), nonlinearity=self.nonlinearity)
+        return rnn_step(input, state, *self._weights(suffix), nonlinearity=self.nonlinearity)
 
 
 class LSTM(TorchLayer):
@@ -350,9 +333,7 @@ class LSTM(TorchLayer):
         torch.Size([1, 2, 4])
     """
 
-    gate_layout = LSTMCell.gate_layout
-    projects = True
-    state_names = ("h", "c")
+    _cell_type = LSTMCell
 
     def __init__(
         self,
@@ -380,9 +361,9 @@ class LSTM(TorchLayer):
             dtype=dtype,
         )
 
-    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of an LSTM cell."""
-        weights = [*self.weights(suffix), getattr(self, "weight_hr" + suffix, None)]
+        weights = [*self._weights(suffix), getattr(self, "weight_hr" + suffix, None)]
         return lstm_step(input, state, *weights)
 
 
@@ -397,8 +378,8 @@ class GRU(TorchLayer):
         (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
 
-    gate_layout = GRUCell.gate_layout
+    _cell_type = GRUCell
 
-    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of a GRU cell."""
-        return gru_step(input, state, *self.weights(suffix))
+        return gru_step(input, state, *self._weights(suffix))
