@@ -32,7 +32,7 @@ __all__ = ["ENGINES", "RandomCell", "assert_as_reference", "decision", "gradient
 def unrolled(cell: nn.Module, engine: str, **options: Any) -> ur.Unrolled:
     """An unrolled cell whose plans may fall back without a warning: what is taken is asked of `decision`."""
     rnn = ur.unroll(cell, engine=engine, **options)
-    rnn._plans._told = lambda found: found
+    rnn._plans._announce = lambda found: found
     return rnn
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.cells.contract import name_of
+from unrolled.engine.cell_call import CellCall, tensors_of
 from unrolled.engine.choice import Runner
-from unrolled.engine.witness import Turns, hold_against_the_cell, steps_at
+from unrolled.engine.witness import Turns, hold_against_the_cell
 from unrolled.errors import warn_caller, warn_caller_once
 from unrolled.internals import unwatched
 from unrolled.lengths import Extent
@@ -26,7 +26,7 @@ from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
 from unrolled.recording.record import why_not_recorded
 from unrolled.recording.tape import IrreversibleError, UnrecordableError
-from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
+from unrolled.trees import Tree, TreeSpec, map_leaves
 from unrolled.unseen import unseen
 
 _log = logging.getLogger("unrolled")
@@ -71,13 +71,14 @@ class PlanCache:
     def __init__(self, engine: str, *, quiet: bool = False) -> None:
         self.engine, self.quiet = engine, quiet
         self.runner = Runner(use_native=engine in ("auto", "native"))
-        self._entries: LRUCache[Decision] = LRUCache(_MOST_PLANS)
+        self._decisions: LRUCache[Decision] = LRUCache(_MOST_PLANS)
         self._coupling: LRUCache[bool] = LRUCache(_MOST_PLANS)
-        self._said: set[Decision] = set()
+        self._announced: set[Decision] = set()
         # What is learnt of cells' surroundings stays for as long as their network is there.
-        self._watchers: set[Environment] = set()
-        self._made: dict[Any, int] = {}
-        self._doubted: dict[Any, int] = {}
+        self._environments: set[Environment] = set()
+        # By kind of call, how often in a row a step was recorded, and how often a witness spoke against it.
+        self._recordings: dict[Any, int] = {}
+        self._refutations: dict[Any, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled network makes its plans anew."""
@@ -93,17 +94,17 @@ class PlanCache:
             context: what is the same at every step, or None.
             extent: how far the inputs reach.
         """
-        self._watchers.add(Environment.of(cell))
-        sample = map_leaves(lambda x: x[0], steps_at(inputs, extent, 0))
+        self._environments.add(Environment.of(cell))
+        step = CellCall.of(cell, inputs, state, context, extent).first_step
 
         def key() -> Any:
             with unwatched():
-                return fingerprint(cell), *(TreeSpec.of(tree, 1) for tree in (sample, state, context)), extent.batch
+                return fingerprint(cell), *(TreeSpec.of(tree, 1) for tree in step), extent.batch
 
         try:
-            return self._coupling.get(key, lambda: _tried(cell, sample, state, context))
+            return self._coupling.get(key, lambda: _couples_rows(cell, *step))
         except UnrecordableError:  # hooks on all modules would see the step being watched
-            return _tried(cell, sample, state, context, watched=False)
+            return _couples_rows(cell, *step, watched=False)
 
     def look_up(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None
@@ -117,138 +118,116 @@ class PlanCache:
             context: what is the same at every step, or None.
             extent: how far the inputs reach; None for T and B of their own.
         """
-        self._watchers.add(Environment.of(cell))
-        extent = extent or Extent(*leaves(inputs)[0].shape[:2])
-        decision = self._witnessed(cell, inputs, state, context, extent)
-        if extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
+        self._environments.add(Environment.of(cell))
+        call = CellCall.of(cell, inputs, state, context, extent)
+        decision = self._witnessed(call)
+        if call.extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
             why = f"rows of different lengths need steps that act row by row: {decision.plan.why_not_ragged}"
-            decision = self._told_once(Decision(None, "reference", why))
+            decision = self._announce_once(Decision(None, "reference", why))
         return decision
 
-    def _witnessed(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
+    def _witnessed(self, call: CellCall) -> Decision:
         """The decision for a call; if it is this call's turn, one that was held against the cell itself."""
         while True:
-            decision = self._decision(cell, inputs, state, context, extent)
-            t = decision.turns.next(extent.steps, always=bool(decision.open)) if decision.plan is not None else None
-            if t is None or decision.plan is None:
+            decision = self._decision(call)
+            if decision.plan is None:
                 return decision
-            kind = _kind(inputs, state, context, extent)
-            rows = extent.sizes[t]
-            first, same_for_all = (_rows(tree, rows, extent) for tree in (state, context))
+            t = decision.turns.next(call.extent.steps, always=bool(decision.open))
+            if t is None:
+                return decision
             try:
-                with unseen(), Environment.of(cell).kept():
-                    steps = steps_at(inputs, extent, t)
-                    hold_against_the_cell(decision.plan, cell, steps, first, same_for_all, self.runner, kind[-1])
-            except Exception as error:  # a cell that fails is told by the reference, which names the copy
-                refused = self._doubt(decision, kind, f"copy {t} of {name_of(cell)}: {error}")
+                with unseen(), Environment.of(call.cell).kept():
+                    hold_against_the_cell(decision.plan, call.at(t), self.runner)
+            except Exception as error:  # a cell that fails is reported by the reference, which names the copy
+                refused = self._refute(decision, call, f"copy {t} of {name_of(call.cell)}: {error}")
                 if refused is not None:
                     return refused
             else:
-                self._doubted.pop(kind, None)
+                self._refutations.pop(call.kind, None)
                 return decision
 
-    def _doubt(self, decision: Decision, kind: Any, what: str) -> Decision | None:
-        """What a recording comes to that a witness spoke against: the step is recorded anew, at most a few times."""
-        self._entries.drop(lambda known: known is decision)
-        self._doubted[kind] = self._doubted.get(kind, 0) + 1
-        told = f"{what}; {decision.open or 'something has changed that cannot be seen'}"
-        if self._doubted[kind] < _MOST_TRIES:
-            warn_caller(f"{told}. It is recorded anew; what a step reads is best kept in a buffer of the cell")
+    def _refute(self, decision: Decision, call: CellCall, what: str) -> Decision | None:
+        """Drop a recording that a witness spoke against: None to record the step anew, which happens a few times."""
+        self._decisions.drop(lambda known: known is decision)
+        times = self._refutations[call.kind] = self._refutations.get(call.kind, 0) + 1
+        message = f"{what}; {decision.open or 'something has changed that cannot be seen'}"
+        if times < _MOST_TRIES:
+            warn_caller(f"{message}. It is recorded anew; what a step reads is best kept in a buffer of the cell")
             return None
-        why = f"{told}: its recordings did not hold, {_MOST_TRIES} times one after the other"
-        return self._told_once(Decision(None, "reference", why))
+        why = f"{message}: its recordings did not hold, {_MOST_TRIES} times one after the other"
+        return self._announce_once(Decision(None, "reference", why))
 
-    def _decision(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> Decision:
-        given = [*leaves(inputs), *leaves(state), *(leaves(context) if context is not None else [])]
-        why = why_not_recorded([*given, *_held(cell)])
+    def _decision(self, call: CellCall) -> Decision:
+        """The decision that is kept for a call of this kind, made if there is none or if it no longer holds."""
+        why = why_not_recorded(call.tensors())
         if why is not None:
             return Decision(None, "reference", why)
-        kind = _kind(inputs, state, context, extent)
-        made = self._made.get(kind, 0)
+        times = self._recordings.get(call.kind, 0)
 
         def make() -> Decision:
-            self._made[kind] = made + 1
-            if made >= _MOST_TRIES:
-                return self._moving(cell)
-            return self._decide(cell, steps_at(inputs, extent, 0), state, context, kind[-1])
+            self._recordings[call.kind] = times + 1
+            return self._decide(call.at(0)) if times < _MOST_TRIES else self._moving(call.cell)
 
         def holds(decision: Decision) -> bool:
-            nonlocal made
+            nonlocal times
             if decision.moving:  # what moved has stood still since the call before
-                made = 0
+                times = 0
                 return False
-            return _still_fits(decision.plan, cell)
+            return _still_fits(decision.plan, call.cell)
 
         try:
-            decision = self._entries.get(lambda: (fingerprint(cell), kind), make, holds=holds)
+            decision = self._decisions.get(lambda: (fingerprint(call.cell), call.kind), make, holds=holds)
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
-        if self._made.get(kind) == made:  # nothing was made
-            self._made.pop(kind, None)
+        if self._recordings.get(call.kind) == times:  # nothing was made
+            self._recordings.pop(call.kind, None)
         return decision
 
     def _moving(self, cell: nn.Module) -> Decision:
         moved = Environment.of(cell).moved or f"what {name_of(cell)} holds"
         why = f"{moved} has changed before each of the latest calls; as a buffer of the cell it could, without this"
-        return self._told_once(Decision(None, "reference", why, moving=True))
+        return self._announce_once(Decision(None, "reference", why, moving=True))
 
-    def _decide(self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]) -> Decision:
+    def _decide(self, call: CellCall) -> Decision:
+        """A new decision, by a call of a step or two."""
         started = time.perf_counter()
-        decision = self._planned_and_checked(cell, inputs, state, context, needing)
+        decision = self._planned_and_checked(call)
         seconds = time.perf_counter() - started
         if seconds > _LONG:
-            _log.warning("a plan for %s took %.1f s; calls like this one now go by it", name_of(cell), seconds)
-        return decision
+            _log.warning("a plan for %s took %.1f s; calls like this one now go by it", name_of(call.cell), seconds)
+        return decision if decision.engine == "native" else self._announce(decision)
 
-    def _planned_and_checked(
-        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]
-    ) -> Decision:
-        watcher = Environment.of(cell)
+    def _planned_and_checked(self, call: CellCall) -> Decision:
+        environment = Environment.of(call.cell)
         try:
             with unseen():
-                inputs, state, context = (map_leaves(Tensor.clone, tree) for tree in (inputs, state, context))
-                watch_step(cell, map_leaves(lambda x: x[0], inputs), state, context)
-                with watcher.kept():
-                    plan, slower = self._planned(cell, inputs, state, context, needing)
-                    hold_against_the_cell(plan, cell, inputs, state, context, self.runner, needing)
+                inputs, state, context = (map_leaves(Tensor.clone, x) for x in (call.inputs, call.state, call.context))
+                call = replace(call, inputs=inputs, state=state, context=context)
+                watch_step(call.cell, *call.first_step)
+                with environment.kept():
+                    plan, slower = self._planned(call)
+                    hold_against_the_cell(plan, call, self.runner)
         except UnrecordableError as error:
-            return self._told(Decision(None, "reference", str(error)))
-        except Exception as error:  # a cell that fails is told by the reference, which names the copy
-            return self._told(Decision(None, "reference", f"planning it raised {type(error).__name__}: {error}"))
-        turns = Turns.of(sum(tensor.numel() for tensor in _held(cell)))
+            return Decision(None, "reference", str(error))
+        except Exception as error:  # a cell that fails is reported by the reference, which names the copy
+            return Decision(None, "reference", f"planning it raised {type(error).__name__}: {error}")
+        turns = Turns.of(sum(tensor.numel() for tensor in tensors_of(call.cell)))
         if slower:
-            return self._told(Decision(plan, "eager", "; ".join(slower), watcher.open, turns=turns))
-        return Decision(plan, "native", "every loop is emitted as C", watcher.open, turns=turns)
+            return Decision(plan, "eager", "; ".join(slower), environment.open, turns=turns)
+        return Decision(plan, "native", "every loop is emitted as C", environment.open, turns=turns)
 
-    def _planned(
-        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...]
-    ) -> tuple[StepPlan, list[str]]:
+    def _planned(self, call: CellCall) -> tuple[StepPlan, list[str]]:
         """A plan, and why not all of its loops run natively; fused if that is what all of them do."""
-        device = sequence.device_of(inputs)
+        device = sequence.device_of(call.inputs)
         if not self.runner.why_not_native((), device):
-            plan = self._recorded(cell, inputs, state, context, needing, fuse=True)
+            plan = _plan(call, fuse=True)
             if not self.runner.why_not_native(_loops_of(plan), device):
                 return plan, []
-        plan = self._recorded(cell, inputs, state, context, needing, fuse=False)
+        plan = _plan(call, fuse=False)
         return plan, self.runner.why_not_native(_loops_of(plan), device)
 
-    def _recorded(
-        self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, needing: tuple[bool, ...], *, fuse: bool
-    ) -> StepPlan:
-        """Record on a twin; twice if the step writes attributes: only if that changes nothing are they scratch."""
-        first, batch, twin = map_leaves(lambda x: x[0], inputs), sequence.sizes(inputs)[1], twin_of(cell)
-        plan = plan_step(twin, first, state, context, batch, needing, fuse=fuse)
-        scratch = scratch_of(cell, twin)
-        if scratch:
-            again = plan_step(twin, first, state, context, batch, needing, fuse=fuse)
-            scratch_of(cell, twin)
-            read = {external.attribute for external in plan.recording.externals}
-            if again.recording != plan.recording or read.intersection(scratch):
-                raise UnrecordableError(f"its step reads {scratch[0]}, which the step before it left")
-        return plan
-
-    def _told(self, decision: Decision) -> Decision:
-        """Say it where another engine runs than the one that was asked for by name, and where there is no compiler."""
+    def _announce(self, decision: Decision) -> Decision:
+        """Warn where another engine runs than the one that was asked for by name, and where there is no compiler."""
         if self.engine == "auto" and self.runner.no_compiler and not self.quiet:
             warn_caller_once(f"unrolled runs loops with torch operations, which is slower: {self.runner.no_compiler}")
         if not self.quiet and self.engine not in ("auto", decision.engine):
@@ -257,10 +236,24 @@ class PlanCache:
             )
         return decision
 
-    def _told_once(self, decision: Decision) -> Decision:
-        """Say it for a decision that is made anew at every call."""
-        known, self._said = decision in self._said, {*self._said, decision}
-        return decision if known else self._told(decision)
+    def _announce_once(self, decision: Decision) -> Decision:
+        """Warn by a decision that is made anew at every call."""
+        known, self._announced = decision in self._announced, {*self._announced, decision}
+        return decision if known else self._announce(decision)
+
+
+def _plan(call: CellCall, *, fuse: bool) -> StepPlan:
+    """Record on a twin; twice if the step writes attributes: only if that changes nothing are they scratch."""
+    step, twin = call.first_step, twin_of(call.cell)
+    plan = plan_step(twin, *step, call.extent.batch, call.requires_grad, fuse=fuse)
+    scratch = scratch_of(call.cell, twin)
+    if scratch:
+        again = plan_step(twin, *step, call.extent.batch, call.requires_grad, fuse=fuse)
+        scratch_of(call.cell, twin)
+        read = {external.attribute for external in plan.recording.externals}
+        if again.recording != plan.recording or read.intersection(scratch):
+            raise UnrecordableError(f"its step reads {scratch[0]}, which the step before it left")
+    return plan
 
 
 def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
@@ -284,34 +277,7 @@ def _loops_of(plan: StepPlan) -> list[LoopProgram]:
     return forward + backward
 
 
-def _held(cell: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers; torch's own way also makes their names, which takes longer than all that is asked."""
-    for module in cell.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor
-
-
-def _needing(inputs: Tree, context: Tree) -> tuple[bool, ...]:
-    """For each leaf of inputs and context whether it requires a gradient."""
-    return tuple([leaf.requires_grad for tree in (inputs, context) for leaf in leaves(tree)])
-
-
-def _kind(inputs: Tree, state: Tree, context: Tree, extent: Extent) -> tuple[Any, ...]:
-    """What of a call a plan depends on, which leaves need a gradient last.
-
-    A step may do something else for some batch sizes, which a recording at two others does not show.
-    """
-    specs = TreeSpec.of(inputs, 2 - extent.ragged), TreeSpec.of(state, 1), TreeSpec.of(context, 1)
-    return (*specs, extent.batch, _needing(inputs, context))
-
-
-def _rows(tree: Tree, rows: int, extent: Extent) -> Tree:
-    """A state's or context's rows that are alive at a step."""
-    return tree if tree is None or not extent.ragged else map_leaves(lambda x: x[:rows] if x.dim() else x, tree)
-
-
-def _tried(cell: nn.Module, input: Tree, state: Tree, context: Tree, *, watched: bool = True) -> bool:
+def _couples_rows(cell: nn.Module, input: Tree, state: Tree, context: Tree, *, watched: bool = True) -> bool:
     """Whether a step couples rows, found on a copy of the cell; what cannot be copied or put back is not touched."""
     with unseen():
         try:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unrolled import sequence
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
+from unrolled.engine.cell_call import CellCall
 from unrolled.execution.protocol import LoopRunner
 from unrolled.execution.run import run_plan
 from unrolled.lengths import Extent
@@ -28,7 +28,6 @@ from unrolled.unseen import silent
 
 _LIKE_NOISE = 3
 """How many times the movement under noise in the last digit passes for rounding; a cell that spikes moves by far."""
-
 
 _ENTRIES_A_CALL = 50_000
 """How many entries of a cell's tensors put its first witness off by a call: at 128 hidden features it is the second."""
@@ -78,61 +77,40 @@ class Turns:
         return (self.calls - 1) % steps if due else None
 
 
-def steps_at(inputs: Tree, extent: Extent, t: int) -> Tree:
-    """Copy t's input and that of the next copy, as `[2, B, ...]`; its own alone where the next one has fewer rows."""
-    if not extent.ragged:
-        return map_leaves(lambda x: x[t : t + 2], inputs)
-    start, rows = sum(extent.sizes[:t]), extent.sizes[t]
-    return map_leaves(lambda x: x[start : start + rows].unsqueeze(0), inputs)
-
-
-def hold_against_the_cell(
-    plan: StepPlan,
-    cell: nn.Module,
-    inputs: Tree,
-    state: Tree,
-    context: Tree,
-    runner: LoopRunner,
-    needing: Sequence[bool],
-) -> None:
+def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) -> None:
     """Run two real steps, values and gradients, by the plan and by the cell itself.
 
     Args:
         plan: the plan.
-        cell: the cell; a twin of it is run.
-        inputs: `[2, B, ...]`, or one step, which is then taken twice.
-        state: what the first of them receives, `[B, ...]`.
-        context: what is the same at every step, or None.
+        call: a call of two steps, or of one step, which is then taken twice; a twin of its cell is run.
         runner: the engine's way of running loops.
-        needing: for each leaf of inputs and context whether it requires a gradient.
 
     Raises:
         UnrecordableError: if they do not give the same, with the numbers that are farthest apart.
     """
-    twin = twin_of(cell)
+    twin, wanted = twin_of(call.cell), iter(call.requires_grad)
     with torch.enable_grad():
-        needed = iter(needing)
-        sample = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(needed)), inputs)
-        start = map_leaves(_leaf, state)
-        extent = Extent(2, sequence.sizes(sample)[1])
-        planned = _tensors(run_plan(plan, twin, sample, start, context, runner, extent), twin, sample, start)
-        truth = _by_the_cell(twin, sample, start, context, extent)
+        inputs = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
+        start, extent = map_leaves(_leaf, call.state), Extent(2, call.extent.batch)
+        sample = replace(call, cell=twin, inputs=inputs, state=start, extent=extent)
+        ours = _results(run_plan(plan, twin, inputs, start, call.context, runner, extent), sample)
+        theirs = _by_the_cell(sample)
     with torch.no_grad():
-        inferred = run_plan(plan, twin, sample, start, context, runner, extent)
-    planned += [*leaves(inferred[0]), *leaves(inferred[1])]
-    truth += truth[: len(leaves(inferred[0])) + len(leaves(inferred[1]))]
-    scratch_of(cell, twin)
-    scale = max([_largest(tensor) for tensor in truth], default=0.0)
-    pairs = list(zip(planned, truth, strict=True))
-    apart = [n for n, (ours, theirs) in enumerate(pairs) if not _close(ours, theirs, scale)]
-    if apart and not _like_noise(apart, pairs, twin, sample, start, context, extent):
-        raise UnrecordableError(f"its recording does not give the numbers of the cell itself{_said(*pairs[apart[0]])}")
+        inferred = leaves(run_plan(plan, twin, inputs, start, call.context, runner, extent))
+    ours += inferred
+    theirs += theirs[: len(inferred)]
+    scratch_of(call.cell, twin)
+    scale = max([_largest(tensor) for tensor in theirs], default=0.0)
+    pairs = list(zip(ours, theirs, strict=True))
+    differing = [n for n, (one, other) in enumerate(pairs) if not _close(one, other, scale)]
+    if differing and not _like_noise(differing, pairs, sample):
+        message = _farthest_apart(*pairs[differing[0]])
+        raise UnrecordableError(f"its recording does not give the numbers of the cell itself{message}")
 
 
-def _by_the_cell(cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent) -> list[Tensor | None]:
+def _by_the_cell(call: CellCall) -> list[Tensor | None]:
     with silent():
-        results = reference.run(CheckedStep(cell, context), inputs, state, extent)
-    return _tensors(results, cell, inputs, state)
+        return _results(reference.run(CheckedStep(call.cell, call.context), call.inputs, call.state, call.extent), call)
 
 
 def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
@@ -140,12 +118,12 @@ def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
     return copy.requires_grad_() if needed and (copy.is_floating_point() or copy.is_complex()) else copy
 
 
-def _tensors(result: tuple[Tree, Tree], cell: nn.Module, inputs: Tree, state: Tree) -> list[Tensor | None]:
+def _results(results: tuple[Tree, Tree], call: CellCall) -> list[Tensor | None]:
     """Outputs, states and the gradients of a fixed mixture of them."""
-    found = [*leaves(result[0]), *leaves(result[1])]
+    found = leaves(results)
     ends = [reals(t) for t in found if t.requires_grad]
     losses = [(t * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape).to(t.dtype)).sum() for t in ends]
-    by = [t for t in (*leaves(inputs), *leaves(state), *cell.parameters()) if t.requires_grad]
+    by = [t for t in (*leaves(call.inputs), *leaves(call.state), *call.cell.parameters()) if t.requires_grad]
     grads = torch.autograd.grad(sum(losses), by, allow_unused=True) if losses else [None] * len(by)
     return [*(t.detach() for t in found), *grads]
 
@@ -172,20 +150,13 @@ def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
     return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
 
 
-def _like_noise(
-    apart: Sequence[int],
-    pairs: Sequence[tuple[Tensor | None, Tensor | None]],
-    twin: nn.Module,
-    inputs: Tree,
-    state: Tree,
-    context: Tree,
-    extent: Extent,
-) -> bool:
+def _like_noise(differing: Sequence[int], pairs: Sequence[tuple[Tensor | None, Tensor | None]], call: CellCall) -> bool:
     """Whether the cell itself moves as far when its inputs move in their last digit, as one with a threshold may."""
     with torch.enable_grad():
-        moved = _by_the_cell(twin, map_leaves(_nudged, inputs), map_leaves(_nudged, state), context, extent)
+        nudged = replace(call, inputs=map_leaves(_nudged, call.inputs), state=map_leaves(_nudged, call.state))
+        moved = _by_the_cell(nudged)
     moved += moved[: len(pairs) - len(moved)]
-    return all(_distance(*pairs[n]) <= _LIKE_NOISE * _distance(moved[n], pairs[n][1]) for n in apart)
+    return all(_distance(*pairs[n]) <= _LIKE_NOISE * _distance(moved[n], pairs[n][1]) for n in differing)
 
 
 def _nudged(tensor: Tensor) -> Tensor:
@@ -202,7 +173,7 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float:
     return float((reals(one) - reals(other)).abs().nan_to_num(float("inf")).max()) if one.numel() else 0.0
 
 
-def _said(ours: Tensor | None, theirs: Tensor | None) -> str:
+def _farthest_apart(ours: Tensor | None, theirs: Tensor | None) -> str:
     """The two numbers that are farthest apart, in words."""
     if ours is None or theirs is None or not ours.numel():
         return ""
