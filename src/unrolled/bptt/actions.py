@@ -1,4 +1,4 @@
-"""What a schedule is made of: five actions on the state at hand, slots for states, and one tape."""
+"""What a schedule is made of: five actions on the current state, slots for states, and one tape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Advance:
-    """Run steps `[start, stop)` without a tape: the state at hand, which step `start` receives, becomes `stop`'s."""
+    """Run steps `[start, stop)` without a tape: from the state that step `start` receives to the one that `stop` does."""
 
     start: int
     stop: int
@@ -15,7 +15,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class StoreState:
-    """Keep the state at hand, which step `step` receives, in a slot; what was in there is no longer needed."""
+    """Store the current state, which step `step` receives, in a slot; what was in there is no longer needed."""
 
     step: int
     slot: int
@@ -31,7 +31,7 @@ class StoreTape:
 
 @dataclass(frozen=True)
 class Restore:
-    """Take the state that step `step` receives out of a slot, where it stays, as the state at hand."""
+    """Make the state in a slot, which step `step` receives, the current one; it stays in the slot."""
 
     step: int
     slot: int
@@ -41,8 +41,8 @@ class Restore:
 class Reverse:
     """Run the backward of steps `[start, stop)` over their tape, and drop it.
 
-    The gradient at hand, of the state that `stop` would receive, becomes that of the state that `start` receives. No
-    state of `start` or a later step is read again: who is short of memory may drop those that are stored.
+    From the gradient of the state that `stop` would receive follows that of the state that `start` receives. No state
+    of `start` or a later step is read again: the stored ones may be dropped.
     """
 
     start: int

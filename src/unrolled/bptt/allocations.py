@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak: every storage that torch makes and lets go of is noted."""
+"""How much memory some work takes at its peak: each storage that torch allocates and frees is recorded."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from unrolled.internals import DispatchMode
 
 
 class Allocations(DispatchMode):
-    """A context that notes what is allocated while it is entered, on every device, the backward pass included.
+    """A context that records what is allocated inside of it, on every device, the backward pass included.
 
-    Memory that was there before is not seen; what is made inside is followed until it goes, also outside.
+    Memory that was there before does not count; what is allocated inside is followed until it is freed, also outside.
 
     Example:
         >>> import torch
-        >>> with Allocations() as noted:
+        >>> with Allocations() as allocations:
         ...     kept = torch.zeros(100) + 1
-        >>> noted.peak(), noted.peak(without=[kept])
+        >>> allocations.peak(), allocations.peak(without=[kept])
         (800, 400)
     """
 
@@ -32,22 +32,22 @@ class Allocations(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation; note the storages of its results that are none of its operands'."""
+        """Run an operation; record the storages of its results that are not those of its operands."""
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
-        given: set[int] | None = None
-        for storage in _storages([found]):
-            if self._number(storage) is None:
-                given = {id(s) for s in _storages([*args, *kwargs.values()])} if given is None else given
-                if id(storage) not in given:
-                    self._note(storage)
-        return found
+        result = func(*args, **kwargs)
+        new = [storage for storage in _storages([result]) if self._number(storage) is None]
+        if new:
+            operands = {id(storage) for storage in _storages([*args, *kwargs.values()])}
+            for storage in new:
+                if id(storage) not in operands and self._number(storage) is None:
+                    self._record(storage)
+        return result
 
     def _number(self, storage: UntypedStorage) -> int | None:
         number, known = self._known.get(id(storage), (None, None))
         return number if known is not None and known() is storage else None
 
-    def _note(self, storage: UntypedStorage) -> None:
+    def _record(self, storage: UntypedStorage) -> None:
         number, count = len(self._events), storage.nbytes()
         self._events.append((number, count))
         self._known[id(storage)] = number, weakref.ref(storage, lambda _: self._events.append((number, -count)))
@@ -58,10 +58,10 @@ class Allocations(DispatchMode):
         Args:
             without: tensors, still held, whose memory is not counted.
         """
-        apart = {self._number(tensor.untyped_storage()) for tensor in without}
+        uncounted = {self._number(tensor.untyped_storage()) for tensor in without}
         now = highest = 0
         for number, count in self._events:
-            now += 0 if number in apart else count
+            now += 0 if number in uncounted else count
             highest = max(highest, now)
         return highest
 

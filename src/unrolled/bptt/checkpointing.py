@@ -1,4 +1,4 @@
-"""How a sequence is checkpointed: by a schedule that is given, or by the fastest one that a budget has room for."""
+"""The options `memory=` and `checkpoint=`: a budget that the fastest fitting schedule is found for, or a schedule."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from unrolled.bptt.schedules import Schedule
 from unrolled.errors import OptionError
 from unrolled.lengths import Extent
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -32,26 +30,48 @@ class Budget:
     bytes: int | None = None
     share: float | None = None
 
+    @classmethod
+    def parsed(cls, memory: Any) -> Budget:
+        """A budget as `checkpointing_of` takes it.
+
+        Raises:
+            OptionError: for what is none.
+        """
+        if isinstance(memory, float) and 0 < memory <= 1:
+            return cls(memory, share=memory)
+        if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+            return cls(memory, bytes=memory)
+        if isinstance(memory, str):
+            units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+            units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+            found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B|%)\s*", memory, re.IGNORECASE)
+            count, unit = (float(found[1]), found[2].upper()) if found else (0.0, "B")
+            if unit == "%" and 0 < count <= 100:
+                return cls(memory, share=count / 100)
+            if unit in units and count * units[unit] >= 1:
+                return cls(memory, bytes=int(count * units[unit]))
+        raise OptionError(
+            f"memory must be bytes (an integer, or text like '512MB' or '1.5GiB') or a share of full storage (a float "
+            f"above 0 and up to 1, or text like '10%'), got {memory!r}"
+        )
+
     def check(self, steps: int) -> None:
         """A budget is for sequences of any length."""
-
-    def of(self, costs: Costs, extent: Extent) -> float:
-        """The budget in bytes."""
-        return self.bytes if self.bytes is not None else (self.share or 0.0) * costs.full(extent)
 
     def schedule(self, extent: Extent, measure: Callable[[int], Costs]) -> Schedule:
         """The fastest schedule that fits; without gradients, which take no tapes, the one with the least if none does.
 
         Args:
             extent: how far the sequence reaches.
-            measure: what it takes, measured up to so many steps of a segment.
+            measure: measures what the network takes, up to so many steps of a segment.
 
         Raises:
-            OptionError: if none does.
+            OptionError: if none fits.
         """
         costs, before = measure(1), None
         while costs != before:
-            planner, budget = Planner(costs, extent), self.of(costs, extent)
+            planner = Planner(costs, extent)
+            budget = self.bytes if self.bytes is not None else (self.share or 0.0) * costs.full(extent)
             found = planner.fastest(budget)
             if found is None and torch.is_grad_enabled():
                 raise planner.too_small(budget, self.given)
@@ -119,28 +139,10 @@ def checkpointing_of(memory: Any, checkpoint: Any, horizon: Any) -> Checkpointin
             "in little memory with a horizon, take rnn.windows(chunks), which holds one window at a time"
         )
     if checkpoint is None:
-        return _budget(memory)
+        return Budget.parsed(memory)
     if not isinstance(checkpoint, Schedule) and not callable(checkpoint):
         raise OptionError(
             f"checkpoint must be a schedule, such as ur.segments(T, length), or a function of T that makes one, got "
             f"{checkpoint!r}"
         )
     return FixedSchedule(checkpoint)
-
-
-def _budget(memory: Any) -> Budget:
-    if isinstance(memory, float) and 0 < memory <= 1:
-        return Budget(memory, share=memory)
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
-        return Budget(memory, bytes=memory)
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B|%)\s*", memory, re.IGNORECASE)
-        count, unit = (float(found[1]), found[2].upper()) if found else (0.0, "B")
-        if unit == "%" and 0 < count <= 100:
-            return Budget(memory, share=count / 100)
-        if unit in _UNITS and count * _UNITS[unit] >= 1:
-            return Budget(memory, bytes=int(count * _UNITS[unit]))
-    raise OptionError(
-        f"memory must be bytes (an integer, or text like '512MB' or '1.5GiB') or a share of full storage (a float "
-        f"above 0 and up to 1, or text like '10%'), got {memory!r}"
-    )

@@ -1,4 +1,4 @@
-"""Memory against time, as a person reads it."""
+"""Memory against time for the schedules of a call, as text."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ class MemoryPlan(Result):
             }
             for option in self.options
         ]
-        apart = {"inputs": self.inputs, "outputs": self.outputs}
-        return {"network": self.network, "T": self.T, "B": self.B, "options": options, "apart": apart}
+        uncounted = {"inputs": self.inputs, "outputs": self.outputs}
+        return {"network": self.network, "T": self.T, "B": self.B, "options": options, "apart": uncounted}
 
     def __str__(self) -> str:
         head = f"{self.network}, T = {self.T:,}, B = {self.B}: activation memory against time"
-        apart = (
+        uncounted = (
             f"apart from this: inputs {format_bytes(self.inputs)}, outputs {format_bytes(self.outputs)}, "
             "and their gradients as much again"
         )
-        return "\n".join([head, "", *self._table(), "", *self._picture(), "", apart])
+        return "\n".join([head, "", *self._table(), "", *self._picture(), "", uncounted])
 
     def _table(self) -> list[str]:
         full = self.options[0].bytes or 1.0

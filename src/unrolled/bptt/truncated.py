@@ -19,7 +19,7 @@ from unrolled.bptt.own_backward import DifferentiableRun, Expiry
 from unrolled.bptt.parameter_aliases import ParameterAliases, detached_leaf
 from unrolled.bptt.segments import SequenceRun, last_state
 from unrolled.bptt.taped import GradientSums, TapedSegment, unlisted_leaves
-from unrolled.bptt.truncation import Block, Truncation
+from unrolled.bptt.truncation import LossBlock, Truncation
 from unrolled.trees import Tree, leaves, map_leaves
 
 
@@ -41,7 +41,7 @@ class TapedRun(DifferentiableRun):
         "create_graph out, or call the network with stride = horizon"
     )
 
-    def __init__(self, run: SequenceRun, blocks: Sequence[Block], *, bounds: Iterable[int] = ()) -> None:
+    def __init__(self, run: SequenceRun, blocks: Sequence[LossBlock], *, bounds: Iterable[int] = ()) -> None:
         self.blocks, self.expiry = blocks, Expiry(run=weakref.ref(self))
         edges = {edge for block in blocks for edge in (block.begin, block.end, block.cut)}
         segments = run.segments({0, *edges, *bounds})

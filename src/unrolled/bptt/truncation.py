@@ -10,7 +10,7 @@ from unrolled.errors import OptionError
 
 
 @dataclass(frozen=True)
-class Block:
+class LossBlock:
     """Copies whose losses are taken together, counted in the order in which they run.
 
     Attributes:
@@ -34,13 +34,13 @@ class Truncation:
 
     Example:
         >>> Truncation(horizon=3, stride=2).blocks(5)
-        [Block(begin=0, end=2, cut=0), Block(begin=2, end=4, cut=1), Block(begin=4, end=5, cut=2)]
+        [LossBlock(begin=0, end=2, cut=0), LossBlock(begin=2, end=4, cut=1), LossBlock(begin=4, end=5, cut=2)]
     """
 
     horizon: int
     stride: int
 
-    def block(self, number: int, steps: int) -> Block:
+    def block(self, number: int, steps: int) -> LossBlock:
         """Block 0, 1, 2, ... of so many steps.
 
         The last one may be short. With overlap it, too, goes back through a whole horizon from its own end; without
@@ -48,9 +48,9 @@ class Truncation:
         """
         begin = number * self.stride
         end = min(begin + self.stride, steps)
-        return Block(begin, end, begin if self.stride == self.horizon else max(end - self.horizon, 0))
+        return LossBlock(begin, end, begin if self.stride == self.horizon else max(end - self.horizon, 0))
 
-    def blocks(self, steps: int) -> list[Block]:
+    def blocks(self, steps: int) -> list[LossBlock]:
         """All blocks of a sequence of so many steps."""
         return [self.block(number, steps) for number in range(-(-steps // self.stride))]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from unrolled.execution.series import Entry, Series, Total
+from unrolled.execution.series import Entry, TimeSeries, Total
 from unrolled.lengths import Extent
 from unrolled.operations.operation import Linear, operation_of
 from unrolled.plan.sums import contracts_rows
@@ -43,9 +43,9 @@ class BatchedOps:
     sums: frozenset[int] = frozenset()
     affine: Affine | None = None
 
-    def series(self, value: int, tensor: Tensor) -> Series:
+    def series(self, value: int, tensor: Tensor) -> TimeSeries:
         """A value from its entries at all steps: `[T, ...]`, or folded where rows end at different times."""
-        return Series(tensor, self.extent, self.rows.get(value) if self.extent.ragged else None)
+        return TimeSeries(tensor, self.extent, self.rows.get(value) if self.extent.ragged else None)
 
     def over_time(self, entry: Entry, rows: int | None) -> Tensor:
         """A value as loops and callers take it.
@@ -56,7 +56,7 @@ class BatchedOps:
         """
         if isinstance(entry, Total):
             raise TypeError("a sum over all steps has no entries of its own")
-        return (entry if isinstance(entry, Series) else Series.constant(entry, self.extent, rows)).over_time()
+        return (entry if isinstance(entry, TimeSeries) else TimeSeries.constant(entry, self.extent, rows)).over_time()
 
     def run(self, ops: Sequence[int], env: MutableMapping[int, Entry]) -> None:
         """Run some operations; their results are added to `env`."""
@@ -69,11 +69,11 @@ class BatchedOps:
         kinds = {type(entry) for entry in entries.values()}
         if Total in kinds:
             return self._on_sums(op, entries)
-        if Series not in kinds:
+        if TimeSeries not in kinds:
             by_step = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
             return self._step_by_step(op, entries) if by_step else run_op(op, entries, self.extent.batch)
-        spread_rows = any(v in self.rows and not isinstance(entry, Series) for v, entry in entries.items())
-        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, Series)):
+        spread_rows = any(v in self.rows and not isinstance(entry, TimeSeries) for v, entry in entries.items())
+        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, TimeSeries)):
             if number not in self.coupled:
                 return self._folded(op, entries)
             if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
@@ -81,7 +81,7 @@ class BatchedOps:
         return self._mapped(op, entries)
 
     def _on_folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Any]:
-        tensors = {v: e.folded(self.rows[v]) if isinstance(e, Series) else e for v, e in entries.items()}
+        tensors = {v: e.folded(self.rows[v]) if isinstance(e, TimeSeries) else e for v, e in entries.items()}
         result = self._affine(op, tensors)
         if result is not None:
             return (result,)
@@ -98,17 +98,17 @@ class BatchedOps:
 
     def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         results = zip(op.outputs, self._on_folded(op, entries), strict=False)
-        return [Series(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
+        return [TimeSeries(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
 
     def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """One operation for each step, by vmap; Functions with a backward of their own one after the other."""
         if self.extent.ragged:
             return self._step_by_step(op, entries)
         tensors = [
-            entry.stacked() if isinstance(entry, Series) else entry.tensor if isinstance(entry, Total) else entry
+            entry.stacked() if isinstance(entry, TimeSeries) else entry.tensor if isinstance(entry, Total) else entry
             for entry in entries.values()
         ]
-        dims = tuple(0 if isinstance(entry, Series) else None for entry in entries.values())
+        dims = tuple(0 if isinstance(entry, TimeSeries) else None for entry in entries.values())
 
         def once(*values: Tensor) -> tuple[Tensor, ...]:
             results = run_op(op, dict(zip(entries, values, strict=True)), self.extent.batch)
@@ -117,7 +117,7 @@ class BatchedOps:
         run = _one_by_one(once, dims) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
         if self.sums.issuperset(v for v in op.outputs if v >= 0):
             return [Total(total) for total in self._in_chunks(op, run, tensors, dims)]
-        return [Series(result, self.extent) for result in run(*tensors)]
+        return [TimeSeries(result, self.extent) for result in run(*tensors)]
 
     def _in_chunks(
         self, op: Op, run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Sequence[int | None]
@@ -152,13 +152,13 @@ class BatchedOps:
             return self._added_up(op, results)
         made = zip(*results, strict=True)
         return [  # what nobody reads is one of its entries
-            Series(column[0], self.extent) if v < 0 else Series.joined(column, self.extent, self.rows.get(v))
+            TimeSeries(column[0], self.extent) if v < 0 else TimeSeries.joined(column, self.extent, self.rows.get(v))
             for v, column in zip(op.outputs, made, strict=False)
         ]
 
     def _each(self, value: int, entry: Entry) -> Sequence[Tensor]:
         """An entry at step 0, 1, 2, ...; of what is the same at every step, the rows that are alive."""
-        if isinstance(entry, Series):
+        if isinstance(entry, TimeSeries):
             return entry.each()
         rows = self.rows.get(value)
         if isinstance(entry, Total) or rows is None:
@@ -185,10 +185,10 @@ class BatchedOps:
         rows = self.rows.get(value)
         if isinstance(entry, Total):
             return entry.tensor
-        if isinstance(entry, Series):
+        if isinstance(entry, TimeSeries):
             return entry.total()
         if self.extent.ragged and rows is not None:
-            return Series.constant(entry, self.extent, rows).total()
+            return TimeSeries.constant(entry, self.extent, rows).total()
         return entry * self.extent.steps
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from unrolled.autograd_graph import vjp
 from unrolled.execution.batched import BatchedOps
 from unrolled.execution.protocol import LoopInputs, LoopResult, LoopRunner
-from unrolled.execution.series import Entry, Series
+from unrolled.execution.series import Entry, TimeSeries
 from unrolled.execution.stages import SegmentStages
 from unrolled.execution.stepping import iterate_loop
 from unrolled.internals import has_memory
@@ -94,12 +94,12 @@ class _LoopCall:
         first = stages.run(env, last)
         return self._collected(env, batched, dict(zip(back.states, first, strict=True)))
 
-    def _zeros(self, value: int, device: torch.device) -> Series:
+    def _zeros(self, value: int, device: torch.device) -> TimeSeries:
         """Zeros at every step in the shape of a value, without memory for them."""
         rows = self.planned.loop.program.values[value].rows
         if self.extent.ragged and rows is not None:
-            return Series(self.planned.zeros(value, self.extent.rows, device), self.extent, rows)
-        return Series.constant(self.planned.zeros(value, self.extent.batch, device), self.extent, None)
+            return TimeSeries(self.planned.zeros(value, self.extent.rows, device), self.extent, rows)
+        return TimeSeries.constant(self.planned.zeros(value, self.extent.batch, device), self.extent, None)
 
     def _collected(
         self, env: dict[int, Entry], batched: BatchedOps, of_states: dict[int, Tensor]
@@ -134,10 +134,10 @@ class _LoopCall:
         found = dict(iterate_loop(loop, inputs))
         columns = list(zip(*(found[t] for t in range(extent.steps)), strict=True))
         values = [loop.program.values[v] for v in loop.emitted[: self.planned.emits]]
-        emitted = [Series.joined(column, extent, x.rows).tensor for column, x in zip(columns, values, strict=False)]
+        emitted = [TimeSeries.joined(column, extent, x.rows).tensor for column, x in zip(columns, values, strict=False)]
         states = columns[len(loop.emitted) + len(loop.totals) :]
         if extent.ragged:
-            every = [Series.joined(column, extent, 0).tensor for column in states]
+            every = [TimeSeries.joined(column, extent, 0).tensor for column in states]
             return [*emitted, *(extent.last_of(entries, reverse=self.reverse) for entries in every)]
         return [*emitted, *(column[0 if self.reverse else -1] for column in states)]
 

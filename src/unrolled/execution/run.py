@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unrolled.execution.batched import BatchedOps
 from unrolled.execution.loop_function import LoopUnderAutograd
 from unrolled.execution.protocol import LoopRunner
-from unrolled.execution.series import Entry, Series
+from unrolled.execution.series import Entry, TimeSeries
 from unrolled.execution.stages import SegmentStages
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
@@ -45,7 +45,9 @@ def run_plan(
     recording = plan.recording
     sequences = leaves(inputs)
     fold = 0 if extent.ragged else None
-    env: dict[int, Entry] = {v: Series(leaf, extent, fold) for v, leaf in zip(recording.inputs, sequences, strict=True)}
+    env: dict[int, Entry] = {
+        v: TimeSeries(leaf, extent, fold) for v, leaf in zip(recording.inputs, sequences, strict=True)
+    }
     context_leaves = [] if context is None else leaves(context)
     externals = [external.fetch(cell) for external in recording.externals]
     env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))

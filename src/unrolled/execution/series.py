@@ -13,7 +13,7 @@ from unrolled.lengths import Extent
 
 
 @dataclass(frozen=True)
-class Series:
+class TimeSeries:
     """A value at every step of a segment.
 
     Attributes:
@@ -28,7 +28,7 @@ class Series:
     rows: int | None = None
 
     @classmethod
-    def constant(cls, tensor: Tensor, extent: Extent, rows: int | None) -> Series:
+    def constant(cls, tensor: Tensor, extent: Extent, rows: int | None) -> TimeSeries:
         """A value that is the same at every step: without memory for it, unless rows end at different times.
 
         Args:
@@ -42,7 +42,7 @@ class Series:
         return cls(by_row.flatten(rows, rows + 1), extent, rows)
 
     @classmethod
-    def joined(cls, steps: Sequence[Tensor], extent: Extent, rows: int | None) -> Series:
+    def joined(cls, steps: Sequence[Tensor], extent: Extent, rows: int | None) -> TimeSeries:
         """A value from its entries at step 0, 1, 2, ...; takes what `constant` does."""
         if rows is None or not extent.ragged:
             return cls(torch.stack(tuple(steps)), extent)
@@ -91,5 +91,5 @@ class Total:
     tensor: Tensor
 
 
-Entry: TypeAlias = Tensor | Series | Total
+Entry: TypeAlias = Tensor | TimeSeries | Total
 """What is known of a value over a segment: a tensor where it is the same at every step."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unrolled.execution.batched import BatchedOps
 from unrolled.execution.protocol import LoopInputs, LoopRunner
-from unrolled.execution.series import Entry, Series, Total
+from unrolled.execution.series import Entry, TimeSeries, Total
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.partition import Counter, Held, Loop, Stage, Steps
 
@@ -66,7 +66,7 @@ class SegmentStages:
         """What every copy receives of a leaf that is in no loop, and what the last one passes on."""
         extent = self.batched.extent
         if isinstance(stage, Held):
-            return (Series.constant(first, extent, 0) if extent.ragged else first), first
+            return (TimeSeries.constant(first, extent, 0) if extent.ragged else first), first
         if isinstance(stage, Counter):
             counts, last = self._counted(first, stage.step)
             return self.batched.series(self.state[leaf], counts), last

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, cat
 
 from unrolled.execution.protocol import LoopInputs
-from unrolled.execution.series import Series
+from unrolled.execution.series import TimeSeries
 from unrolled.plan.loops import LoopProgram
 from unrolled.recording.interpret import compiled
 
@@ -22,7 +22,7 @@ def iterate_loop(loop: LoopProgram, inputs: LoopInputs) -> Iterator[tuple[int, S
     extent, values, states = inputs.extent, loop.program.values, inputs.states
     step, first = compiled(loop.program), len(loop.emitted) + len(loop.totals)
     rows = [values[v].rows if extent.ragged else None for v in (*loop.sequences, *loop.fixed)]
-    columns = [Series(x, extent, dim).each() for x, dim in zip(inputs.sequences, rows, strict=False)]
+    columns = [TimeSeries(x, extent, dim).each() for x, dim in zip(inputs.sequences, rows, strict=False)]
     fixed = list(zip(inputs.fixed, rows[len(columns) :], strict=True))
     for t in reversed(range(extent.steps)) if inputs.reverse else range(extent.steps):
         alive = extent.sizes[t]

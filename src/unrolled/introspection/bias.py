@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unrolled.bptt.truncation import Block, Truncation, truncation_of
+from unrolled.bptt.truncation import LossBlock, Truncation, truncation_of
 from unrolled.errors import OptionError
 from unrolled.introspection.taps import derivative
 from unrolled.results import Result
@@ -114,7 +114,7 @@ def truncation_bias(
         made_of: the parameters by name.
     """
     T = len(steps)
-    whole = [Block(0, T, 0)]
+    whole = [LossBlock(0, T, 0)]
     cut = whole if truncation.horizon >= T else truncation.blocks(T)
     truncated, full = (_total(blocks, steps, initial, made_of) for blocks in (cut, whole))
     pairs = {name: _bias(truncated[name], full[name]) for name in made_of}
@@ -123,7 +123,7 @@ def truncation_bias(
 
 
 def _total(
-    blocks: Sequence[Block], steps: Sequence[StepGrads], initial: Sequence[Tensor], made_of: Mapping[str, Tensor]
+    blocks: Sequence[LossBlock], steps: Sequence[StepGrads], initial: Sequence[Tensor], made_of: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """A gradient in which each block's losses reach the copies from its cut on, and no earlier one."""
     sums = {name: torch.zeros_like(weight) for name, weight in made_of.items()}

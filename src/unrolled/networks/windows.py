@@ -12,7 +12,7 @@ from unrolled import sequence
 from unrolled.bptt.own_backward import reason_expired
 from unrolled.bptt.segments import SequenceRun
 from unrolled.bptt.truncated import TapedRun
-from unrolled.bptt.truncation import Block, Truncation
+from unrolled.bptt.truncation import LossBlock, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
 from unrolled.lengths import Extent, Lengths, checked_lengths
 from unrolled.networks.base import Network
@@ -204,7 +204,7 @@ class _Windows:
                 self.random = torch.random.get_rng_state()
             extent, bounds = Extent(T, self.chunks.batch), {following}.intersection(range(T))
             whole = SequenceRun(self._run, steps, self.entry, self.context, extent, False, self.network)
-            return TapedRun(whole, [Block(start, T, 0)], bounds=bounds)
+            return TapedRun(whole, [LossBlock(start, T, 0)], bounds=bounds)
 
     def _run(self, steps: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         (inputs, resets), first = steps, self.begin + start
