@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Advance:
-    """Run steps `[start, stop)` without a tape: from the state that step `start` receives to the one that `stop` does."""
+    """Run steps `[start, stop)` without a tape: the current state, which `start` receives, becomes that of `stop`."""
 
     start: int
     stop: int

@@ -42,15 +42,15 @@ class Schedule:
     slots: int | None = None
 
     def __post_init__(self) -> None:
-        _refuse_below_one("T", self.T, "a sequence has at least one step")
-        _refuse_below_one("length", self.length, "one step is the shortest segment")
+        _check_positive("T", self.T, "a sequence has at least one step")
+        _check_positive("length", self.length, "one step is the shortest segment")
         if self.length > self.T:
             raise OptionError(
                 f"length must be at most T, got length {self.length} with T {self.T}; "
                 "the longest segment is the whole sequence: pass T"
             )
         if self.slots is not None:
-            _refuse_below_one("slots", self.slots, "the initial state takes one")
+            _check_positive("slots", self.slots, "the initial state takes one")
 
     def __iter__(self) -> Iterator[Action]:
         """Make the actions, counted in steps."""
@@ -167,7 +167,7 @@ def revolve(T: int, slots: int, length: int = 1) -> Schedule:
         >>> revolve(1000, slots=2, length=50).extra_advances
         3250
     """
-    _refuse_below_one("slots", slots, "the initial state takes one")
+    _check_positive("slots", slots, "the initial state takes one")
     return Schedule(T, length, slots)
 
 
@@ -226,6 +226,6 @@ def _repetitions(n: int, c: int) -> int:
     return r
 
 
-def _refuse_below_one(name: str, value: int, remedy: str) -> None:
+def _check_positive(name: str, value: int, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"{name} must be a positive integer, got {value!r}; {remedy}")
