@@ -49,10 +49,17 @@ def run_checkpointed(run: SequenceRun, schedule: Schedule) -> tuple[Tree, Tree]:
 
 
 class _CheckpointedRun(DifferentiableRun):
-    """Carries out actions: on the current state, slots for states, and one tape.
+    """Carries out the actions of a schedule on the current state, slots for states, and one tape.
+
+    Args:
+        run: the run.
+        schedule: the schedule.
 
     Attributes:
-        unlisted: tensors that get gradients though they are neither given nor parameters; known after the forward pass.
+        unlisted: leaves that get gradients besides the inputs, the state, the context and the parameters; known after
+            the forward pass.
+        again: whether steps are being run again, so that what they write into buffers is thrown away.
+        reversed: whether a backward pass has begun.
     """
 
     NO_GRAPH = (
@@ -83,7 +90,7 @@ class _CheckpointedRun(DifferentiableRun):
         return self._differentiable
 
     def _restart(self) -> None:
-        """Go back to the first action, with nothing stored."""
+        """Begin with the first action, with nothing stored."""
         self.actions: Iterator[Action] = iter(self.schedule)
         self.current = self.segments[0].rows_of(self.run.state)
         self.slots = Slots(max(self.schedule.slots_needed, 1))
@@ -205,7 +212,7 @@ class _CheckpointedRun(DifferentiableRun):
         return self.aliases(self.run.run, *args, again=self.again)
 
     def _refuse_unlisted(self, tape: TapedSegment) -> None:
-        """What gets a gradient was decided when the last segment was taped."""
+        """Refuse leaves that the last segment did not read: what gets a gradient was decided when it was taped."""
         found = unlisted_leaves([tape], [*self.aliases.aliases, *self.unlisted])
         if found:
             raise GradientError(
@@ -223,7 +230,7 @@ class _CheckpointedRun(DifferentiableRun):
             self.current = self.segments[number + 1].received(self.run.state, last)
 
     def _refuse_others(self, segment: Segment, number: int, made: Tree) -> None:
-        """Outputs and a state that were there before must be the same again."""
+        """Refuse outputs and a state that differ from those of the first time."""
         checksum, before = Checksum.of(made), self.checksums[number]
         if before is None:
             self.checksums[number] = checksum

@@ -87,8 +87,8 @@ class Segment:
         """
         if not self.extent.ragged:
             return following if self.rows_out else grad
-        parts = [following, grad], [slice(0, self.rows_out), self.ending]
-        present = [(x, rows) for x, rows in zip(*parts, strict=True) if x is not None and rows.start < rows.stop]
+        parts = [(following, slice(0, self.rows_out)), (grad, self.ending)]
+        present = [(part, rows) for part, rows in parts if part is not None and rows.start < rows.stop]
         if not present:
             return None
         full = torch.zeros_like(last)

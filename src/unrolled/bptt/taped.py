@@ -85,7 +85,7 @@ class TapedSegment:
 
 
 def unlisted_leaves(taped: Iterable[TapedSegment], weights: Sequence[Tensor]) -> list[Tensor]:
-    """What segments depend on that is neither given to them nor among their weights."""
+    """The leaves that segments depend on beyond their inputs, states, contexts and weights."""
     taped = list(taped)
     results = [x for each in taped for x in each.results]
     return leaves_behind(results, known=[*(x for each in taped for x in each.read), *weights])
@@ -105,9 +105,9 @@ class GradientSums:
         self, segments: Sequence[Segment], inputs: Sequence[Tensor], state: Sequence[Tensor], others: int
     ) -> None:
         steps = {segment.begin: slice(segment.place, segment.place + segment.count) for segment in segments}
-        beginning = [segment for segment in segments if segment.beginning.start < segment.beginning.stop]
-        # A state of rows that are all as long as each other may have leaves without rows: these are one part.
-        self._rows = {segment.begin: segment.beginning if segment.extent.ragged else ... for segment in beginning}
+        starting = [segment for segment in segments if segment.beginning.start < segment.beginning.stop]
+        # Where all rows are as long as each other, a leaf of the state may have no rows: it is one part.
+        self._rows = {segment.begin: segment.beginning if segment.extent.ragged else ... for segment in starting}
         self._inputs = [_SumByParts(leaf, steps) for leaf in inputs]
         self._state = [_SumByParts(leaf, self._rows) for leaf in state]
         self._others: list[Tensor | None] = [None] * others

@@ -66,14 +66,14 @@ class BatchedOps:
             env.update(zip(op.outputs, self._results(number, op, entries), strict=False))
 
     def _results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """The results of an operation: on sums, once, on all rows of all steps, or for each step."""
         kinds = {type(entry) for entry in entries.values()}
         if Total in kinds:
             return self._on_sums(op, entries)
         if TimeSeries not in kinds:
             by_step = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
             return self._step_by_step(op, entries) if by_step else run_op(op, entries, self.extent.batch)
-        spread_rows = any(v in self.rows and not isinstance(entry, TimeSeries) for v, entry in entries.items())
-        if not spread_rows and all(v in self.rows for v, entry in entries.items() if isinstance(entry, TimeSeries)):
+        if all((v in self.rows) == isinstance(entry, TimeSeries) for v, entry in entries.items()):
             if number not in self.coupled:
                 return self._folded(op, entries)
             if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
@@ -101,7 +101,7 @@ class BatchedOps:
         return [TimeSeries(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
 
     def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
-        """One operation for each step, by vmap; Functions with a backward of their own one after the other."""
+        """An operation for each step, by vmap; Functions with a backward of their own one after the other."""
         if self.extent.ragged:
             return self._step_by_step(op, entries)
         tensors = [
@@ -127,10 +127,9 @@ class BatchedOps:
         many = max(1, CHUNK_BYTES // max(bytes_of_step, 1))
         totals: list[Tensor] = []
         for start in range(0, self.extent.steps, many):
-            pieces = [
-                tensor[start : start + many] if dim == 0 else tensor for tensor, dim in zip(tensors, dims, strict=True)
-            ]
-            added = [result.sum(0) for result in run(*pieces)]
+            pairs = zip(tensors, dims, strict=True)
+            chunk = [tensor[start : start + many] if dim == 0 else tensor for tensor, dim in pairs]
+            added = [result.sum(0) for result in run(*chunk)]
             totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
         return totals
 
@@ -143,7 +142,7 @@ class BatchedOps:
         return [Total(result) for result in run_op(op, tensors, self.extent.batch)]
 
     def _step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
-        """One operation for each step on the rows that are alive, where steps differ in how many that are."""
+        """An operation for each step on the rows that are alive, where steps differ in how many that are."""
         columns = {v: self._each(v, entry) for v, entry in entries.items()}
         results = (
             run_op(op, {v: column[t] for v, column in columns.items()}, n) for t, n in enumerate(self.extent.sizes)

@@ -1,4 +1,4 @@
-"""Tensors that are known not to change for a while: what is made of them is made once.
+"""Tensors that do not change for a while: what is computed from them is computed once.
 
 A network that is run segment by segment reads the same weights each time. What an engine makes of a weight before it
 can use it (a matrix packed as its kernel reads it) then holds for all segments of a pass.
