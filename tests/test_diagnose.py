@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import unrolled as ur
 from problems import LinearCell
-from unrolled.diagnosis.quantiles import quartiles
-from unrolled.diagnosis.results import Reach
-from unrolled.diagnosis.tangents import measure_tangents, trajectory_of
-from unrolled.diagnosis.walk import Walk
+from unrolled.diagnosis.figures import Reach
+from unrolled.diagnosis.statistics import quartiles
+from unrolled.diagnosis.tangents import Trajectory, measure_tangents
+from unrolled.diagnosis.timeline import Timeline
 
 CLOSE = {"rel": 1e-9, "abs": 1e-300}
 
@@ -324,7 +324,7 @@ def test_the_lorenz_system_has_its_known_leading_exponent() -> None:
     with torch.no_grad():
         _, start = rnn(torch.zeros(1000, rows, 1))  # onto the attractor
         copies = ur.copies(rnn, torch.zeros(3000, rows, 1), start)
-    _, found = measure_tangents(trajectory_of(Walk(copies, None), rows), 1, profile=False)
+    _, found = measure_tangents(Trajectory.of(Timeline(copies, None), rows), 1, profile=False)
     assert found.rows == rows
     assert found.exponents[0] / 0.01 == pytest.approx(0.906, abs=0.02)
 

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import differentiable
 from unrolled.cells.contract import name_of
+from unrolled.diagnosis.figures import JacobianProfile, Lyapunov, Reach
 from unrolled.diagnosis.flow import gradient_flow, weight_shares
-from unrolled.diagnosis.lag import lag_profile, reach
+from unrolled.diagnosis.lag import lag_profile
 from unrolled.diagnosis.nonfinite import first_bad_gradient, first_bad_value, is_finite
-from unrolled.diagnosis.results import Diagnosis, JacobianProfile, LayerDiagnosis, Lyapunov, Missing
-from unrolled.diagnosis.tangents import UnmeasurableError, measure_tangents, trajectory_of
+from unrolled.diagnosis.results import Diagnosis, LayerDiagnosis, Missing
+from unrolled.diagnosis.tangents import Trajectory, UnmeasurableError, measure_tangents
+from unrolled.diagnosis.timeline import Timeline
 from unrolled.diagnosis.units import unit_figures
 from unrolled.diagnosis.verdict import verdict_of
-from unrolled.diagnosis.walk import Walk
 from unrolled.errors import GradientError, InputError, NonFiniteError, OptionError
 from unrolled.introspection.copies import Copies
-from unrolled.introspection.layered import copies
+from unrolled.introspection.layered import LayeredCopies, copies
 from unrolled.lengths import Lengths
 from unrolled.trees import Tree, leaves
-
-_ROWS = 8
 
 
 def diagnose(
@@ -79,50 +79,32 @@ def diagnose(
         >>> found.verdict.kind, found.layers[0].reach.thousandth < 50
         ('vanishing', True)
     """
-    _check(loss, probes, horizon, lyapunov)
+    _refuse_arguments(loss, probes, horizon, lyapunov)
     with torch.random.fork_rng():
         run = copies(rnn, inputs, state, lengths=lengths, resets=resets, context=context)
-        named = run.named_networks()
-        steps = max(len(one) for _, one in named)
+        networks = run.named_networks()
+        steps = max(len(network) for _, network in networks)
         if steps < 2:
             raise InputError(f"a diagnosis needs rows of at least 2 steps, got {steps}; gradients have no way to go")
         value = loss(run.outputs, run.state)
-        _refuse_bad(value, run)
-        grads = run.observe(value)
-        if not is_finite(list(grads.values())):
-            raise (
-                first_bad_value(run)
-                or first_bad_gradient(run)
-                or NonFiniteError(
-                    "a gradient is NaN or infinite, and no copy made it; look at how the loss takes the weights"
-                )
-            )
-        layers = [_diagnosed(name, one, resets, probes, lyapunov) for name, one in named]
+        grads = _finite_gradients(run, value)
+        layers = [_diagnosed(name, network, resets, probes, lyapunov) for name, network in networks]
     trained = {id(parameter) for parameter in rnn.parameters()}
     norms = [float(torch.linalg.vector_norm(grad.to_dense())) for leaf, grad in grads.items() if id(leaf) in trained]
-    given, cut = run.layout, horizon or getattr(rnn, "horizon", None)
+    cut = horizon or getattr(rnn, "horizon", None)
     return Diagnosis(
         network=rnn._get_name(),
         T=steps,
-        B=given.batch,
+        B=run.layout.batch,
         horizon=cut,
         loss=float(value.detach()),
         grad_norm=math.hypot(*norms),
         layers=tuple(layers),
-        verdict=verdict_of(layers, [one.cell for _, one in named], cut),
+        verdict=verdict_of(layers, [network.cell for _, network in networks], cut),
     )
 
 
-def _refuse_bad(value: Any, run: Any) -> None:
-    """No figure can be read off a NaN; the operation that made it is the diagnosis."""
-    if isinstance(value, Tensor) and not is_finite([value]):
-        told = value.detach().flatten()[0].item()
-        raise first_bad_value(run) or NonFiniteError(
-            f"the loss is {told}, while all outputs and states are finite; look at how it is computed"
-        )
-
-
-def _check(loss: Any, probes: int, horizon: int | None, lyapunov: int | None) -> None:
+def _refuse_arguments(loss: Any, probes: int, horizon: int | None, lyapunov: int | None) -> None:
     if not callable(loss):
         raise OptionError(f"loss must be a function loss(outputs, state) of a scalar, got a {type(loss).__name__}")
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -132,37 +114,48 @@ def _check(loss: Any, probes: int, horizon: int | None, lyapunov: int | None) ->
             raise OptionError(f"{name} must be a positive integer, got {value!r}")
 
 
+def _finite_gradients(run: Copies | LayeredCopies, loss: Tensor) -> dict[Tensor, Tensor]:
+    """The gradients of the leaves that a loss depends on, which the run's copies remember.
+
+    Raises:
+        NonFiniteError: where the loss or one of them is not finite: the operation that made it so is the diagnosis.
+    """
+    if isinstance(loss, Tensor) and not is_finite([loss]):
+        value = loss.detach().flatten()[0].item()
+        raise first_bad_value(run) or NonFiniteError(
+            f"the loss is {value}, while all outputs and states are finite; look at how it is computed"
+        )
+    grads = run.observe(loss)
+    if not is_finite(list(grads.values())):
+        unknown = "a gradient is NaN or infinite, and no copy made it; look at how the loss takes the weights"
+        raise first_bad_value(run) or first_bad_gradient(run) or NonFiniteError(unknown)
+    return grads
+
+
 def _diagnosed(name: str, run: Copies, resets: Tensor | None, probes: int, lyapunov: int | None) -> LayerDiagnosis:
-    walk = Walk(run, resets)
-    lag = lag_profile(walk, probes)
+    timeline = Timeline(run, resets)
+    lag = lag_profile(timeline, probes)
     units, missing = unit_figures(run)
     jacobian: JacobianProfile | None = None
     exponents: Lyapunov | None = None
     try:
-        jacobian, exponents = measure_tangents(trajectory_of(walk, _ROWS), lyapunov)
+        jacobian, exponents = measure_tangents(Trajectory.of(timeline, rows=8), lyapunov)
     except UnmeasurableError as error:
         missing += [Missing(figure, str(error)) for figure in ("jacobian", "lyapunov")]
     if lag is None:
-        missing += [Missing(figure, _why_no_lag(run)) for figure in ("lag", "reach")]
+        why = "the state has no floating numbers"
+        if any(map(differentiable, leaves(run[0].state))):
+            why = "the loss takes nothing of this layer's outputs, or of its last state nothing that has rows"
+        missing += [Missing(figure, why) for figure in ("lag", "reach")]
     return LayerDiagnosis(
         name=name,
         cell=name_of(run.cell),
         flow=gradient_flow(run),
         lag=lag,
-        reach=None if lag is None else reach(lag),
+        reach=None if lag is None else Reach.of(lag),
         weights=weight_shares(run),
         jacobian=jacobian,
         lyapunov=exponents,
         units=units,
-        missing=_sorted(missing),
+        missing=tuple(sorted(missing, key=lambda one: one.figure)),
     )
-
-
-def _why_no_lag(run: Copies) -> str:
-    if any(x.is_floating_point() or x.is_complex() for x in leaves(run[0].state)):
-        return "the loss takes nothing of this layer's outputs, or of its last state nothing that has rows"
-    return "the state has no floating numbers"
-
-
-def _sorted(missing: Sequence[Missing]) -> tuple[Missing, ...]:
-    return tuple(sorted(missing, key=lambda one: one.figure))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 
 import torch
 from torch import Tensor
 
-from unrolled.diagnosis.quantiles import quartiles
-from unrolled.diagnosis.results import GradientFlow, WeightShares
-from unrolled.diagnosis.walk import row_norms
+from unrolled.diagnosis.figures import GradientFlow, WeightShares
+from unrolled.diagnosis.statistics import norm, quartiles, row_norms
 from unrolled.introspection.copies import Copies
 from unrolled.trees import leaves
 
@@ -22,16 +21,11 @@ def gradient_flow(copies: Copies) -> GradientFlow:
     """
     figures = []
     for copy in copies:
-        grads = [grad.unsqueeze(0) for grad in _floating(copy.total_state_grad)]
+        # A leaf that has no gradient is None here, which is a tree without leaves.
+        grads = [grad.unsqueeze(0) for grad in leaves(copy.total_state_grad)]
         norms = row_norms(grads, len(copy.rows))[0]
         figures.append((float(torch.linalg.vector_norm(norms)), *quartiles(norms)))
-    norms, lower, median, upper = zip(*figures, strict=True)
-    return GradientFlow(norms, lower, median, upper)
-
-
-def _floating(tree: object) -> list[Tensor]:
-    """The gradients of a tree in which leaves without one are None, which is a tree without leaves."""
-    return leaves(tree)
+    return GradientFlow(*zip(*figures, strict=True))
 
 
 def weight_shares(copies: Copies) -> tuple[WeightShares, ...]:
@@ -43,23 +37,22 @@ def weight_shares(copies: Copies) -> tuple[WeightShares, ...]:
     Args:
         copies: of one network, after a backward pass.
     """
-    names = list(copies.weights)
-    norms: dict[str, list[float]] = {name: [] for name in names}
-    dots: dict[str, list[float]] = {name: [] for name in names}
-    sums: dict[str, Tensor] = {}
-    for shares in _each(copies, names):
-        for name, share in shares.items():
-            norms[name].append(_norm(share))
-            sums[name] = sums[name] + share if name in sums else share.clone()
-    for shares in _each(copies, names):
-        for name, share in shares.items():
-            dots[name].append(_dot(share, sums[name]))
-    return tuple(_shares(name, _norm(sums[name]), norms[name], dots[name]) for name in names)
-
-
-def _each(copies: Copies, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    names, sums = list(copies.weights), dict[str, Tensor]()
+    norms, dots = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for copy in copies:
-        yield copy.shares(names) if names else {}
+        for name, share in copy.shares(names).items():
+            norms[name].append(norm(share))
+            sums[name] = sums[name] + share if name in sums else share.clone()
+    for copy in copies:
+        for name, share in copy.shares(names).items():
+            dots[name].append(_dot(share, sums[name]))
+    found = []
+    for name in names:
+        whole, total = norm(sums[name]), sum(norms[name])
+        pairs = zip(norms[name], dots[name], strict=True)
+        cosines = tuple(dot / (one * whole) if one * whole else 0.0 for one, dot in pairs)
+        found.append(WeightShares(name, whole, tuple(norms[name]), cosines, whole / total if total else 0.0))
+    return tuple(found)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -67,12 +60,3 @@ def _dot(a: Tensor, b: Tensor) -> float:
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     return float((a.double() * b.double()).sum())
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.abs(), dtype=torch.float64))
-
-
-def _shares(name: str, whole: float, norms: list[float], dots: list[float]) -> WeightShares:
-    cosines = [dot / (norm * whole) if norm * whole else 0.0 for dot, norm in zip(dots, norms, strict=True)]
-    return WeightShares(name, whole, tuple(norms), tuple(cosines), whole / sum(norms) if sum(norms) else 0.0)

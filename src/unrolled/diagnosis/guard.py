@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from unrolled.autograd_graph import differentiable
 from unrolled.diagnosis.nonfinite import first_bad_gradient, first_bad_value, is_finite
 from unrolled.errors import NonFiniteError, OptionError
-from unrolled.introspection.layered import copies
+from unrolled.introspection.copies import Copies
+from unrolled.introspection.layered import LayeredCopies, copies
 from unrolled.networks.layered import Layered
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import Unrolled
-from unrolled.trees import Tree, flatten, leaves, map_leaves
+from unrolled.trees import Tree, leaves, map_leaves
 
 
 class Guard:
@@ -33,7 +35,7 @@ class Guard:
         trained = [(name, parameter) for name, parameter in rnn.named_parameters() if parameter.requires_grad]
         self._trained = len(trained)
         for name, parameter in trained:
-            self._handles.append(parameter.register_hook(self._watching(f"the gradient of {name}")))
+            self._handles.append(parameter.register_hook(self._weight_hook(f"the gradient of {name}")))
 
     def remove(self) -> None:
         """End it: nothing is watched or kept any more."""
@@ -54,18 +56,18 @@ class Guard:
     def _ends(self, rnn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: tuple[Tree, Tree]) -> None:
         if self._busy:
             return
-        call, found = self._call, [x for x in leaves(result) if x.is_floating_point() or x.is_complex()]
+        call, found = self._call, list(filter(differentiable, leaves(result)))
         if not is_finite(found):
-            raise self._traced(lambda: self._run_again(call)) from None
+            raise self._explained(lambda: self._run_again(call)) from None
         call.grads = [None] * len(found)
         for n, tensor in enumerate(found):
             if tensor.requires_grad:
-                tensor.register_hook(self._noting(call, n))
+                tensor.register_hook(self._grad_hook(call, n))
 
-    def _noting(self, call: _Call, n: int) -> Callable[[Tensor], None]:
+    def _grad_hook(self, call: _Call, n: int) -> Callable[[Tensor], None]:
         """A hook on one tensor that a call returned: what the loss takes of it is what the way back starts from."""
 
-        def note(grad: Tensor) -> None:
+        def add(grad: Tensor) -> None:
             if not self._busy and self._handles:
                 self._seen.clear()
                 before = call.grads[n]
@@ -73,29 +75,31 @@ class Guard:
                 if call not in self._returned:
                     self._returned.append(call)
 
-        return note
+        return add
 
-    def _watching(self, what: str) -> Callable[[Tensor], None]:
+    def _weight_hook(self, what: str) -> Callable[[Tensor], None]:
         def watch(grad: Tensor) -> None:
             if (
                 self._returned
                 and not self._busy
                 and not is_finite([grad.coalesce().values() if grad.is_sparse else grad])
             ):
-                raise self._traced(self._back_again, what)
+                raise self._explained(self._back_again, what)
             self._seen.add(what)
             if len(self._seen) == self._trained and not self._busy:
-                self._let_go()
+                self._forget_grads()
 
         return watch
 
-    def _let_go(self) -> None:
+    def _forget_grads(self) -> None:
         """After the last weight's gradient: memory of the loss's gradients is there for the next step again."""
         for call in self._returned:
             call.grads = [None] * len(call.grads)
         self._returned = []
 
-    def _traced(self, look: Callable[[], NonFiniteError | None], what: str = "the outputs or states") -> NonFiniteError:
+    def _explained(
+        self, look: Callable[[], NonFiniteError | None], what: str = "the outputs or states"
+    ) -> NonFiniteError:
         self._busy = True
         try:
             found = look()
@@ -114,7 +118,7 @@ class Guard:
         for call in self._returned:
             with torch.enable_grad():
                 run = call.copies_of(self._rnn)
-                returned = [x for x in leaves((run.outputs, run.state)) if x.is_floating_point() or x.is_complex()]
+                returned = filter(differentiable, leaves((run.outputs, run.state)))
                 pairs = [(x, grad) for x, grad in zip(returned, call.grads, strict=True) if grad is not None]
                 loss = sum(((x * grad.detach()).sum() for x, grad in pairs), torch.zeros(()))
                 run.observe(loss)
@@ -133,7 +137,7 @@ class _Call:
         self.on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self.grads: list[Tensor | None] = []
 
-    def copies_of(self, rnn: nn.Module) -> Any:
+    def copies_of(self, rnn: nn.Module) -> Copies | LayeredCopies:
         """The copies of the same call by the reference engine, with the same random numbers."""
         with torch.random.fork_rng():
             torch.random.set_rng_state(self.random)
@@ -143,12 +147,7 @@ class _Call:
             inputs = options.pop("input") if "input" in options else options.pop("inputs")
             if "hx" in options:  # as torch.nn's layers call it
                 options["state"] = options.pop("hx")
-            return copies(rnn, _detached(inputs), **options)
-
-
-def _detached(inputs: Tree) -> Tree:
-    tensors, _ = flatten(inputs)
-    return map_leaves(Tensor.detach, inputs) if tensors else inputs
+            return copies(rnn, map_leaves(Tensor.detach, inputs), **options)
 
 
 def guard(rnn: nn.Module) -> Guard:

@@ -1,164 +1,28 @@
-"""What was measured, as plain numbers: frozen dataclasses of floats, no tensors. Made in this room, drawn in others.
+"""What a diagnosis says of a network: its layers' figures, the rules that held, and what may help.
 
-A lag counts copies: what has lag k has passed k copies on its way back. All norms are Euclidean. Shape letters do not
-occur, since nothing here has a shape: a figure over time is a tuple with one number for each step.
+Text and JSON of the whole are made here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from unrolled.diagnosis.unit_results import UnitFigures
-from unrolled.results import Result, plain
+from unrolled.diagnosis.figures import (
+    GradientFlow,
+    JacobianProfile,
+    LagProfile,
+    Lyapunov,
+    Reach,
+    UnitFigures,
+    WeightShares,
+)
+from unrolled.results import Result
 
 KINDS = ("chaotic", "exploding", "vanishing", "saturated", "cut by truncation", "healthy")
 """What a verdict may be, the gravest first."""
-
-
-@dataclass(frozen=True)
-class GradientFlow(Result):
-    """|dL/dstate_t|: the loss's whole gradient by the state that each copy receives.
-
-    Attributes:
-        norms: for each step t the norm over all rows that are alive.
-        lower: for each step the lower quartile over these rows of the row's own norm.
-        median: the median.
-        upper: the upper quartile.
-    """
-
-    norms: tuple[float, ...]
-    lower: tuple[float, ...]
-    median: tuple[float, ...]
-    upper: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class LagProfile(Result):
-    """|d loss_t / d state_s| over the lag t - s, quartiles over rows and probes.
-
-    The loss at t is what the loss takes of the output of copy t (and of a row's last state where it takes that): its
-    gradient there, sent back through earlier copies alone. In a stack it is what arrives at that layer's output.
-
-    Attributes:
-        lags: 1, 2, ...: how many copies the gradient has passed; the state is the one that the last of them received.
-        lower: for each lag the lower quartile of the norm.
-        median: the median.
-        upper: the upper quartile.
-        kept: for each lag the median of the norm as a share of what the same row and probe had at lag 1.
-        counts: how many pairs of row and probe have this lag.
-        probes: how many probes a row has at most.
-        steps: at which steps there are probes, in order.
-    """
-
-    lags: tuple[int, ...]
-    lower: tuple[float, ...]
-    median: tuple[float, ...]
-    upper: tuple[float, ...]
-    kept: tuple[float, ...]
-    counts: tuple[int, ...]
-    probes: int
-    steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class JacobianProfile(Result):
-    """The Jacobian products d state_t / d state_s from each row's first copy on, over the lag.
-
-    Attributes:
-        lags: how many copies: all of a short sequence, else some evenly on a logarithmic scale.
-        norm: for each lag the median over rows of the Frobenius norm.
-        lower: the lower quartile over rows of the leading singular value.
-        median: the median of the leading singular value.
-        upper: its upper quartile.
-        rows: how many rows were measured.
-        size: how many entries a row's state has.
-        tangents: how many tangents were sent along; with as many as `size` the figures are exact, with fewer the norm
-            is an estimate and the singular value a bound from below.
-    """
-
-    lags: tuple[int, ...]
-    norm: tuple[float, ...]
-    lower: tuple[float, ...]
-    median: tuple[float, ...]
-    upper: tuple[float, ...]
-    rows: int
-    size: int
-    tangents: int
-
-
-@dataclass(frozen=True)
-class Lyapunov(Result):
-    """The leading Lyapunov exponents of a trajectory, in nats per step, the largest first.
-
-    Attributes:
-        exponents: the mean over rows.
-        errors: the standard error of that mean; 0 for one row.
-        steps: over how many steps growth was measured, in the longest row.
-        burn_in: how many steps before these only turned the tangents.
-        rows: how many rows were measured.
-    """
-
-    exponents: tuple[float, ...]
-    errors: tuple[float, ...]
-    steps: int
-    burn_in: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Reach(Result):
-    """How far back gradients reach, read off a lag profile.
-
-    Attributes:
-        tenth: the first lag at which a tenth or less is kept of what there was at lag 1; None if that is farther than
-            was measured.
-        hundredth: the same for a hundredth.
-        thousandth: the same for a thousandth.
-        rate: growth of the logarithm per step, fitted to what is kept; below zero for gradients that vanish.
-        measured: the largest lag measured.
-    """
-
-    tenth: int | None
-    hundredth: int | None
-    thousandth: int | None
-    rate: float
-    measured: int
-
-    @property
-    def halving(self) -> float:
-        """In how many steps gradients halve; infinite where they do not."""
-        return math.log(2) / -self.rate if self.rate < 0 else math.inf
-
-    @property
-    def doubling(self) -> float:
-        """In how many steps gradients double; infinite where they do not."""
-        return math.log(2) / self.rate if self.rate > 0 else math.inf
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name, `halving` and `doubling` among them."""
-        return super().to_dict() | {"halving": plain(self.halving), "doubling": plain(self.doubling)}
-
-
-@dataclass(frozen=True)
-class WeightShares(Result):
-    """One parameter's gradient by copy.
-
-    Attributes:
-        name: the parameter.
-        norm: that of the whole gradient, over all copies.
-        norms: that of each copy's own share.
-        cosines: the cosine between each copy's share and the sum of all; 0 where either is zero.
-        agreement: the norm of the sum over the sum of the norms: 1 where all copies agree, near 0 where they cancel.
-    """
-
-    name: str
-    norm: float
-    norms: tuple[float, ...]
-    cosines: tuple[float, ...]
-    agreement: float
 
 
 @dataclass(frozen=True)
@@ -269,6 +133,21 @@ class LayerDiagnosis(Result):
     units: UnitFigures
     missing: tuple[Missing, ...] = ()
 
+    def in_words(self) -> Iterator[tuple[str, str]]:
+        """The figures, each with its name."""
+        flow = self.flow.norms
+        yield "gradient flow", f"{flow[0]:.2e} at the first copy, {flow[-1]:.2e} at the last, {max(flow):.2e} at most"
+        if self.lag is not None and self.reach is not None:
+            yield "reach", f"{self.reach.in_words()}; probes: {self.lag.probes} to a row"
+        if self.jacobian is not None:
+            yield "Jacobian product", self.jacobian.in_words()
+        if self.lyapunov is not None:
+            exponents = ", ".join(f"{x:+.3g}" for x in self.lyapunov.exponents)
+            yield "Lyapunov exponents", f"{exponents} per step, over {self.lyapunov.steps} steps"
+        for share in self.weights:
+            yield f"shares of {share.name}", f"norm {share.norm:.2e}, copies agree {share.agreement:.0%}"
+        yield from self.units.in_words()
+
 
 @dataclass(frozen=True)
 class Diagnosis(Result):
@@ -295,11 +174,15 @@ class Diagnosis(Result):
     verdict: Verdict
 
     def __str__(self) -> str:
-        from unrolled.diagnosis.telling import told  # which imports the results
-
-        return told(self)
+        horizon = "" if self.horizon is None else f", horizon {self.horizon}"
+        head = f"{self.network}, {self.T} copies, batch {self.B}{horizon}: loss {self.loss:.4g}, "
+        lines = [f"{head}gradient norm {self.grad_norm:.3g}", "", str(self.verdict)]
+        for layer in self.layers:
+            rows = [*layer.in_words(), *((f"no {missing.figure}", missing.why) for missing in layer.missing)]
+            width = max(len(name) for name, _ in rows)
+            title = ", ".join(filter(None, [layer.name, layer.cell]))
+            lines += ["", title, *(f"  {name.ljust(width)}  {figures}" for name, figures in rows)]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from unrolled.diagnosis.telling import told_as_html
-
-        return told_as_html(self)
+        return f"<pre>{html.escape(str(self))}</pre>"

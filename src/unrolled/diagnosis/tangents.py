@@ -16,24 +16,20 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unrolled.cells.contract import name_of
-from unrolled.diagnosis.quantiles import median, quartiles
-from unrolled.diagnosis.results import JacobianProfile, Lyapunov
-from unrolled.diagnosis.walk import Walk
+from unrolled.diagnosis.figures import JacobianProfile, Lyapunov
+from unrolled.diagnosis.statistics import median, quartiles
+from unrolled.diagnosis.timeline import Timeline
 from unrolled.errors import OptionError
 from unrolled.introspection.copies import Copy
 from unrolled.plan.independence import couples_rows
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
-
-_TANGENTS = 32
-_LAGS = 24
 
 
 class UnmeasurableError(Exception):
@@ -56,6 +52,27 @@ class Trajectory:
     states: Sequence[Tree]
     context: Tree
 
+    @classmethod
+    def of(cls, timeline: Timeline, rows: int) -> Trajectory:
+        """That of some rows of a run, spread evenly over the batch; of each its longest stretch without a reset.
+
+        Raises:
+            UnmeasurableError: for a cell that couples rows, cannot be copied, or has no state that moves.
+        """
+        cell = _measurable_cell(timeline)
+        many = max(timeline.sizes)
+        picked = sorted({round(n * (many - 1) / max(rows - 1, 1)) for n in range(min(rows, many))})
+        stretches = sorted(((row, _longest_stretch(timeline, row)) for row in picked), key=lambda pair: -len(pair[1]))
+        stretches = [pair for pair in stretches if pair[1]]
+        inputs, states = [], []
+        with torch.no_grad():
+            for j in range(len(stretches[0][1])):
+                here = [(row, timeline.copies[ks[j]]) for row, ks in stretches if j < len(ks)]
+                inputs.append(_rows_of(here, lambda copy: copy.input))
+                states.append(_rows_of(here, lambda copy: copy.state))
+            context = map_leaves(lambda x: x[[row for row, _ in stretches]], timeline.run.context)
+        return cls(cell, inputs, states, context)
+
     def step(self, j: int, rows: int | None = None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """Step j as a function of a row's floating state, one vector for each row, and where it is taken: `[R, D]`.
 
@@ -63,71 +80,53 @@ class Trajectory:
             j: the step.
             rows: how many of the rows that go on; None for all.
         """
-        (input, state), context = map_leaves(lambda x: x[:rows], (self.inputs[j], self.states[j])), self.context
+        input, state = map_leaves(lambda x: x[:rows], (self.inputs[j], self.states[j]))
         tensors, structure = flatten(state)
-        moving = [n for n, x in enumerate(tensors) if x.is_floating_point()]
-        rest = () if context is None else (map_leaves(lambda x: x[: len(tensors[0])], context),)
+        floating = [n for n, x in enumerate(tensors) if x.is_floating_point()]
+        sizes = [tensors[n][0].numel() for n in floating]
+        context = () if self.context is None else (map_leaves(lambda x: x[: len(tensors[0])], self.context),)
+
+        def vector_of(state: Sequence[Tensor]) -> Tensor:
+            parts = [state[n] for n in floating]
+            return torch.cat([x.flatten(1) if x.dim() > 1 else x.unsqueeze(1) for x in parts], 1)
 
         def run(vector: Tensor) -> Tensor:
-            given = list(tensors)
-            for n, part in zip(moving, vector.split([tensors[n][0].numel() for n in moving], 1), strict=True):
-                given[n] = part.reshape(tensors[n].shape).to(tensors[n].dtype)
-            found = leaves(self.cell(input, unflatten(structure, given), *rest)[1])
-            return _joined([found[n] for n in moving])
+            moved = list(tensors)
+            for n, part in zip(floating, vector.split(sizes, 1), strict=True):
+                moved[n] = part.reshape(tensors[n].shape).to(tensors[n].dtype)
+            return vector_of(leaves(self.cell(input, unflatten(structure, moved), *context)[1]))
 
-        return run, _joined([tensors[n] for n in moving])
+        return run, vector_of(tensors)
 
     def __len__(self) -> int:
         return len(self.states)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.flatten(1) if x.dim() > 1 else x.unsqueeze(1) for x in tensors], 1)
-
-
-def trajectory_of(walk: Walk, rows: int) -> Trajectory:
-    """The trajectory of some rows of a run, spread evenly over the batch; of each its longest stretch without a reset.
+def _measurable_cell(timeline: Timeline) -> nn.Module:
+    """A copy of the cell, its parameters constants.
 
     Raises:
-        UnmeasurableError: for a cell that couples rows, cannot be copied, or has no state that moves.
+        UnmeasurableError: for a cell whose rows have no Jacobians of their own, or that cannot be copied.
     """
-    first = walk.copies[0]
-    context = walk.run.context
-    _check(walk, first.input, first.state)
-    try:
-        cell = twin_of(walk.run.cell).requires_grad_(False)
-    except UnrecordableError as error:
-        raise UnmeasurableError(f"{name_of(walk.run.cell)} {error}") from error
-    if couples_rows(cell, first.input, first.state, walk.run.context_of(first)):
-        raise UnmeasurableError("rows depend on each other in a step, so that no row has a Jacobian of its own")
-    many = max(walk.sizes)
-    picked = sorted({round(n * (many - 1) / max(rows - 1, 1)) for n in range(min(rows, many))})
-    stretches = sorted(((row, _stretch(walk, row)) for row in picked), key=lambda pair: -len(pair[1]))
-    stretches = [pair for pair in stretches if pair[1]]
-    longest = len(stretches[0][1])
-    inputs, states = [], []
-    with torch.no_grad():
-        for j in range(longest):
-            here = [(row, walk.copies[ks[j]]) for row, ks in stretches if j < len(ks)]
-            inputs.append(_stacked(here, lambda copy: copy.input))
-            states.append(_stacked(here, lambda copy: copy.state))
-        if context is not None:
-            context = map_leaves(lambda x: x[[row for row, _ in stretches]].detach(), context)
-    return Trajectory(cell, inputs, states, context)
-
-
-def _check(walk: Walk, input: Tree, state: Tree) -> None:
-    tensors, rows = leaves(state), walk.sizes[0]
+    first, cell = timeline.copies[0], timeline.run.cell
+    tensors = leaves(first.state)
     if not any(x.is_floating_point() for x in tensors):
         raise UnmeasurableError("the state has no floating numbers")
-    if any(x.dim() == 0 or len(x) != rows for x in tensors):
+    if any(x.dim() == 0 or len(x) != timeline.sizes[0] for x in tensors):
         raise UnmeasurableError("the state has leaves without rows, so that no row has a Jacobian of its own")
+    try:
+        twin = twin_of(cell).requires_grad_(False)
+    except UnrecordableError as error:
+        raise UnmeasurableError(f"{name_of(cell)} {error}") from error
+    if couples_rows(twin, first.input, first.state, timeline.run.context_of(first)):
+        raise UnmeasurableError("rows depend on each other in a step, so that no row has a Jacobian of its own")
+    return twin
 
 
-def _stretch(walk: Walk, row: int) -> list[int]:
+def _longest_stretch(timeline: Timeline, row: int) -> list[int]:
     """The longest run of copies that a row passes without a reset between two of them."""
     stretches: list[list[int]] = [[]]
-    for k, (size, fresh) in enumerate(zip(walk.sizes, walk.fresh, strict=True)):
+    for k, (size, fresh) in enumerate(zip(timeline.sizes, timeline.fresh, strict=True)):
         if row < size:
             if fresh is not None and bool(fresh[row]):
                 stretches.append([])
@@ -135,7 +134,7 @@ def _stretch(walk: Walk, row: int) -> list[int]:
     return max(stretches, key=len)
 
 
-def _stacked(rows: Sequence[tuple[int, Copy]], tree_of: Callable[[Copy], Tree]) -> Tree:
+def _rows_of(rows: Sequence[tuple[int, Copy]], tree_of: Callable[[Copy], Tree]) -> Tree:
     """One row of each of several copies, as one tree."""
     numbers, copies = zip(*rows, strict=True)
     if all(copy is copies[0] for copy in copies):
@@ -144,7 +143,9 @@ def _stacked(rows: Sequence[tuple[int, Copy]], tree_of: Callable[[Copy], Tree]) 
     return map_leaves(lambda *x: torch.cat(x), *found)
 
 
-def measure_tangents(trajectory: Trajectory, exponents: int | None, *, profile: bool = True) -> tuple[Any, Any]:
+def measure_tangents(
+    trajectory: Trajectory, exponents: int | None, *, profile: bool = True
+) -> tuple[JacobianProfile | None, Lyapunov]:
     """The Jacobian products from each row's first copy on, and the leading Lyapunov exponents.
 
     Args:
@@ -166,29 +167,29 @@ def measure_tangents(trajectory: Trajectory, exponents: int | None, *, profile: 
             f"got {exponents}; take fewer exponents"
         )
     wanted = min(4, size) if exponents is None else exponents
-    many = max(wanted, min(size, _TANGENTS)) if profile else wanted
     try:
         with torch.no_grad():
-            run = _Run(trajectory, many, _spread(len(trajectory)) if profile else ())
-            run.walk()
-            return (run.profile() if profile else None), run.lyapunov(wanted)
+            # Up to 32 tangents: with as many as the state has entries the products are exact.
+            tangents = _Tangents(trajectory, max(wanted, min(size, 32)) if profile else wanted)
+            tangents.push(_lags(len(trajectory)) if profile else ())
+            return (tangents.profile() if profile else None), tangents.lyapunov(wanted)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "random operation" in told:
-            told = "it draws random numbers; dropout over time is a wrapper: DropoutCell, ZoneoutCell"
-        raise UnmeasurableError(f"a step cannot be differentiated forwards: {told}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "random operation" in reason:
+            reason = "it draws random numbers; dropout over time is a wrapper: DropoutCell, ZoneoutCell"
+        raise UnmeasurableError(f"a step cannot be differentiated forwards: {reason}") from error
 
 
-def _spread(steps: int) -> tuple[int, ...]:
+def _lags(steps: int, most: int = 24) -> tuple[int, ...]:
     """Lags from 1 to T: all of them, or some evenly on a logarithmic scale."""
-    if steps <= _LAGS:
+    if steps <= most:
         return tuple(range(1, steps + 1))
-    return tuple(sorted({round(steps ** (n / (_LAGS - 1))) for n in range(_LAGS)}))
+    return tuple(sorted({round(steps ** (n / (most - 1))) for n in range(most)}))
 
 
-class _Run:
+class _Tangents:
     """Tangents on their way along a trajectory.
 
     Attributes:
@@ -197,8 +198,8 @@ class _Run:
             `[R]`, and where the tangents arrived, `[R, D, m]`.
     """
 
-    def __init__(self, trajectory: Trajectory, many: int, lags: Sequence[int]) -> None:
-        self.trajectory, self.many, self.lags = trajectory, many, set(lags)
+    def __init__(self, trajectory: Trajectory, many: int) -> None:
+        self.trajectory, self.many = trajectory, many
         at = trajectory.step(0)[1]
         self.size = at.shape[1]
         start = torch.eye(self.size, dtype=torch.float64)
@@ -210,23 +211,21 @@ class _Run:
         self.growth: list[Tensor] = []
         self.products: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def walk(self) -> None:
-        """Push the tangents through all steps."""
+    def push(self, lags: Sequence[int]) -> None:
+        """Push the tangents through all steps; keep the products over these lags."""
         tangents = self.start
         product = torch.eye(self.many).to(tangents).expand(len(tangents), self.many, self.many)
         scale = tangents.new_zeros(len(tangents))
         for j in range(len(self.trajectory)):
             step, at = self.trajectory.step(j)
             rows = len(at)
-            pushed = _pushed(step, at, tangents[:rows])
+            pushed = self._pushed(step, at, tangents[:rows])
             if not pushed.isfinite().all():
                 raise UnmeasurableError(f"the derivatives of step {j} of a row are not finite")
             tangents, factor = torch.linalg.qr(pushed)
             self.growth.append(factor.diagonal(dim1=1, dim2=2).abs().log())
-            product, scale = factor @ product[:rows], scale[:rows]
-            largest = product.abs().amax((1, 2)).clamp_min(torch.finfo(product.dtype).tiny)
-            product, scale = product / largest[:, None, None], scale + largest.log()
-            if j + 1 in self.lags:
+            product, scale = self._rescaled(factor @ product[:rows], scale[:rows])
+            if j + 1 in lags:
                 self.products[j + 1] = product, scale, tangents
 
     def profile(self) -> JacobianProfile:
@@ -249,9 +248,9 @@ class _Run:
         """The leading singular value within the subspace in which the tangents arrived, `[R]`: one pass back."""
         cotangents, scale = arrived, arrived.new_zeros(len(arrived))
         for j in range(lag - 1, -1, -1):
-            cotangents = _pulled(*self.trajectory.step(j, len(arrived)), cotangents)
-            largest = cotangents.abs().amax((1, 2)).clamp_min(torch.finfo(cotangents.dtype).tiny)
-            cotangents, scale = cotangents / largest[:, None, None], scale + largest.log()
+            _, pull = torch.func.vjp(*self.trajectory.step(j, len(arrived)))
+            cotangents = torch.func.vmap(lambda one, pull=pull: pull(one)[0], in_dims=2, out_dims=2)(cotangents)
+            cotangents, scale = self._rescaled(cotangents, scale)
         return torch.linalg.matrix_norm(cotangents, 2).double() * scale.double().exp()
 
     def lyapunov(self, many: int) -> Lyapunov:
@@ -270,23 +269,23 @@ class _Run:
         exponents, errors = each.mean(0)[order], errors[order]
         return Lyapunov(tuple(exponents.tolist()), tuple(errors.tolist()), steps - burn_in, burn_in, rows)
 
+    @staticmethod
+    def _rescaled(matrices: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrices divided by their largest entries, whose logarithms are added to the scale: none runs over."""
+        largest = matrices.abs().amax((1, 2)).clamp_min(torch.finfo(matrices.dtype).tiny)
+        return matrices / largest[:, None, None], scale + largest.log()
 
-def _pushed(step: Callable[[Tensor], Tensor], at: Tensor, tangents: Tensor) -> Tensor:
-    """The step's derivative along tangents `[R, D, m]`."""
+    @staticmethod
+    def _pushed(step: Callable[[Tensor], Tensor], at: Tensor, tangents: Tensor) -> Tensor:
+        """The step's derivative along tangents `[R, D, m]`."""
 
-    def along(tangent: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            # torch's own formulas for forward-mode derivatives are scripted when they are first used.
-            warnings.filterwarnings("ignore", ".*torch.jit.script")
-            pushed: Tensor = torch.func.jvp(step, (at,), (tangent,))[1]
-        return pushed
+        def along(tangent: Tensor) -> Tensor:
+            with warnings.catch_warnings():
+                # torch's own formulas for forward-mode derivatives are scripted when they are first used.
+                warnings.filterwarnings("ignore", ".*torch.jit.script")
+                pushed: Tensor = torch.func.jvp(step, (at,), (tangent,))[1]
+            return pushed
 
-    if tangents.shape[2] == 1:
-        return along(tangents[..., 0].contiguous()).unsqueeze(2)
-    return torch.func.vmap(along, in_dims=2, out_dims=2)(tangents)
-
-
-def _pulled(step: Callable[[Tensor], Tensor], at: Tensor, cotangents: Tensor) -> Tensor:
-    """The step's transposed derivative along cotangents `[R, D, m]`."""
-    _, pull = torch.func.vjp(step, at)
-    return torch.func.vmap(lambda one: pull(one)[0], in_dims=2, out_dims=2)(cotangents)
+        if tangents.shape[2] == 1:
+            return along(tangents[..., 0].contiguous()).unsqueeze(2)
+        return torch.func.vmap(along, in_dims=2, out_dims=2)(tangents)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import differentiable
 from unrolled.cells.adapted import gates_of
 from unrolled.cells.contract import name_of, state_names
-from unrolled.diagnosis.quantiles import quartiles
+from unrolled.diagnosis.figures import EffectiveMemory, Gate, SpectralRadius, StateNorm, UnitFigures
 from unrolled.diagnosis.results import Missing
-from unrolled.diagnosis.unit_results import EffectiveMemory, Gate, SpectralRadius, StateNorm, UnitFigures
-from unrolled.diagnosis.walk import row_norms
+from unrolled.diagnosis.statistics import norm, quartiles, row_norms
 from unrolled.internals import DispatchMode
 from unrolled.introspection.copies import Copies, Copy
 from unrolled.recording.guards.twin import twin_of
@@ -40,17 +40,22 @@ _TENTH = math.sqrt(0.9)  # where a tanh's slope, 1 - y^2, is a tenth; a sigmoid 
 _ENDS = {"sigmoid": ((1 - _TENTH) / 2, (1 + _TENTH) / 2), "tanh": (-_TENTH, _TENTH), "relu": (0.0, math.inf)}
 
 
-class _Noticed(DispatchMode):
+class _Activation(NamedTuple):
+    operation: str
+    value: Tensor
+
+
+class _ActivationMode(DispatchMode):
     """Notes the results of activations, in the order in which they are computed.
 
     Attributes:
-        found: the operation and its result.
+        found: the activations.
         fused: an operation that computes gates where nobody sees them; empty for none.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, Tensor]] = []
+        self.found: list[_Activation] = []
         self.fused = ""
 
     def __torch_dispatch__(
@@ -59,7 +64,7 @@ class _Noticed(DispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _OPERATIONS:
             value = result[0].exp() if func is _ATEN.log_sigmoid_forward.default else result.clone()
-            self.found.append((_OPERATIONS[func], value))
+            self.found.append(_Activation(_OPERATIONS[func], value))
         elif "fused" in str(func):
             self.fused = str(func)
         return result
@@ -75,12 +80,12 @@ def unit_figures(copies: Copies) -> tuple[UnitFigures, list[Missing]]:
     gates: tuple[Gate, ...] = ()
     memory: tuple[EffectiveMemory, ...] = ()
     try:
-        gates, memory = _gates(copies)
+        gates, memory = _gate_figures(copies)
     except UnrecordableError as error:
         missing.append(Missing("units.gates", str(error)))
     if gates_of(cell) is None:
         missing.append(Missing("units.memory", f"which gate of {name_of(cell)} keeps the state is not known"))
-    radii = _radii(cell, [int(x.shape[-1]) for x in leaves(copies[0].state) if x.dim() > 1])
+    radii = _spectral_radii(cell, [int(x.shape[-1]) for x in leaves(copies[0].state) if x.dim() > 1])
     if not radii:
         missing.append(Missing("units.radii", f"{name_of(cell)} has no square parameter as wide as its state"))
     return UnitFigures(gates, memory, _state_norms(copies), radii), missing
@@ -91,24 +96,23 @@ def _state_norms(copies: Copies) -> tuple[StateNorm, ...]:
     names: Sequence[str] = state_names(copies.cell)
     if len(names) != len(tensors):
         names = [f"state{path}" for path in paths(structure)]
-    found = []
-    for n, name in enumerate(names):
-        if tensors[n].is_floating_point() or tensors[n].is_complex():
-            each = [(leaves(copy.next_state)[n].detach(), len(copy.rows)) for copy in copies]
-            found.append(StateNorm(name, tuple(_mean_norm(x, rows) for x, rows in each)))
-    return tuple(found)
+
+    def mean_norm(copy: Copy, n: int) -> float:
+        """The mean over rows of a leaf's norm; of a leaf without rows the norm."""
+        leaf, rows = leaves(copy.next_state)[n].detach(), len(copy.rows)
+        by_row = leaf.dim() and len(leaf) == rows
+        return float(row_norms([leaf.unsqueeze(0)], rows)[0].mean()) if by_row else norm(leaf)
+
+    return tuple(
+        StateNorm(name, tuple(mean_norm(copy, n) for copy in copies))
+        for n, name in enumerate(names)
+        if differentiable(tensors[n])
+    )
 
 
-def _mean_norm(leaf: Tensor, rows: int) -> float:
-    """The mean over rows of a leaf's norm; of a leaf without rows the norm."""
-    if leaf.dim() and len(leaf) == rows:
-        return float(row_norms([leaf.unsqueeze(0)], rows)[0].mean())
-    return float(torch.linalg.vector_norm(leaf.abs(), dtype=torch.float64))
-
-
-def _radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]:
-    found = []
-    gates = gates_of(cell)
+def _spectral_radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]:
+    """Those of the recurrent weights; of a cell that names none, of every square parameter as wide as its state."""
+    gates, found = gates_of(cell), []
     square = [(n, x) for n, x in cell.named_parameters() if x.dim() == 2 and x.shape[0] == x.shape[1] in widths]
     for name, weight in square if gates is None else gates.recurrent_blocks():
         values = weight.detach().to(torch.complex128 if weight.is_complex() else torch.float64).cpu()
@@ -117,42 +121,38 @@ def _radii(cell: nn.Module, widths: Sequence[int]) -> tuple[SpectralRadius, ...]
     return tuple(found)
 
 
-def _gates(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...]]:
+def _gate_figures(copies: Copies) -> tuple[tuple[Gate, ...], tuple[EffectiveMemory, ...]]:
     cell = twin_of(copies.cell)
     tallies: list[_Tally] = []
     with torch.no_grad(), OwnDraws():
         for copy in copies:
-            noticed = _activations(cell, copies, copy)
-            kinds = [(operation, value.shape[1]) for operation, value in noticed]
+            activations = _activations(cell, copies, copy)
+            kinds = [(operation, value.shape[1]) for operation, value in activations]
             tallies = tallies or [_Tally(*kind) for kind in kinds]
             if kinds != [(tally.operation, tally.units) for tally in tallies]:
                 raise UnrecordableError(f"copy {copy.t} computes other activations than copy 0: not one gate for each")
-            for tally, (_, value) in zip(tallies, noticed, strict=True):
-                tally.add(value)
-    names = _names(copies.cell, [tally.operation for tally in tallies])
-    gates = tuple(tally.gate(name) for tally, name in zip(tallies, names, strict=True))
-    known = gates_of(copies.cell)
-    if known is None or known.layout.keeps not in names:
-        return gates, ()
-    keeps = known.layout.keeps
-    return gates, (tallies[names.index(keeps)].memory(keeps, known.layout.keeps_at == "high"),)
+            for tally, activation in zip(tallies, activations, strict=True):
+                tally.add(activation.value)
+    operations, gates = [tally.operation for tally in tallies], gates_of(copies.cell)
+    names: Sequence[str] = gates.layout.computed if gates else ()
+    if len(names) != len(tallies):
+        names = [f"{kind} {1 + operations[:n].count(kind)}" for n, kind in enumerate(operations)]
+    found = tuple(tally.gate(name) for tally, name in zip(tallies, names, strict=True))
+    keeps = gates.layout.keeps if gates else None
+    if gates is None or keeps is None or keeps not in names:
+        return found, ()
+    return found, (tallies[names.index(keeps)].memory(keeps, gates.layout.keeps_at),)
 
 
-def _activations(cell: nn.Module, copies: Copies, copy: Copy) -> list[tuple[str, Tensor]]:
+def _activations(cell: nn.Module, copies: Copies, copy: Copy) -> list[_Activation]:
     """The activations of one copy with rows, each `[n, units]`."""
     rows = len(copy.rows)
-    with _Noticed() as noticed:
+    with _ActivationMode() as mode:
         cell(*copies.arguments(copy))
-    if noticed.fused:
-        raise UnrecordableError(f"its gates are computed inside of {noticed.fused}; take a cell of this package")
-    return [(kind, x.reshape(rows, -1)) for kind, x in noticed.found if x.dim() and x.shape[0] == rows]
-
-
-def _names(cell: nn.Module, operations: Sequence[str]) -> list[str]:
-    known = gates_of(cell)
-    if known is not None and len(known.layout.computed) == len(operations):
-        return list(known.layout.computed)
-    return [f"{kind} {1 + operations[:n].count(kind)}" for n, kind in enumerate(operations)]
+    if mode.fused:
+        raise UnrecordableError(f"its gates are computed inside of {mode.fused}; take a cell of this package")
+    by_row = [(kind, x) for kind, x in mode.found if x.dim() and x.shape[0] == rows]
+    return [_Activation(kind, x.reshape(rows, -1)) for kind, x in by_row]
 
 
 class _Tally:
@@ -181,17 +181,14 @@ class _Tally:
 
     def gate(self, name: str) -> Gate:
         """The figures."""
-        many, dead = self.rows * self.units, int(self.always.sum())
-        shares = self.low / many, self.high / many
+        entries, dead = self.rows * self.units, int(self.always.sum())
+        shares = self.low / entries, self.high / entries
         return Gate(name, self.operation, self.units, tuple(self.saturated), *shares, tuple(self.means), dead)
 
-    def memory(self, name: str, high: bool) -> EffectiveMemory:
+    def memory(self, name: str, keeps_at: str) -> EffectiveMemory:
         """1 / (1 - mean) of what a gate keeps, at its high end or at its low one."""
         means = self.total / self.rows
-        kept = means if high else 1 - means
+        kept = means if keeps_at == "high" else 1 - means
         mean = float(kept.mean())
-        return EffectiveMemory(name, mean, _memory(mean), *quartiles(1 / (1 - kept).clamp_min(0.0)))
-
-
-def _memory(mean: float) -> float:
-    return math.inf if mean >= 1 else 1 / (1 - mean)
+        steps = math.inf if mean >= 1 else 1 / (1 - mean)
+        return EffectiveMemory(name, mean, steps, *quartiles(1 / (1 - kept).clamp_min(0.0)))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from unrolled.cells.contract import name_of, state_names
 from unrolled.diagnosis.diagnose import diagnose
 from unrolled.diagnosis.results import LayerDiagnosis
-from unrolled.diagnosis.telling import figures_of
 from unrolled.drawing.charts import layer_charts, memory_chart, schedule_chart
 from unrolled.drawing.portrait import Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
@@ -140,7 +139,7 @@ class _MeasuredLayer:
             results=plan.results,
             strips=tuple(self._strips()),
             charts=layer_charts(diagnosis) if diagnosis else (),
-            figures=tuple(figures_of(diagnosis)) if diagnosis else (),
+            figures=tuple(diagnosis.in_words()) if diagnosis else (),
             missing=tuple(f"{one.figure}: {one.why}" for one in diagnosis.missing) if diagnosis else (),
         )
 
