@@ -123,7 +123,7 @@ def test_a_compiled_model_gives_the_numbers_of_the_call_at_any_length_and_batch(
     with torch.no_grad():
         assert_match(fast(x), model(x))
     gc.collect()
-    assert not _operator._TAPES._kept
+    assert not _operator._GRAPHS
 
 
 def test_a_carried_state_and_batch_first():
@@ -254,9 +254,9 @@ def test_a_program_that_outlives_its_network_says_so():
 def test_torch_checks_the_operator():
     rnn = ur.unroll(Own())
     compiled(rnn)(torch.randn(5, 2, I))
-    site = next(site for site in _sites._SITES.values() if site.network[1]() is rnn.cell)
+    site = next(site for site in _sites.Site._by_number.values() if site.network[1]() is rnn.cell)
     state = rnn.cell.initial_state(2)["h"]
-    tensors = [torch.randn(5, 2, I, requires_grad=True), state, *_samples.held(rnn.cell)]
+    tensors = [torch.randn(5, 2, I, requires_grad=True), state, *_samples.tensors_in(rnn.cell)]
     for wanted in ([t.requires_grad for t in tensors], [False] * len(tensors)):
         given = [t if w else t.detach() for t, w in zip(tensors, wanted, strict=True)]
         torch.library.opcheck(torch.ops.unrolled.run.default, (given, wanted, site.number))
@@ -266,8 +266,8 @@ def test_a_backward_whose_token_was_copied_runs_the_forward_again():
     rnn = ur.unroll(ur.GRUCell(I, H))
     x = torch.randn(5, 2, I)
     compiled(rnn)(x)
-    (site,) = (site for site in _sites._SITES.values() if site.network[1]() is rnn.cell)
-    tensors = [x, torch.zeros(2, H), *(p.detach() for p in _samples.held(rnn.cell))]
+    (site,) = (site for site in _sites.Site._by_number.values() if site.network[1]() is rnn.cell)
+    tensors = [x, torch.zeros(2, H), *(p.detach() for p in _samples.tensors_in(rnn.cell))]
     wanted = [True] * len(tensors)
     *results, token = torch.ops.unrolled.run(tensors, wanted, site.number)
     grads = [torch.ones_like(result) for result in results]

@@ -90,8 +90,8 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
     """
     twin, wanted = twin_of(call.cell), iter(call.requires_grad)
     with torch.enable_grad():
-        inputs = map_leaves(lambda x: _leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
-        start, extent = map_leaves(_leaf, call.state), Extent(2, call.extent.batch)
+        inputs = map_leaves(lambda x: _new_leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
+        start, extent = map_leaves(_new_leaf, call.state), Extent(2, call.extent.batch)
         sample = replace(call, cell=twin, inputs=inputs, state=start, extent=extent)
         ours = _results(run_plan(plan, twin, inputs, start, call.context, runner, extent), sample)
         theirs = _by_the_cell(sample)
@@ -113,7 +113,7 @@ def _by_the_cell(call: CellCall) -> list[Tensor | None]:
         return _results(reference.run(CheckedStep(call.cell, call.context), call.inputs, call.state, call.extent), call)
 
 
-def _leaf(tensor: Tensor, needed: bool = True) -> Tensor:
+def _new_leaf(tensor: Tensor, needed: bool = True) -> Tensor:
     copy = tensor.detach().clone()
     return copy.requires_grad_() if needed and (copy.is_floating_point() or copy.is_complex()) else copy
 
@@ -153,13 +153,15 @@ def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
 def _like_noise(differing: Sequence[int], pairs: Sequence[tuple[Tensor | None, Tensor | None]], call: CellCall) -> bool:
     """Whether the cell itself moves as far when its inputs move in their last digit, as one with a threshold may."""
     with torch.enable_grad():
-        nudged = replace(call, inputs=map_leaves(_nudged, call.inputs), state=map_leaves(_nudged, call.state))
+        nudged = replace(
+            call, inputs=map_leaves(_in_next_digit, call.inputs), state=map_leaves(_in_next_digit, call.state)
+        )
         moved = _by_the_cell(nudged)
     moved += moved[: len(pairs) - len(moved)]
     return all(_distance(*pairs[n]) <= _LIKE_NOISE * _distance(moved[n], pairs[n][1]) for n in differing)
 
 
-def _nudged(tensor: Tensor) -> Tensor:
+def _in_next_digit(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return neighbours(tensor.detach()).requires_grad_(tensor.requires_grad)

@@ -22,8 +22,8 @@ from unrolled.lengths import Lengths
 from unrolled.lru import LRUCache
 from unrolled.networks.base import Network
 from unrolled.networks.layout import Call
-from unrolled.networks.windows import Window, each_window
-from unrolled.tracing.vmap import transformed
+from unrolled.networks.windows import Window, iterate_windows
+from unrolled.tracing.vmap import active_transform
 from unrolled.trees import Tree, TreeSpec, leaves
 from unrolled.unseen import OwnDraws
 
@@ -85,8 +85,8 @@ class BoundedNetwork(Network):
             source: an iterable of chunks, pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`), t as you like.
             state: what each row's first copy receives: numbers, or leaves of a graph; by default the cell's own.
             lengths: how many steps each row has in all chunks together, integers `[B]`.
-            resets: an iterable beside the source, for each chunk a bool `[t, B]` (`[B, t]`): rows that start afresh.
-                It is a second one, and no part of the chunks, because a chunk is whatever tree the cell reads.
+            resets: an iterable of its own, for each chunk a bool `[t, B]` (`[B, t]`): rows that start afresh.
+                It is no part of the chunks, because a chunk is whatever tree the cell reads.
             context: what a cell with a third argument receives at every step: numbers, or leaves of a graph.
 
         Yields:
@@ -109,7 +109,7 @@ class BoundedNetwork(Network):
             6 9
             9 10
         """
-        return each_window(self, self._run, source, state, lengths=lengths, resets=resets, context=context)
+        return iterate_windows(self, self._run, source, state, lengths=lengths, resets=resets, context=context)
 
     def _refuse_parts(self, what: str) -> None:
         """Refuse parts that cannot be cut at one place, for a horizon or for a memory budget."""
@@ -126,7 +126,7 @@ class BoundedNetwork(Network):
         """
         cut, schedule = self.truncation, None
         if cut is not None and whole.extent.steps > cut.horizon and torch.is_grad_enabled():
-            within = transformed(whole.tensors) if cut.stride < cut.horizon else ""
+            within = active_transform(whole.tensors) if cut.stride < cut.horizon else ""
             if within:
                 raise OptionError(
                     f"stride < horizon is not offered inside of {within}; take stride = horizon, or "
@@ -134,7 +134,7 @@ class BoundedNetwork(Network):
                 )
             return run_by_blocks(cut, whole)
         if self.checkpointing is not None:
-            within = transformed(whole.tensors)
+            within = active_transform(whole.tensors)
             if within:
                 raise OptionError(
                     f"checkpoints are not offered inside of {within}; leave memory= and checkpoint= "

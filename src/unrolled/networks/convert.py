@@ -26,8 +26,6 @@ _PAIRS: list[tuple[type[nn.Module], type[nn.Module]]] = [
     (nn.GRUCell, GRUCell),
 ]
 
-_LAYER_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
-
 
 def from_torch(module: nn.Module) -> nn.Module:
     """Make ours of one of torch.nn's recurrent layers or cells, with a copy of its weights.
@@ -104,7 +102,7 @@ _LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {RNNCell: nn.RNN, LST
 
 def _network_to_torch(rnn: Unrolled | Layered) -> nn.Module:
     parts = rnn.parts if isinstance(rnn, Stack) else [rnn]
-    layers = [[_plain(cell) for cell in _directions(part)] for part in parts]
+    layers = [[_torch_like(cell) for cell in _directions(part)] for part in parts]
     _refuse_unlike(layers)
     first, ways = layers[0][0], len(layers[0])
     made = _LAYERS[type(first)](
@@ -132,7 +130,7 @@ def _directions(part: nn.Module) -> list[nn.Module]:
     return [part.cell]
 
 
-def _plain(cell: nn.Module) -> nn.Module:
+def _torch_like(cell: nn.Module) -> nn.Module:
     """A cell as one of ours that has a layer in torch.nn."""
     if is_torch_cell(cell):
         cell = from_torch(cell.module)
@@ -164,8 +162,9 @@ def _moved(module: nn.Module, target: Callable[..., nn.Module]) -> nn.Module:
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
     """The constructor arguments that would make such a module again."""
-    names = ["input_size", "hidden_size"]
-    names += _LAYER_OPTIONS if isinstance(module, nn.RNNBase | TorchLayer) else ["bias"]
+    names = ["input_size", "hidden_size", "bias"]
+    if isinstance(module, nn.RNNBase | TorchLayer):
+        names += ["num_layers", "batch_first", "dropout", "bidirectional"]
     # torch.nn's RNN and GRU have the attribute proj_size, but their constructors do not take it.
     only = {"nonlinearity": (nn.RNN, nn.RNNCell, RNN, RNNCell), "proj_size": (nn.LSTM, LSTM)}
     names += [name for name, kinds in only.items() if isinstance(module, kinds)]

@@ -123,8 +123,7 @@ class Stack(BoundedNetwork, Layered):
         super().__init__(batch_first=batch_first, horizon=horizon, stride=stride, memory=memory, checkpoint=checkpoint)
         if not layers:
             raise OptionError("a stack needs at least one layer, got none; pass a list of cells")
-        _refuse_batch_first(layers)
-        _refuse_misfits(layers)
+        _check_layers(layers)
         self.layers = nn.ModuleList(layers)
         if self.truncation is not None or self.checkpointing is not None:
             self._refuse_parts("horizon" if self.truncation is not None else "memory budget")
@@ -153,7 +152,7 @@ class Stack(BoundedNetwork, Layered):
         fresh = list[Tree]()
         if call.resets is not None:
             fresh = [call.layout.rows(fresh_state(rnn, replace(call, state=s), begun)) for rnn, s, begun in states]
-        whole = partial(_whole, call, call.layout.rows(first), fresh)
+        whole = partial(_stack_run, call, call.layout.rows(first), fresh)
         return whole(self), lambda: whole(copy_sharing_tensors(self))
 
     def _compose(
@@ -193,7 +192,7 @@ class Stack(BoundedNetwork, Layered):
                 )
 
 
-def _whole(call: Call, first: Tree, fresh: Sequence[Tree], network: Stack) -> SequenceRun:
+def _stack_run(call: Call, first: Tree, fresh: Sequence[Tree], network: Stack) -> SequenceRun:
     """The run of a stack all layers of which are cut at one place; states have their rows as engines see them."""
 
     def run(inputs: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
@@ -302,7 +301,8 @@ def _drawn_anew(cell: nn.Module) -> nn.Module:
     return other
 
 
-def _refuse_batch_first(layers: Sequence[Any]) -> None:
+def _check_layers(layers: Sequence[Any]) -> None:
+    """Refuse what is no network, what is batch-first, and neighbours whose sizes do not fit."""
     for layer in layers:
         if not isinstance(layer, Unrolled | Layered):
             raise OptionError(
@@ -312,9 +312,6 @@ def _refuse_batch_first(layers: Sequence[Any]) -> None:
             raise OptionError(
                 f"layers of a stack are time-first, got {layer._get_name()} with batch_first; pass it to stack"
             )
-
-
-def _refuse_misfits(layers: Sequence[nn.Module]) -> None:
     for number, (below, above) in enumerate(pairwise(layers)):
         made, read = _output_size(below), _input_size(above)
         if made is not None and read is not None and made != read:

@@ -23,8 +23,6 @@ from unrolled.networks.stack import Bidirectional, Stack, checked_dropout
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves
 
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
 
 class TorchLayer(nn.Module):
     """What RNN, LSTM and GRU share. The parameters are the layer's own, under torch.nn's names.
@@ -47,6 +45,7 @@ class TorchLayer(nn.Module):
     """
 
     _cell_type: ClassVar[type[GatedCell]]
+    _weight_names: ClassVar = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def __init__(
         self,
@@ -97,7 +96,9 @@ class TorchLayer(nn.Module):
     def _shapes(self, *, first: bool) -> dict[str, tuple[int, ...]]:
         G, H, P = len(self._cell_type.gate_layout.blocks) * self.hidden_size, self.hidden_size, self.proj_size
         I = self.input_size if first else (P or H) * (1 + self.bidirectional)
-        shapes: dict[str, tuple[int, ...]] = dict(zip(WEIGHTS, [(G, I), (G, P or H), (G,), (G,)], strict=True))
+        shapes: dict[str, tuple[int, ...]] = dict(
+            zip(self._weight_names, [(G, I), (G, P or H), (G,), (G,)], strict=True)
+        )
         return shapes | ({"weight_hr": (P, H)} if P else {})
 
     def reset_parameters(self) -> None:
@@ -111,7 +112,7 @@ class TorchLayer(nn.Module):
 
     def _weights(self, suffix: str) -> list[Tensor | None]:
         """`weight_ih, weight_hh, bias_ih, bias_hh` as they are now: parametrised or swapped ones included."""
-        return [getattr(self, name + suffix, None) for name in WEIGHTS]
+        return [getattr(self, name + suffix, None) for name in self._weight_names]
 
     def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of the cell of one layer and direction: input `[B, I]`, state of `[B, H]`."""

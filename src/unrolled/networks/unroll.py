@@ -128,9 +128,9 @@ class Unrolled(BoundedNetwork):
         readable = CONSTANTS_TAKE_OBJECTS or not torch.compiler.is_dynamo_compiling()
         if not readable or self.engine == "reference":
             return None
-        steps = _turned(self._time_first(inputs), self.reverse)
+        steps = _flipped(self._time_first(inputs), self.reverse)
         found = run_traced(self._plans, self.cell, steps, state, context)
-        return None if found is None else (self._time_first(_turned(found[0], self.reverse)), found[1])
+        return None if found is None else (self._time_first(_flipped(found[0], self.reverse)), found[1])
 
     def _run(self, call: Call) -> tuple[Tree, Tree]:
         first = self._first_state(call)
@@ -174,8 +174,8 @@ class Unrolled(BoundedNetwork):
                 (context, call.layout.rows(fresh)),
             )
         values = inputs, call.layout.rows(first), context, call.extent
-        whole, self.ran = _whole(cell, plans, *values, reverse=self.reverse)
-        return whole, lambda: _whole(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)[0]
+        whole, self.ran = _cell_run(cell, plans, *values, reverse=self.reverse)
+        return whole, lambda: _cell_run(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)[0]
 
     def _with_resets(self) -> tuple[ResettingCell, PlanCache]:
         """The cell as one whose rows start afresh where a mask says so, and its plans."""
@@ -191,7 +191,7 @@ class Unrolled(BoundedNetwork):
         return f"Unrolled[{contract.name_of(self.cell)}]"
 
 
-def _whole(
+def _cell_run(
     cell: nn.Module, plans: PlanCache, inputs: Tree, state: Tree, context: Tree, extent: Extent, *, reverse: bool
 ) -> tuple[SequenceRun, str]:
     """The run of a cell over what engines see of a batch, by a plan or by the reference; and its engine."""
@@ -203,9 +203,9 @@ def _whole(
         if plan is not None:
             return run_plan(plan, cell, inputs, state, context, plans.runner, part, reverse=reverse)
         if not by_reference and not part.ragged:
-            mapped = run_mapped(plans, cell, _turned(inputs, reverse), state, context)
+            mapped = run_mapped(plans, cell, _flipped(inputs, reverse), state, context)
             if mapped is not None:
-                return _turned(mapped[0], reverse), mapped[1]
+                return _flipped(mapped[0], reverse), mapped[1]
         step = contract.CheckedStep(cell, context, extent)  # which counts the copies of all segments
         return reference.run(lambda t, *values: step(start + t, *values), inputs, state, part, reverse=reverse)
 
@@ -213,8 +213,8 @@ def _whole(
     return SequenceRun(run, inputs, state, context, extent, reverse, cell, pure=plan is not None), engine
 
 
-def _turned(steps: Tree, reverse: bool) -> Tree:
-    """Sequences `[T, ...]` turned such that the first copy to run is copy 0, and back."""
+def _flipped(steps: Tree, reverse: bool) -> Tree:
+    """Sequences `[T, ...]` flipped such that the first copy to run is copy 0, and back."""
     return map_leaves(lambda x: x.flip(0), steps) if reverse else steps
 
 

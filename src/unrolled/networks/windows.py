@@ -16,9 +16,8 @@ from unrolled.bptt.truncation import LossBlock, Truncation
 from unrolled.errors import GradientError, InputError, OptionError, StateError, UnrolledError
 from unrolled.lengths import Extent, Lengths, checked_lengths
 from unrolled.networks.base import Network
-from unrolled.networks.chunks import Chunks
 from unrolled.networks.layout import Call
-from unrolled.trees import Tree, flatten, map_leaves, paths
+from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, paths
 
 
 class Window:
@@ -27,7 +26,7 @@ class Window:
     Attributes:
         inputs: of the new steps, `[n, B, ...]` (`[B, n, ...]` with `batch_first`), n = stride or fewer at the end.
         outputs: of the new steps.
-        state: what the last copy handed on; no gradient flows back from it.
+        state: that after the last copy; no gradient flows back from it.
         start: the first new step, counted from the beginning of the source.
         stop: one past the last new step.
 
@@ -54,20 +53,18 @@ class Window:
             GradientError: if it was called before, or if the loss needs outputs of a window that has been left.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            told = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise GradientError(
-                f"the loss of {_steps(self)} must be a scalar tensor, got {told}; sum it up, or mean it"
-            )
+            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise GradientError(f"the loss of {self._steps} must be a scalar tensor, got {got}; sum it up, or mean it")
         left = self._expiry.reason or reason_expired(loss)
         if left is not None:
             raise GradientError(left)
         if self._had_backward:
             raise GradientError(
-                f"the window of {_steps(self)} has had its backward pass; add up its losses and call backward once"
+                f"the window of {self._steps} has had its backward pass; add up its losses and call backward once"
             )
         if not loss.requires_grad:
             raise GradientError(
-                f"the loss of {_steps(self)} leads back to no parameter; make it of window.outputs, without "
+                f"the loss of {self._steps} leads back to no parameter; make it of window.outputs, without "
                 "detach() or no_grad()"
             )
         self._had_backward = True
@@ -76,19 +73,19 @@ class Window:
     def leave(self) -> None:
         """Give up what a backward pass would need: the next window begins."""
         self._expiry.expire(
-            f"the loss needs outputs of {_steps(self)}, a window that was left when the next one began; take each "
+            f"the loss needs outputs of {self._steps}, a window that was left when the next one began; take each "
             "window's loss while it lasts: window.backward(loss), and detach() what you keep of it"
         )
 
+    @property
+    def _steps(self) -> str:
+        return f"steps {self.start} to {self.stop - 1}"
+
     def __repr__(self) -> str:
-        return f"Window({_steps(self)})"
+        return f"Window({self._steps})"
 
 
-def _steps(window: Window) -> str:
-    return f"steps {window.start} to {window.stop - 1}"
-
-
-def each_window(
+def iterate_windows(
     network: Network,
     run: Callable[[Call], tuple[Tree, Tree]],
     source: Iterable[Tree],
@@ -125,7 +122,7 @@ def each_window(
             f"a source is an iterable of chunks, such as a list or a generator, got a {type(source).__name__}; for one "
             "chunk pass [inputs], for more of them inputs.split(steps)"
         )
-    chunks = Chunks(source, resets, batch_first=network.batch_first)
+    chunks = _Chunks(source, resets, batch_first=network.batch_first)
     return _Windows(network, run, network.truncation, chunks, state, lengths, context).each()
 
 
@@ -150,7 +147,7 @@ class _Windows:
         network: Network,
         run: Callable[[Call], tuple[Tree, Tree]],
         truncation: Truncation,
-        chunks: Chunks,
+        chunks: _Chunks,
         state: Tree,
         lengths: Any,
         context: Tree,
@@ -181,7 +178,7 @@ class _Windows:
 
     def _window(self, new: Tree) -> Window:
         steps = new if self.overlap is None else map_leaves(lambda a, b: torch.cat([a, b]), self.overlap, new)
-        T, start = len(flatten(steps)[0][0]), self.stop
+        T, start = _length(steps), self.stop
         self.stop = self.begin + T
         following = max(self.stop + self.truncation.stride - self.truncation.horizon, 0) - self.begin
         tape = self._tape(steps, start - self.begin, T, following)
@@ -216,3 +213,87 @@ class _Windows:
             error.args = (f"in a window, copies counted from step {first} on: {error}",)
             raise
         return call.layout.outputs(outputs), last
+
+
+_NO_MORE: Any = object()
+
+
+class _Chunks:
+    """Chunks of any lengths, given out in the steps that are asked for; at most one chunk is held beyond these.
+
+    Args:
+        source: an iterable of pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`).
+        resets: an iterable with a bool `[t, B]` for each chunk, or None.
+        batch_first: whether chunks are `[B, t, ...]`.
+
+    Example:
+        >>> chunks = _Chunks(torch.arange(10).view(2, 5, 1), None)
+        >>> [chunks.take(4)[0].flatten().tolist() for _ in range(3)]
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    """
+
+    def __init__(self, source: Iterable[Tree], resets: Iterable[Tensor] | None, *, batch_first: bool = False) -> None:
+        self._pairs = self._each(iter(source), None if resets is None else iter(resets))
+        self._batch_first = batch_first
+        self._first: Tree = None
+        self._left: Tree = None
+        self.batch = 0
+
+    def take(self, steps: int) -> Tree:
+        """The next steps as `(inputs, resets)`, each `[n, B, ...]` with n = `steps`; fewer at the end, None after it.
+
+        Raises:
+            InputError: for a chunk that is not like the first one, naming it.
+        """
+        parts: list[Tree] = []
+        missing = steps
+        while missing:
+            if self._left is None:
+                self._left = next(self._pairs, None)
+                if self._left is None:
+                    break
+            have = _length(self._left)
+            parts.append(map_leaves(lambda x, n=missing: x[:n], self._left))
+            self._left = map_leaves(lambda x, n=missing: x[n:], self._left) if have > missing else None
+            missing -= min(have, missing)
+        return map_leaves(lambda *leaves: torch.cat(leaves), *parts) if len(parts) > 1 else next(iter(parts), None)
+
+    def _each(self, source: Iterator[Tree], resets: Iterator[Tensor] | None) -> Iterator[Tree]:
+        for number, chunk in enumerate(source):
+            steps = self._checked(number, chunk)
+            mask = None if resets is None else self._checked_mask(number, _length(steps), next(resets, _NO_MORE))
+            yield steps, mask
+        if resets is not None and next(resets, _NO_MORE) is not _NO_MORE:
+            raise InputError("resets must have one mask for each chunk of the source, got more; end both together")
+
+    def _checked(self, number: int, chunk: Tree) -> Tree:
+        try:
+            _, B = sequence.sizes(chunk, batch_first=self._batch_first)
+        except InputError as error:
+            raise InputError(f"chunk {number}: {error}") from error
+        steps = sequence.swap_time_and_batch(chunk) if self._batch_first else chunk
+        if self._first is None:
+            self._first, self.batch = map_leaves(lambda x: x[:0].detach(), steps), B
+        elif TreeSpec.of(steps, 1) != TreeSpec.of(self._first, 1):
+            raise InputError(
+                f"all chunks must have the B, structure, dtypes and features of the first, "
+                f"{describe(_step(self._first))} in each step, but chunk {number} has {describe(_step(steps))}; make "
+                "the source yield chunks of one kind, or begin windows() anew for another batch"
+            )
+        return steps
+
+    def _checked_mask(self, number: int, steps: int, mask: Any) -> Tensor:
+        wanted = (self.batch, steps) if self._batch_first else (steps, self.batch)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != wanted:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            got = "none" if mask is _NO_MORE else got
+            raise InputError(f"resets of chunk {number} must be a bool tensor {list(wanted)}, got {got}")
+        return mask.T if self._batch_first else mask
+
+
+def _length(pair: Tree) -> int:
+    return len(leaves(pair)[0])
+
+
+def _step(steps: Tree) -> Tree:
+    return map_leaves(lambda x: x.new_empty(x.shape[1:]), steps)

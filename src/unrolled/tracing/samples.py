@@ -1,4 +1,4 @@
-"""Stand-ins for tensors without numbers, and a cell that holds other tensors than its own."""
+"""Tensors with numbers in place of a tracer's, which have none, and a cell that holds other tensors than its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from unrolled.cells.contract import check_context, check_state, make_state
 from unrolled.trees import TensorSpec, Tree, TreeSpec, map_leaves, unflatten
-
-_STEPS = 2
 
 
 class CallSpec(NamedTuple):
@@ -31,9 +29,9 @@ class CallSpec(NamedTuple):
         return cls(*specs)
 
     def sample(self, cell: nn.Module, batch: int) -> tuple[Tree, Tree, Tree]:
-        """Inputs, state and context of these kinds, checked as those of any call are."""
-        inputs = unflatten(self.inputs.structure, [_sample(spec, _STEPS, batch) for spec in self.inputs.leaves])
-        state, context = (unflatten(tree.structure, [_sample(x, batch) for x in tree.leaves]) for tree in self[1:])
+        """Inputs of two steps, state and context of these kinds, checked as those of any call are."""
+        inputs = unflatten(self.inputs.structure, [_sample_of(spec, 2, batch) for spec in self.inputs.leaves])
+        state, context = (unflatten(tree.structure, [_sample_of(x, batch) for x in tree.leaves]) for tree in self[1:])
         check_context(cell, context, batch)
         if state is None:
             return inputs, map_leaves(Tensor.detach, make_state(cell, inputs, batch)), context
@@ -41,7 +39,7 @@ class CallSpec(NamedTuple):
         return inputs, state, context
 
 
-def _sample(spec: TensorSpec, *sizes: int) -> Tensor:
+def _sample_of(spec: TensorSpec, *sizes: int) -> Tensor:
     """A tensor of a kind, its leading dimensions of these sizes; integers are zero, an index into anything."""
     shape = torch.Size((*sizes[: spec.leading], *spec.shape))
     if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
@@ -50,12 +48,12 @@ def _sample(spec: TensorSpec, *sizes: int) -> Tensor:
     return numbers.view(shape).requires_grad_(spec.requires_grad)
 
 
-def held(cell: nn.Module) -> list[Tensor]:
+def tensors_in(cell: nn.Module) -> list[Tensor]:
     """The cell's parameters and buffers, each once."""
     return [*dict(cell.named_parameters()).values(), *dict(cell.named_buffers()).values()]
 
 
-def call_with(cell: nn.Module, tensors: Sequence[Tensor], call: Callable[[], Any]) -> Any:
+def call_with_tensors(cell: nn.Module, tensors: Sequence[Tensor], call: Callable[[], Any]) -> Any:
     """Call a function while the cell holds other tensors than its own."""
     names = [name for name, _ in (*cell.named_parameters(), *cell.named_buffers())]
     around = _Around(cell)
@@ -71,21 +69,21 @@ class _Around(nn.Module):
         return call()
 
 
-def real(tensor: Tensor) -> Tensor:
-    """A tensor with numbers: this one, apart from its graph, or one of its kind if it is a stand-in."""
+def with_numbers(tensor: Tensor) -> Tensor:
+    """A tensor with numbers: this one without its graph, or one of its kind if it is a stand-in."""
     if type(tensor) in (Tensor, nn.Parameter):
         try:
             tensor.data_ptr()
             return tensor.detach()
         except RuntimeError:
             pass
-    return _sample(TensorSpec.of(tensor)).detach()
+    return _sample_of(TensorSpec.of(tensor)).detach()
 
 
-_making = threading.Lock()
+_one_at_a_time = threading.Lock()
 
 
-def apart(call: Callable[[], Any]) -> Any:
-    """Call in a thread of its own: it starts with none of the modes of whoever is tracing here."""
-    with _making, ThreadPoolExecutor(1) as pool:
+def in_new_thread(call: Callable[[], Any]) -> Any:
+    """Call in another thread, which starts with none of the modes of whoever is tracing in this one."""
+    with _one_at_a_time, ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from unrolled.lru import LRUCache
 from unrolled.plan.plan import StepPlan
 from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.program import Size
-from unrolled.tracing.samples import CallSpec, apart, call_with, held, real
+from unrolled.tracing.samples import CallSpec, call_with_tensors, in_new_thread, tensors_in, with_numbers
 from unrolled.trees import Structure, Tree, leaves, map_leaves, unflatten
 
 
@@ -40,16 +40,66 @@ class Site:
         number: what the operator knows it by.
         network: the plan cache and the cell, held weakly.
         plan: how it was recorded.
-        asked: what the call passes.
+        spec: what the call passes.
         batch: the B that it was made with.
     """
+
+    _by_number: ClassVar[weakref.WeakValueDictionary[int, Site]] = weakref.WeakValueDictionary()
+    _by_plans: ClassVar[weakref.WeakKeyDictionary[PlanCache, LRUCache[Site]]] = weakref.WeakKeyDictionary()
+    _numbers: ClassVar[Iterator[int]] = itertools.count(1)
 
     number: int
     network: tuple[weakref.ref[PlanCache], weakref.ref[nn.Module]]
     plan: StepPlan
-    asked: CallSpec
+    spec: CallSpec
     batch: int
     _reached: dict[tuple[bool, ...], Any] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, number: int) -> Site:
+        """The site of a number.
+
+        Raises:
+            OptionError: if it is of another process, or its network is gone.
+        """
+        try:
+            return cls._by_number[number]
+        except KeyError:
+            raise OptionError(
+                f"a traced program runs the unrolled network that it was traced with, in the same process, and there "
+                f"is none of number {number}; keep the network as long as the program, and export it anew elsewhere"
+            ) from None
+
+    @classmethod
+    def of(cls, plans: PlanCache, cell: nn.Module, spec: CallSpec, batch: int = 4) -> Site | None:
+        """The site for a call; None where the call has no plan, or is refused: it is then left as it is.
+
+        Args:
+            plans: the network's plan cache.
+            cell: its cell.
+            spec: what the call passes.
+            batch: B, if it is known.
+        """
+        try:
+            # None is let go while the network is there: a traced program may run it.
+            known = cls._by_plans.setdefault(plans, LRUCache(sys.maxsize))
+            return known.get(
+                lambda: (fingerprint(cell), weakref.ref(cell), spec, batch),
+                lambda: in_new_thread(lambda: cls._make(plans, cell, spec, batch)),
+            )
+        except Exception:  # the call itself says it, with the numbers that it was given
+            return None
+
+    @classmethod
+    def _make(cls, plans: PlanCache, cell: nn.Module, spec: CallSpec, batch: int) -> Site:
+        tensors = [with_numbers(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors_in(cell)]
+        plan = call_with_tensors(cell, tensors, lambda: plans.look_up(cell, *spec.sample(cell, batch)).plan)
+        if plan is None:
+            raise OptionError("no plan")
+        site = cls(next(cls._numbers), (weakref.ref(plans), weakref.ref(cell)), plan, spec, batch)
+        call_with_tensors(cell, tensors, lambda: site._refuse_other_tensors(cell, tensors))
+        cls._by_number[site.number] = site
+        return site
 
     @property
     def structures(self) -> tuple[Structure, Structure]:
@@ -62,7 +112,7 @@ class Site:
         return len(self.plan.recording.outputs)
 
     @property
-    def given(self) -> int:
+    def arguments(self) -> int:
         """How many of the tensors are leaves of inputs, state and context."""
         return sum(self.plan.recording.counts)
 
@@ -71,7 +121,7 @@ class Site:
         """Whether all that goes in and comes out has rows, and no operation couples them."""
         recording = self.plan.recording
         values = recording.program.values
-        ends = (*recording.program.inputs[: self.given], *recording.program.outputs)
+        ends = (*recording.program.inputs[: self.arguments], *recording.program.outputs)
         rows = all(self.plan.rows.get(v) == 0 and values[v].shape[:1] == (Size(1, 0),) for v in ends)
         return rows and not self.plan.coupled
 
@@ -98,10 +148,10 @@ class Site:
             if plan is None:
                 outputs, last = reference.run(CheckedStep(cell, context), inputs, state, extent)
                 return map_leaves(torch.clone, outputs), map_leaves(torch.clone, last)
-            _refuse_strays(plan, cell, tensors)
+            self._refuse_other_tensors(cell, tensors)
             return run_plan(plan, cell, inputs, state, context, plans.runner, extent)
 
-        results = leaves(call_with(cell, tensors[self.given :], call))
+        results = leaves(call_with_tensors(cell, tensors[self.arguments :], call))
         if not by_reference and [(tuple(x.shape), x.dtype) for x in results] != self.shapes(extent.steps, extent.batch):
             raise self.outdated("other shapes of its results")
         return results
@@ -115,6 +165,40 @@ class Site:
                 "keep the network as long as the program"
             )
         return plans, cell
+
+    def _refuse_other_tensors(self, cell: nn.Module, tensors: Sequence[Tensor]) -> None:
+        """Refuse a cell that reads a tensor which needs a gradient and is not among the operator's tensors."""
+        known = {id(tensor) for tensor in tensors}
+        for external in self.plan.recording.externals:
+            tensor = external.fetch(cell)
+            if tensor.requires_grad and id(tensor) not in known:
+                raise CellError(
+                    f"a traced program gives gradients to parameters only, but {external.name} of {name_of(cell)} is "
+                    "a plain tensor that needs one; make it an nn.Parameter"
+                )
+
+    def run_with_graph(
+        self, tensors: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[tuple[list[Tensor], list[Any]], list[Tensor]]:
+        """Run and keep the graph: the tensors that stand in for those given with the results' edges, and the results.
+
+        Args:
+            tensors: the operator's tensors.
+            wanted: for each whether its gradient is wanted.
+
+        Raises:
+            CellError: if other results have gradients than the surrounding program was traced with.
+        """
+        own = {tensor.data_ptr() for tensor in tensors_in(self.alive()[1])}
+        with torch.inference_mode(False), torch.enable_grad():
+            # A compiler writes over what it no longer needs itself; the cell's own weights are not its to write to.
+            inputs = [t.detach() if t.data_ptr() in own else t.detach().clone() for t in tensors]
+            inputs = [t.requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+            results = self.run(inputs)
+        if tuple(x.requires_grad for x in results) != self.reach(tuple(wanted))[1]:
+            raise self.outdated("other results that have gradients")
+        edges = [torch.autograd.graph.get_gradient_edge(x) if x.requires_grad else None for x in results]
+        return (inputs, edges), results
 
     def outdated(self, what: str) -> CellError:
         """The error for a cell that has changed since the surrounding program was traced, in what the trace knows."""
@@ -135,82 +219,16 @@ class Site:
     def reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """Which tensors get a gradient where some want one, and which results have one; found on a sample."""
         if wanted not in self._reached:
-            self._reached[wanted] = apart(lambda: self._reach(wanted))
+            self._reached[wanted] = in_new_thread(lambda: self._reach(wanted))
         return self._reached[wanted]
 
     def _reach(self, wanted: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         _, cell = self.alive()
-        given = [leaf for tree in self.asked.sample(cell, self.batch) for leaf in leaves(tree)]
-        given = [real(t).requires_grad_(w) for t, w in zip([*given, *held(cell)], wanted, strict=True)]
-        results = self.run(given)
+        tensors = [*leaves(self.spec.sample(cell, self.batch)), *tensors_in(cell)]
+        tensors = [with_numbers(t).requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        results = self.run(tensors)
         ends = [x for x in results if x.requires_grad]
-        by = [x for x in given if x.requires_grad]
+        by = [x for x in tensors if x.requires_grad]
         grads = torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True) if ends else ()
         reached = {id(x) for x, grad in zip(by, grads, strict=False) if grad is not None}
-        return tuple([id(x) in reached for x in given]), tuple([x.requires_grad for x in results])
-
-
-def _refuse_strays(plan: StepPlan, cell: nn.Module, tensors: Sequence[Tensor]) -> None:
-    handed = {id(tensor) for tensor in tensors}
-    for external in plan.recording.externals:
-        tensor = external.fetch(cell)
-        if tensor.requires_grad and id(tensor) not in handed:
-            raise CellError(
-                f"a traced program gives gradients to parameters only, but {external.name} of {name_of(cell)} is "
-                "a plain tensor that needs one; make it an nn.Parameter"
-            )
-
-
-_SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
-_OF_CACHE: weakref.WeakKeyDictionary[PlanCache, LRUCache[Site]] = weakref.WeakKeyDictionary()
-_numbers = itertools.count(1)
-
-
-def site_at(number: int) -> Site:
-    """The site of a number.
-
-    Raises:
-        OptionError: if it is of another process, or its network is gone.
-    """
-    try:
-        return _SITES[number]
-    except KeyError:
-        raise OptionError(
-            f"a traced program runs the unrolled network that it was traced with, in the same process, and there is "
-            f"none of number {number}; keep the network as long as the program, and export it anew elsewhere"
-        ) from None
-
-
-def site_of(plans: PlanCache, cell: nn.Module, asked: CallSpec, batch: int = 4) -> Site | None:
-    """The site for a call; None where the call has no plan, or is refused: it is then left as it is.
-
-    Args:
-        plans: the network's plan cache.
-        cell: its cell.
-        asked: what the call passes.
-        batch: B, if it is known.
-    """
-    try:
-        # None is let go while the network is there: a traced program may run it.
-        known = _OF_CACHE.setdefault(plans, LRUCache(sys.maxsize))
-        return known.get(
-            lambda: (fingerprint(cell), weakref.ref(cell), asked, batch),
-            lambda: apart(lambda: _made(plans, cell, asked, batch)),
-        )
-    except Exception:  # the call itself says it, with the numbers that it was given
-        return None
-
-
-def _made(plans: PlanCache, cell: nn.Module, asked: CallSpec, batch: int) -> Site:
-    def look_up() -> StepPlan | None:
-        trees = asked.sample(cell, batch)
-        return plans.look_up(cell, *trees).plan
-
-    tensors = [real(tensor).requires_grad_(tensor.requires_grad) for tensor in held(cell)]
-    plan = call_with(cell, tensors, look_up)
-    if plan is None:
-        raise OptionError("no plan")
-    call_with(cell, tensors, lambda: _refuse_strays(plan, cell, tensors))
-    site = Site(next(_numbers), (weakref.ref(plans), weakref.ref(cell)), plan, asked, batch)
-    _SITES[site.number] = site
-    return site
+        return tuple([id(x) in reached for x in tensors]), tuple([x.requires_grad for x in results])

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unrolled import sequence
 from unrolled.cells.contract import floating_dtype
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.internals import operable, transforms
 from unrolled.tracing.operator import call
-from unrolled.tracing.samples import CallSpec, apart, held
-from unrolled.tracing.sites import site_of
+from unrolled.tracing.samples import CallSpec, in_new_thread, tensors_in
+from unrolled.tracing.sites import Site
 from unrolled.trees import Structure, TensorSpec, Tree, TreeSpec, flatten, leaves, unflatten
 
 
@@ -39,16 +39,16 @@ def run_traced(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, con
         The outputs, `[T, B, ...]`, and the last state; None where there is no plan or the call would be refused.
     """
     _, B = sequence.sizes(inputs)
-    site = _site(plans, cell, _plain(inputs, 2), _plain(state, 1), _plain(context, 1))
+    site = _site(plans, cell, _as_constants(inputs, 2), _as_constants(state, 1), _as_constants(context, 1))
     if site is None:
         return None
-    given = leaves(inputs)
+    steps = leaves(inputs)
     if state is None:
-        state = cell.initial_state(B, device=given[0].device, dtype=floating_dtype(cell, given))
+        state = cell.initial_state(B, device=steps[0].device, dtype=floating_dtype(cell, steps))
     rows = [*leaves(state), *leaves(context)]
     if any(leaf.dim() > 0 and leaf.shape[0] != B for leaf in rows):
         return None
-    *results, _ = call(site, [*given, *rows, *held(cell)])
+    *results, _ = call(site, [*steps, *rows, *tensors_in(cell)])
     start, structure = flatten(state)
     outputs = len(results) - len(start)
     return unflatten(getattr(_OUTPUTS, f"of_{site}"), results[:outputs]), unflatten(structure, results[outputs:])
@@ -62,32 +62,31 @@ An attribute for each: of a dict a trace has only what stood in it when it was f
 
 
 @torch.compiler.disable
-def graph_break(call: Callable[..., tuple[Tree, Tree]], *given: Any) -> tuple[Tree, Tree]:
+def graph_break(call: Callable[..., tuple[Tree, Tree]], *arguments: Any) -> tuple[Tree, Tree]:
     """Call what no compiler is to look into: it breaks its graph here."""
-    return call(*given)
+    return call(*arguments)
 
 
-def _plain(tree: Tree, leading: int) -> tuple[Any, Any]:
-    """A tree's structure and the kinds of its leaves out of plain tuples, which a trace can hold as constants."""
+def _as_constants(tree: Tree, leading: int) -> tuple[Any, Any]:
+    """A tree's structure and the specs of its leaves made of plain tuples, which a trace can hold as constants."""
     tensors, structure = flatten(tree)
-    return _taken_apart(structure), tuple([_kind(tensor, leading) for tensor in tensors])
+    grads, specs = torch.is_grad_enabled(), []
+    for tensor in tensors:
+        # A symbol among the sizes, other than T and B, is made a number by counting to it: the plan depends on it.
+        sizes = tuple([len(range(size)) for size in tensor.shape[leading:]])
+        leading_here = min(leading, tensor.dim())
+        specs.append((leading_here, sizes, tensor.dtype, tensor.device, grads and tensor.requires_grad))
+    return _as_tuples(structure), tuple(specs)
 
 
-def _kind(tensor: Tensor, leading: int) -> tuple[Any, ...]:
-    # A symbol among the sizes, other than T and B, is made a number by counting to it: the plan depends on it.
-    sizes = tuple([len(range(size)) for size in tensor.shape[leading:]])
-    needs = torch.is_grad_enabled() and tensor.requires_grad
-    return min(leading, tensor.dim()), sizes, tensor.dtype, tensor.device, needs
-
-
-def _taken_apart(structure: Structure) -> tuple[Any, ...]:
-    children = tuple([_taken_apart(child) for child in structure.children])
+def _as_tuples(structure: Structure) -> tuple[Any, ...]:
+    children = tuple([_as_tuples(child) for child in structure.children])
     return structure.kind, structure.keys, children, structure.order
 
 
-def _put_together(plain: tuple[Any, ...]) -> Structure:
-    kind, keys, children, order = plain
-    structure = Structure(kind, keys, tuple(map(_put_together, children)))
+def _from_tuples(values: tuple[Any, ...]) -> Structure:
+    kind, keys, children, order = values
+    structure = Structure(kind, keys, tuple(map(_from_tuples, children)))
     if order is not None:
         structure.order = order
     return structure
@@ -95,9 +94,11 @@ def _put_together(plain: tuple[Any, ...]) -> Structure:
 
 @torch.compiler.assume_constant_result
 def _site(plans: PlanCache, cell: nn.Module, *trees: tuple[Any, Any]) -> int | None:
-    inputs, state, context = (TreeSpec(_put_together(s), tuple([TensorSpec(*x) for x in specs])) for s, specs in trees)
+    inputs, state, context = (TreeSpec(_from_tuples(s), tuple([TensorSpec(*x) for x in specs])) for s, specs in trees)
     # Inside of a transform the operator would have to be differentiated or mapped below autograd, which it is not.
-    site = site_of(plans, cell, CallSpec(inputs, state, context)) if apart(operable) and not transforms() else None
+    site = (
+        Site.of(plans, cell, CallSpec(inputs, state, context)) if in_new_thread(operable) and not transforms() else None
+    )
     if site is None:
         return None
     name = f"of_{site.number}"

@@ -13,8 +13,8 @@ from unrolled import sequence
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.internals import operable, transforms, without_innermost_transform
 from unrolled.tracing.operator import operator
-from unrolled.tracing.samples import CallSpec, call_with, held
-from unrolled.tracing.sites import Site, site_at, site_of
+from unrolled.tracing.samples import CallSpec, call_with_tensors, tensors_in
+from unrolled.tracing.sites import Site
 from unrolled.trees import Tree, leaves, unflatten
 
 
@@ -33,20 +33,20 @@ def run_mapped(plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, con
     """
     if transforms()[-1:] != ["Vmap"] or not operable():
         return None
-    site = site_of(plans, cell, CallSpec.of(inputs, state, context), sequence.sizes(inputs)[1])
+    site = Site.of(plans, cell, CallSpec.of(inputs, state, context), sequence.sizes(inputs)[1])
     if site is None or not site.folds:
         return None
-    tensors = [*leaves(inputs), *leaves(state), *leaves(context), *held(cell)]
+    tensors = [*leaves(inputs), *leaves(state), *leaves(context), *tensors_in(cell)]
     *results, _ = torch.ops.unrolled.run(tensors, [False] * len(tensors), site.number)
     outputs, last = site.structures
     return unflatten(outputs, results[: site.outputs]), unflatten(last, results[site.outputs :])
 
 
-def transformed(tensors: Iterable[Tensor]) -> str:
-    """What maps or differentiates a call beside ordinary backward passes, in words; empty for nothing.
+def active_transform(tensors: Iterable[Tensor]) -> str:
+    """What maps or differentiates a call, ordinary backward passes aside, in words; empty for nothing.
 
     Args:
-        tensors: what the call is given, and weights: they may carry forward-mode tangents.
+        tensors: what the call passes, and weights: they may carry forward-mode tangents.
     """
     active = transforms()
     if active:
@@ -56,10 +56,10 @@ def transformed(tensors: Iterable[Tensor]) -> str:
 
 @operator.register_vmap
 def _(info: Any, in_dims: Any, tensors: list[Tensor], wanted: list[bool], site: int) -> tuple[Any, Any]:
-    at, N, dims = site_at(site), info.batch_size, in_dims[0]
+    at, N, dims = Site.at(site), info.batch_size, in_dims[0]
     with without_innermost_transform():
         folded = _folded(at, N, dims, tensors)
-        results = folded or _reference(at, info, dims, tensors)
+        results = folded or _mapped_reference(at, info, dims, tensors)
     places = [int(n < at.outputs) if folded else 0 for n in range(len(results))]
     if folded:
         results = [x.unflatten(place, (N, at.batch)) for x, place in zip(results, places, strict=True)]
@@ -68,15 +68,15 @@ def _(info: Any, in_dims: Any, tensors: list[Tensor], wanted: list[bool], site: 
 
 def _folded(at: Site, N: int, dims: list[int | None], tensors: list[Tensor]) -> list[Tensor] | None:
     """All N runs as one of N times as many rows; None if weights are mapped, or the cell does not treat rows alike."""
-    wide = site_of(*at.alive(), at.asked, N * at.batch)
-    mapped_weights = any(dim is not None for dim in dims[at.given :])
+    wide = Site.of(*at.alive(), at.spec, N * at.batch)
+    mapped_weights = any(dim is not None for dim in dims[at.arguments :])
     if mapped_weights or wide is None or wide.plan.recording != at.plan.recording:
         return None
-    inputs, given = at.plan.recording.counts[0], list(enumerate(zip(tensors, dims, strict=True)))[: at.given]
-    rows = [_as_rows(tensor, dim, N, int(n < inputs)) for n, (tensor, dim) in given]
+    pairs, inputs = zip(tensors[: at.arguments], dims, strict=False), at.plan.recording.counts[0]
+    rows = [_as_rows(tensor, dim, N, int(n < inputs)) for n, (tensor, dim) in enumerate(pairs)]
     plans, cell = wide.alive()
-    around = call_with(cell, tensors[at.given :], lambda: run_mapped(plans, cell, *wide.trees(rows)))
-    return wide.run([*rows, *tensors[at.given :]]) if around is None else [*leaves(around[0]), *leaves(around[1])]
+    around = call_with_tensors(cell, tensors[at.arguments :], lambda: run_mapped(plans, cell, *wide.trees(rows)))
+    return wide.run([*rows, *tensors[at.arguments :]]) if around is None else [*leaves(around[0]), *leaves(around[1])]
 
 
 def _as_rows(tensor: Tensor, dim: int | None, N: int, place: int) -> Tensor:
@@ -85,8 +85,8 @@ def _as_rows(tensor: Tensor, dim: int | None, N: int, place: int) -> Tensor:
     return mapped.movedim(0, place).flatten(place, place + 1)
 
 
-def _reference(at: Site, info: Any, dims: list[int | None], tensors: list[Tensor]) -> list[Tensor]:
-    def run(*given: Tensor) -> tuple[Tensor, ...]:
-        return tuple(at.run(given, by_reference=True))
+def _mapped_reference(at: Site, info: Any, dims: list[int | None], tensors: list[Tensor]) -> list[Tensor]:
+    def run(*mapped: Tensor) -> tuple[Tensor, ...]:
+        return tuple(at.run(mapped, by_reference=True))
 
     return list(torch.vmap(run, in_dims=tuple(dims), randomness=info.randomness)(*tensors))
