@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrolled.trees import TensorSpec
-
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 """What stands where there is nothing."""
 
@@ -199,7 +197,8 @@ class KindOfTensor(Place):
     """What of a tensor a step can ask without reading its numbers."""
 
     def now(self) -> Any:
-        return TensorSpec.of(self.owner, requires_grad=self.owner.requires_grad), type(self.owner)
+        tensor = self.owner  # a plain tuple, as it is made at every call
+        return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
 
 
 def is_small(values: np.ndarray | np.generic) -> bool:
