@@ -23,8 +23,11 @@ _saved_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _interpreters = getattr(_functorch, "get_interpreter_stack", None)
 
-_NAMES = ("_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
-OUTSIDE = tuple(getattr(torch._C, name)() for name in _NAMES if hasattr(torch._C, name))
+OUTSIDE = tuple(
+    getattr(torch._C, name)()
+    for name in ("_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
+    if hasattr(torch._C, name)
+)
 """What torch dispatches on where nothing is going on, as it is while this is imported."""
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from unrolled.operations.decomposed import decomposition
+from unrolled.operations.operation import Cost, operation_of
 from unrolled.plan.fuse import fused
-from unrolled.plan.keep import made_again
 from unrolled.plan.loops import LoopProgram, cut_loop
 from unrolled.plan.partition import Loop, Stage, partition, read_outside, sink_light
 from unrolled.recording.functions import RawProgram
@@ -141,7 +141,7 @@ def _split(
     # What is made of fixed values only is made again, once, rather than kept of every step.
     early = {op for op in forward.ops if not constants.issuperset(op.inputs)}
     both = Program(joint.values, joint.inputs, joint.ops, grads).pruned().ops
-    again = made_again(early, live_in([op for op in both if op not in early], grads), {*inputs, *emitted, *constants})
+    again = _made_again(early, live_in([op for op in both if op not in early], grads), {*inputs, *emitted, *constants})
     late = tuple(op for op in both if op not in early or op in again)
     read = [v for v in live_in(late, grads) if v not in tangents]
     kept = tuple(v for v in read if v not in constants)
@@ -157,6 +157,33 @@ def _split(
         again=again,
     )
     return LoopProgram(forward, loop.counts), LoopProgram(widened, loop.counts), step
+
+
+def _made_again(ops: Collection[Op], read: Sequence[int], there: Collection[int]) -> frozenset[Op]:
+    """The forward operations that the backward runs again, rather than keep their results of every step.
+
+    Memory is what a long horizon costs, and what a step's time goes into once the arithmetic is fast.
+
+    Args:
+        ops: the forward operations.
+        read: the values that the backward reads.
+        there: values that are in memory anyway.
+
+    Returns:
+        Light operations whose operands are in memory anyway, or are kept for others.
+    """
+    maker = {v: op for op in ops for v in op.outputs if v >= 0}
+    kept = [v for v in read if v in maker and v not in there]
+    found: list[Op] = []
+    operands: set[int] = set()
+    for value in sorted(kept, reverse=True):
+        op = maker[value]
+        at_hand = {*there, *(v for v in kept if v != value and maker[v] not in found)}
+        light = operation_of(op).cost <= Cost.LIGHT and len(op.outputs) == 1
+        if light and value not in operands and at_hand.issuperset(op.inputs):
+            found.append(op)
+            operands.update(op.inputs)
+    return frozenset(found)
 
 
 def partition_backward(

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from unrolled.recording.program import Ref, live_in
-from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like, values_behind
+from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like
 
 
 @dataclass(eq=False)
@@ -50,7 +51,9 @@ def fold_functions(tape: Tape) -> None:
 def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     inside = _events_inside(tape.events, outputs)
     made = {value for event in inside for value in event.outputs}
-    sources = values_behind(node, tape.tensors)
+    edges = [(value, get_gradient_edge(x)) for value, x in enumerate(tape.tensors) if x.requires_grad]
+    by_edge = {(edge.node, edge.output_nr): value for value, edge in edges}
+    sources = [by_edge.get(edge) for edge in node.next_functions]
     backward, saved, tangents, grads = _record_backward(tape, node, outputs, sources)
     inputs = list(dict.fromkeys([*live_in(inside), *(source for source in sources if source is not None)]))
     kept = [value for value in saved if value in made and value not in outputs]
@@ -89,12 +92,12 @@ def _record_backward(
     tape: Tape, node: Any, outputs: list[int], sources: list[int | None]
 ) -> tuple[list[Event], list[int], list[int], dict[int, int]]:
     """Call the Function's backward with the tape running: its events, what it read, tangents, and gradients."""
-    given = [tangent_like(tape.tensors[value]) for value in outputs]
+    grads_of_outputs = [tangent_like(tape.tensors[value]) for value in outputs]
     start, tape.in_backward = len(tape.events), True
-    tangents = [tape.add(tensor) for tensor in given]
+    tangents = [tape.add(tensor) for tensor in grads_of_outputs]
     try:
         with torch.no_grad(), tape:
-            returned = node.apply(*given)
+            returned = node.apply(*grads_of_outputs)
     except RuntimeError as error:
         raise UnrecordableError(f"the backward of {type(node).__name__} cannot be run by itself: {error}") from error
     finally:

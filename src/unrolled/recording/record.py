@@ -117,7 +117,7 @@ def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> 
     Raises:
         UnrecordableError: if the step cannot be written down as a list of operations.
     """
-    (first, externals, output), (second, *others) = [_run(cell, sample) for sample in samples]
+    (first, externals, output), (second, *others) = [_recorded(cell, sample) for sample in samples]
     if others != [externals, output]:
         raise UnrecordableError("it reads or returns other tensors at another batch size")
     input, state, context = flatten(samples[0])[1].children
@@ -125,7 +125,7 @@ def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> 
     return Recording(merge(first, second, ROWS), (input, state, context, output), externals, (a, b, c))
 
 
-def _run(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProgram, tuple[External, ...], Structure]:
+def _recorded(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProgram, tuple[External, ...], Structure]:
     tape = Tape()
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
     with silent(), torch.enable_grad(), NumbersStayUnread(), tape:

@@ -7,13 +7,12 @@ autograd was off meanwhile and its result has a Python node for its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
@@ -181,11 +180,10 @@ class Tape(DispatchMode):
                 outputs.append(-1)
                 continue
             region = _Region.of(tensor)
+            value = self._new(tensor)
             if func is torch.ops.aten.detach.default:
-                value = self._new(tensor)
                 self._detached_at[region] = value
             else:
-                value = self._new(tensor)
                 self._at[region] = value
                 self._stale.discard(region)
             outputs.append(value)
@@ -201,12 +199,12 @@ class Tape(DispatchMode):
             raise UnrecordableError(f"{func} writes into a tensor in a way that has no functional counterpart")
         if not any(target.value in event.outputs for event in self.events):
             raise UnrecordableError(f"{func} writes in place into a tensor that the step did not make")
-        _functional(func)
+        self._functional(func)
 
     def _write_in_place(self, func: Any, args: Any, kwargs: dict[str, Any], given: tuple[Any, ...]) -> None:
         tensor = given[0]
         value = self._new(tensor)
-        self._append(_functional(func), args, kwargs, (value,))
+        self._append(self._functional(func), args, kwargs, (value,))
         region = _Region.of(tensor)
         self._outdate(tensor)
         self._at[region] = value
@@ -219,6 +217,19 @@ class Tape(DispatchMode):
         for region in self._at:
             if region.storage == written.storage and not touched.isdisjoint(region.elements()):
                 self._stale.add(region)
+
+    @staticmethod
+    def _functional(func: Any) -> Any:
+        """The operation that returns what an in-place one writes."""
+        name = func._schema.name.removeprefix("aten::")
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+        # The counterpart may be called something else: that of `pow_.Scalar` is `pow.Tensor_Scalar`.
+        names = [] if packet is None else [func._overloadname, *packet.overloads()]
+        for functional in [getattr(packet, name) for name in names if hasattr(packet, name)]:
+            types, wanted = ([str(argument.type) for argument in f._schema.arguments] for f in (functional, func))
+            if not functional._schema.is_mutable and types == wanted:
+                return functional
+        raise UnrecordableError(f"{func} has no functional counterpart")
 
     @staticmethod
     def _refuse_unrecordable(func: Any) -> None:
@@ -242,25 +253,6 @@ _FILLED = {
 _ANY_LAYOUT = dict.fromkeys((_ATEN.view.default, _ATEN._unsafe_view.default), _ATEN.reshape.default)
 
 
-def _functional(func: Any) -> Any:
-    name = func._schema.name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    # The counterpart may be called something else: that of `pow_.Scalar` is `pow.Tensor_Scalar`.
-    names = [] if packet is None else [func._overloadname, *packet.overloads()]
-    for functional in [getattr(packet, name) for name in names if hasattr(packet, name)]:
-        types, wanted = ([str(argument.type) for argument in f._schema.arguments] for f in (functional, func))
-        if not functional._schema.is_mutable and types == wanted:
-            return functional
-    raise UnrecordableError(f"{func} has no functional counterpart")
-
-
 def tangent_like(tensor: Tensor) -> Tensor:
     """A gradient for a recording; it uses up no random numbers of the user's."""
     return torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view(tensor.shape)
-
-
-def values_behind(node: Any, tensors: Sequence[Tensor]) -> list[int | None]:
-    """For each input of an autograd node the number of the tensor that it came from; None where there is none."""
-    edges = [(n, get_gradient_edge(tensor)) for n, tensor in enumerate(tensors) if tensor.requires_grad]
-    numbers = {(edge.node, edge.output_nr): n for n, edge in edges}
-    return [numbers.get(source) for source in node.next_functions]

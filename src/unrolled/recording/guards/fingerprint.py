@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,6 @@ _BY_IDENTITY = (
     types.MethodDescriptorType,
     types.WrapperDescriptorType,
 )
-# What a recording has on whatever the mode of the call: a step that asks is recorded only for calls that have it too.
-_RECORDED_WITH = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
 
 
 def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
@@ -45,8 +42,15 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     if any(getattr(nn.modules.module, hooks, None) for hooks in on_all):
         raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
     environment = Environment.of(cell)
-    modes = tuple([_mode(*asked) for asked in environment.modes.items()])
-    return contents_of(cell), environment.version(), modes, modules_are_patched()
+    modes = []
+    # A recording is made with these; a step that reads one of them is recorded only for calls that have it so too.
+    recorded_with = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
+    for name, read in environment.modes.items():
+        value = read()
+        if value is not recorded_with.get(name, value):
+            raise UnrecordableError(f"its step asks {name}(), which is {value} here")
+        modes.append(value)
+    return contents_of(cell), environment.version(), tuple(modes), modules_are_patched()
 
 
 def contents_of(cell: nn.Module) -> tuple[Any, ...]:
@@ -57,14 +61,6 @@ def contents_of(cell: nn.Module) -> tuple[Any, ...]:
     """
     freezer = _Freezer()
     return tuple([freezer.module(name, module) for name, module in cell.named_modules()])
-
-
-def _mode(name: str, ask: Callable[[], Any]) -> Any:
-    """A mode of torch's that a step asks for, as it is."""
-    value = ask()
-    if value is not _RECORDED_WITH.get(name, value):
-        raise UnrecordableError(f"its step asks {name}(), which is {value} here")
-    return value
 
 
 class _Freezer:

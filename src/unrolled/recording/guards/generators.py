@@ -31,9 +31,9 @@ def state_of(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         generator = generator.bit_generator
     if isinstance(generator, np.random.BitGenerator):
-        return _plain(generator.state)
+        return _comparable(generator.state)
     if isinstance(generator, np.random.RandomState):
-        return _plain(generator.get_state(legacy=False))
+        return _comparable(generator.get_state(legacy=False))
     return generator.getstate()
 
 
@@ -42,11 +42,11 @@ def set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = _arrays(state)
+        generator.bit_generator.state = _restored(state)
     elif isinstance(generator, np.random.BitGenerator):
-        generator.state = _arrays(state)
+        generator.state = _restored(state)
     elif isinstance(generator, np.random.RandomState):
-        generator.set_state(_arrays(state))
+        generator.set_state(_restored(state))
     else:
         generator.setstate(state)
 
@@ -57,14 +57,14 @@ def whose(kind: type) -> str:
     return {"random": "Python's", "numpy": "numpy's", "torch": "a torch.Generator"}.get(module, module)
 
 
-def _plain(state: Any) -> Any:
+def _comparable(state: Any) -> Any:
     """A state with each array as its dtype and bytes: arrays are not equal or unequal, but entry by entry."""
     if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
+        return {key: _comparable(value) for key, value in state.items()}
     return (state.dtype.str, state.tobytes()) if isinstance(state, np.ndarray) else state
 
 
-def _arrays(state: Any) -> Any:
+def _restored(state: Any) -> Any:
     if isinstance(state, dict):
-        return {key: _arrays(value) for key, value in state.items()}
+        return {key: _restored(value) for key, value in state.items()}
     return np.frombuffer(state[1], dtype=state[0]) if isinstance(state, tuple) else state

@@ -89,14 +89,14 @@ class Reachable:
             self._globals(frame.f_globals, names)
             for function in self._functions.get(code, []):
                 self._defined(function)
-        given = frame.f_locals
-        for value in given.values():
+        arguments = frame.f_locals
+        for value in arguments.values():
             self.pass_on(value, names)
         if code.co_argcount:
-            self._method(code, given.get(code.co_varnames[0]))
+            self._method(code, arguments.get(code.co_varnames[0]))
 
     def pass_on(self, value: Any, names: Names) -> None:
-        """A value that was handed to code with these names, or returned to it."""
+        """A value is an argument of code with these names, or is returned to it."""
         self._follow(value, names, "", outside=id(value) in self._outside)
 
     def call(self, function: Any) -> None:
@@ -157,20 +157,17 @@ class Reachable:
 
     def _at(self, kind: type[Place], owner: Any, name: Any, label: str, names: Names) -> None:
         """Note a place, and follow what stands there."""
-        key = (kind, id(owner), name)
-        place = self.places.get(key)
-        if place is None:
-            if len(self.places) >= _MOST_PLACES:
-                self._opened(f"it can read more than {_MOST_PLACES} places")
-                return
-            place = self.places[key] = kind(owner, name, label, self._reader)
-        self._follow(place.now(), names, label, outside=True)
+        if len(self.places) >= _MOST_PLACES and (kind, id(owner), name) not in self.places:
+            self._opened(f"it can read more than {_MOST_PLACES} places")
+            return
+        self._follow(self._note(kind, owner, label, name).now(), names, label, outside=True)
 
-    def _note(self, kind: type[Place], owner: Any, label: str) -> None:
-        """Note a place whose content is followed in another way."""
-        key = (kind, id(owner), "")
+    def _note(self, kind: type[Place], owner: Any, label: str, name: Any = "") -> Place:
+        """Note a place whose content, if any, is followed in another way."""
+        key = (kind, id(owner), name)
         if key not in self.places:
-            self.places[key] = kind(owner, "", label, self._reader)
+            self.places[key] = kind(owner, name, label, self._reader)
+        return self.places[key]
 
     def _follow(self, value: Any, names: Names, label: str, *, outside: bool) -> None:
         if issubclass(type(value), PLAIN) or value is MISSING:
@@ -215,7 +212,7 @@ class Reachable:
         yield weakref.ref, self._reference
         yield functools.partial, self._partial
         yield (staticmethod, classmethod, property), self._wrapped
-        yield GENERATORS, self._drawn_from
+        yield GENERATORS, self._generator
         yield np.ndarray, self._array
         yield ContextVar, self._variable
         yield INERT, self._builtin
@@ -341,10 +338,7 @@ class Reachable:
             if has_memory(tensor):
                 self.memory[tensor.untyped_storage().data_ptr()] = label
 
-    def _drawn_from(self, generator: Any, names: Names, label: str, outside: bool) -> None:
-        self._generator(generator)
-
-    def _generator(self, generator: Any) -> None:
+    def _generator(self, generator: Any, *_: Any) -> None:
         self.generators.setdefault(id(generator), generator)
 
     def _array(self, values: np.ndarray, names: Names, label: str, outside: bool) -> None:

@@ -75,7 +75,10 @@ def scratch_of(cell: nn.Module, twin: nn.Module) -> list[str]:
     """
     written = []
     for (name, before), (_, after) in zip(cell.named_modules(), twin.named_modules(), strict=True):
-        _refuse_changed(name, {**before._parameters, **before._buffers}, {**after._parameters, **after._buffers})
+        tensors = {**after._parameters, **after._buffers}
+        for key, tensor in (*before._parameters.items(), *before._buffers.items()):
+            if not _equal(tensor, tensors.get(key)):
+                raise UnrecordableError(f"its step changes {f'{name}.{key}'.lstrip('.')}")
         for key in dict.fromkeys([*vars(before), *vars(after)]):
             old, new = vars(before).get(key), vars(after).get(key)
             if isinstance(new, Tensor) and not (isinstance(old, Tensor) and _equal(old, new)):
@@ -88,13 +91,8 @@ def scratch_of(cell: nn.Module, twin: nn.Module) -> list[str]:
     return written
 
 
-def _refuse_changed(module: str, before: dict[str, Tensor | None], after: dict[str, Tensor | None]) -> None:
-    for key, old in before.items():
-        new = after.get(key)
-        if (old is None) != (new is None) or (old is not None and new is not None and not _equal(old, new)):
-            raise UnrecordableError(f"its step changes {f'{module}.{key}'.lstrip('.')}")
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
     alike = one.shape == other.shape and one.dtype == other.dtype
     return alike and torch.equal(one.detach().nan_to_num(), other.detach().nan_to_num())
