@@ -46,7 +46,7 @@ from unrolled.networks.stack import Bidirectional, Stack, stack
 from unrolled.networks.torch_layers import GRU, LSTM, RNN
 from unrolled.networks.unroll import Unrolled, unroll
 from unrolled.networks.windows import Window
-from unrolled.verification.verify import Check, Verification, verify
+from unrolled.verification import Check, Verification, verify
 from unrolled.wrappers import (
     DropoutCell,
     FedState,

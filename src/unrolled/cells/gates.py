@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unrolled.cells.base import GateLayout
 from unrolled.errors import InputError, OptionError
+from unrolled.trees import Tree
 
 
 def check_sizes(**sizes: int) -> None:
@@ -111,13 +112,20 @@ class GatedCell(nn.Module):
             else:
                 nn.init.uniform_(parameter, -bound, bound)
 
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tree:
+        """The state before the first step: a tensor `[B, H]`, or a tuple of one for each of `state_names`.
+
+        A learned one keeps its own device and dtype.
+        """
+        tensors = self.initial_tensors(batch_size, device, dtype)
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
     def initial_tensors(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """The initial state's tensors, each `[B, H]`: zeros, or the learned vectors repeated over the batch.
-
-        Learned vectors keep the parameters' own device and dtype, whatever is asked for.
-        """
+        """The initial state's tensors, each `[B, H]`: zeros, or the learned vectors repeated over the batch."""
         if self.learn_initial_state:
             learned = [getattr(self, f"initial_{name}") for name in self.learned_names]
             return [vector.expand(batch_size, -1) for vector in learned]

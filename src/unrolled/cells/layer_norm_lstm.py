@@ -80,13 +80,6 @@ class LayerNormLSTMCell(GatedCell):
             if name.startswith(("gain_", "bias_")):
                 nn.init.constant_(parameter, float(name.startswith("gain_")))
 
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The state before the first step: `(h, c)`, each `[B, H]`."""
-        hidden, memory = self.initial_tensors(batch_size, device, dtype)
-        return hidden, memory
-
     def forward(self, input: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run one step: input `[B, I]`, state `(h, c)`; returns `h', (h', c')`."""
         self.check_input(input)

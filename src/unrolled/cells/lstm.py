@@ -69,13 +69,6 @@ class LSTMCell(GatedCell):
     )
     state_names = ("h", "c")
 
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The state before the first step: `(h, c)`, each `[B, H]`."""
-        hidden, memory = self.initial_tensors(batch_size, device, dtype)
-        return hidden, memory
-
     def forward(self, input: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run one step: input `[B, I]`, state `(h, c)`; returns `h', (h', c')`."""
         self.check_input(input)

@@ -54,12 +54,6 @@ class MinGRUCell(GatedCell):
             limit = 0.0 if name == "initial_h" else bound
             nn.init.uniform_(parameter, -limit, limit)
 
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """The hidden state before the first step, `[B, H]`; a learned one keeps its own device and dtype."""
-        return self.initial_tensors(batch_size, device, dtype)[0]
-
     def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step: input `[B, I]`, state `[B, H]`; output and next state are the same `[B, H]`."""
         self.check_input(input)

@@ -65,13 +65,6 @@ class PeepholeLSTMCell(GatedCell):
             drawn = torch.empty(hidden_size, device=device, dtype=dtype).uniform_(-bound, bound)
             self.register_parameter(name, nn.Parameter(drawn))
 
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The state before the first step: `(h, c)`, each `[B, H]`."""
-        hidden, memory = self.initial_tensors(batch_size, device, dtype)
-        return hidden, memory
-
     def forward(self, input: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run one step: input `[B, I]`, state `(h, c)`; returns `h', (h', c')`."""
         self.check_input(input)

@@ -84,12 +84,6 @@ class RNNCell(GatedCell):
         )
         self.nonlinearity = nonlinearity
 
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """The hidden state before the first step, `[B, H]`."""
-        return self.initial_tensors(batch_size, device, dtype)[0]
-
     def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step: input `[B, I]`, state `[B, H]`; output and next state are the same `[B, H]`."""
         self.check_input(input)

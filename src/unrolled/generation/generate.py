@@ -15,14 +15,12 @@ from unrolled.cells.adapted import as_cell
 from unrolled.cells.contract import check_context, check_state, make_state
 from unrolled.errors import InputError, OptionError
 from unrolled.generation.live_rows import (
-    Kind,
     LeavingRows,
-    LiveRows,
+    RowSpec,
     StayingRows,
     check_rows,
-    kind_of_outputs,
-    taken,
-    written,
+    select_rows,
+    with_rows,
 )
 from unrolled.networks.layered import Layered
 from unrolled.networks.unroll import Unrolled
@@ -114,9 +112,9 @@ def generate(
     last: Tree = None
     for step in stream(cell, state, first, feed=feed, until=until, max_steps=max_steps, context=context):
         zeros = map_leaves(torch.zeros_like, step.output) if step.t == 0 else zeros
-        outputs.append(written(zeros, step.rows, step.output))
+        outputs.append(with_rows(zeros, step.rows, step.output))
         if any(step.ended.tolist()):
-            last = written(last, step.rows, (torch.full_like(step.rows, step.t + 1), step.state))
+            last = with_rows(last, step.rows, (torch.full_like(step.rows, step.t + 1), step.state))
     lengths, state = last
     return sequence.stacked(outputs), lengths, state
 
@@ -158,7 +156,7 @@ def stream(
         check_rows(cell, state, B)
     alone = until is None or B == 1 or rows_are_independent(cell, first, state, context)
     batch = LeavingRows(cell, context) if alone else StayingRows(cell, context)
-    return _steps(batch, state, first, feed, until, max_steps)
+    return _live_steps(batch, state, first, feed, until, max_steps)
 
 
 def _cell_of(cell: nn.Module | Callable[..., Any]) -> nn.Module:
@@ -170,15 +168,20 @@ def _cell_of(cell: nn.Module | Callable[..., Any]) -> nn.Module:
     return cell.cell if isinstance(cell, Unrolled) else as_cell(cell)
 
 
-def _steps(
-    batch: LiveRows, state: Tree, first: Tree, feed: Feed | None, until: Until | None, max_steps: int | None
+def _live_steps(
+    batch: LeavingRows | StayingRows,
+    state: Tree,
+    first: Tree,
+    feed: Feed | None,
+    until: Until | None,
+    max_steps: int | None,
 ) -> Iterator[Step]:
     input, rows = first, torch.arange(_batch_size(first), device=sequence.device_of(first))
     nobody, everybody = rows < 0, rows >= 0
-    inputs, outputs = Kind(first), None
+    inputs, outputs = RowSpec(first), None
     for t in count():
         output, state = batch.step(t, input, state)
-        outputs = outputs or kind_of_outputs(output, len(rows))
+        outputs = outputs or RowSpec.of_outputs(output, len(rows))
         outputs.check_output(t, output, len(rows))
         if t + 1 == max_steps:
             ended = everybody[: len(rows)]
@@ -191,7 +194,7 @@ def _steps(
         if ending:
             going = (~ended).nonzero().squeeze(1)
             batch = batch.without_ended(going, input, state)
-            rows, output, state = (taken(tree, going) for tree in (rows, output, state))
+            rows, output, state = (select_rows(tree, going) for tree in (rows, output, state))
         input = output if feed is None else feed(output)
         # Outputs are alike: where they are inputs, one was looked at for all.
         if feed is not None or t == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unrolled.cells.adapted import parameter_names
 from unrolled.introspection.taps import GradientTap, TappedTree
-from unrolled.networks.layout import BatchLayout
+from unrolled.networks.layout import Call
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, unflatten
 
@@ -19,12 +19,10 @@ class RecordedRun:
 
     Args:
         rnn: the network.
-        layout: how the caller laid the batch out.
+        call: what it is called with.
         tap: remembers gradients; several networks may have one.
-        state: the state of the caller's rows, `[B, ...]`.
+        state: the state of the caller's rows, `[B, ...]`: the call's, or one that the cell made.
         fresh: the state that rows are reset to, or None where there are no resets.
-        context: what the cell receives at every step, with the caller's rows, or None.
-        own_state: whether `state` was made by the cell and not by the caller.
 
     Attributes:
         cell: the cell.
@@ -37,33 +35,23 @@ class RecordedRun:
         first: its rows as engines see them.
         order: which row of the caller's each of these is.
         fresh: `fresh` as tapped, with rows as engines see them.
-        context: `context` likewise.
+        context: the call's context likewise.
         made: the tapped states that the cell made.
         no_outputs: what a run without any step gives out.
     """
 
-    def __init__(
-        self,
-        rnn: Unrolled,
-        layout: BatchLayout,
-        tap: GradientTap,
-        state: Tree,
-        fresh: Tree,
-        context: Tree,
-        *,
-        own_state: bool,
-    ) -> None:
+    def __init__(self, rnn: Unrolled, call: Call, tap: GradientTap, state: Tree, fresh: Tree) -> None:
         self.cell, self.reverse, self.truncation = rnn.cell, rnn.reverse, rnn.truncation
-        self.layout, self.tap = layout, tap
+        self.layout, self.tap = call.layout, tap
         self.trained = {path: weight for path, weight in self.cell.named_parameters() if weight.requires_grad}
         self.paths = {name: path for name, path in parameter_names(self.cell).items() if path in self.trained}
         self.weights = {name: self.trained[path] for name, path in self.paths.items()}
         (self.initial,) = tap.insert(state)
-        self.first = layout.rows(self.initial.tree)
-        self.order = layout.rows(torch.arange(layout.batch))
-        self.fresh = None if fresh is None else tap.insert(layout.rows(fresh))[0]
-        self.context = None if context is None else tap.insert(layout.rows(context))[0]
-        self.made = [self.initial] if own_state else []
+        self.first = self.layout.rows(self.initial.tree)
+        self.order = self.layout.rows(torch.arange(self.layout.batch))
+        self.fresh = None if fresh is None else tap.insert(self.layout.rows(fresh))[0]
+        self.context = None if call.context is None else tap.insert(self.layout.rows(call.context))[0]
+        self.made = [self.initial] if call.state is None else []
         if self.fresh is not None:
             self.made.append(self.fresh)
         self.no_outputs: Tree = None

@@ -24,7 +24,7 @@ def record(rnn: Unrolled, call: Call, tap: GradientTap) -> Copies:
     if call.resets is not None and call.extent.rows:
         fresh = fresh_state(rnn, call, first)
         inputs = call.steps, call.layout.restarts(call.resets, reverse=rnn.reverse)
-    run = RecordedRun(rnn, call.layout, tap, first, fresh, call.context, own_state=call.state is None)
+    run = RecordedRun(rnn, call, tap, first, fresh)
     if not call.extent.rows:
         run.no_outputs = empty_outputs(rnn.cell, call, first)
         return Copies(run, (), ())

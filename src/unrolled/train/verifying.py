@@ -10,7 +10,7 @@ import torch
 from unrolled import cells
 from unrolled.networks.unroll import unroll
 from unrolled.train.run import load_run
-from unrolled.verification.verify import Verification, verify
+from unrolled.verification import Verification, verify
 
 _CELLS = (
     cells.RNNCell,

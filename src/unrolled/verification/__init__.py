@@ -1,1 +1,0 @@
-"""Every engine against the reference."""
