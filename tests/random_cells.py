@@ -16,7 +16,8 @@ import unrolled as ur
 from matching import assert_match
 from problems import uneven_loss
 from unrolled.engine import native
-from unrolled.engine.plan_cache import Decision, PlanCache, _loops_of
+from unrolled.engine.cell_call import CellCall
+from unrolled.engine.plan_cache import Decision, _loops_of, _plan
 from unrolled.networks.base import first_state
 from unrolled.networks.layout import Call
 from unrolled.plan.loops import LoopProgram
@@ -404,9 +405,9 @@ def _build_together(recipes: Iterable[Recipe]) -> None:
     loops: list[LoopProgram] = []
     for recipe in recipes:
         cell, inputs = _made(recipe)
-        given = (cell, inputs, cell.initial_state(recipe.batch), None, (recipe.asked,))
+        call = CellCall.of(cell, inputs, cell.initial_state(recipe.batch), None)
         with suppress(Exception):
-            loops += _loops_of(PlanCache("native")._recorded(*given, fuse=True))
+            loops += _loops_of(_plan(call, fuse=True))
     with suppress(native.BuildError):
         native.prepare(loops)
 

@@ -16,7 +16,7 @@ from unrolled.recording.program import Op
 
 
 class Joins(Views):
-    """Joins, padding, and the backward of slices."""
+    """Joins, padding, the backward of slices, and constants."""
 
     @lowers("cat", Operation.moving(Rows.cat))
     def _cat(self, op: Op) -> list[View]:
@@ -105,30 +105,25 @@ class Joins(Views):
             view = self.joined(view.dims, dim, parts, view.dtype)
         return [view]
 
-
-class Constants(Views):
-    """Values made of numbers."""
+    # -- values that are made of numbers alone
 
     @lowers("zeros new_zeros", Operation(alike=True))
     @lowers("zeros_like", Operation(Rows.first))
     def _zeros(self, op: Op) -> list[View]:
-        return [self._literal(op, 0.0)]
+        return self._literal(op, 0.0)
 
     @lowers("ones new_ones", Operation(alike=True))
     @lowers("ones_like", Operation(Rows.first))
     def _ones(self, op: Op) -> list[View]:
-        return [self._literal(op, 1.0)]
+        return self._literal(op, 1.0)
 
     @lowers("full", Operation(alike=True, cost=Cost.FUSED, moves=True))
     @lowers("new_full", Operation(alike=True))
     @lowers("full_like", Operation(Rows.first))
-    def _full(self, op: Op) -> list[View]:
-        return [self._literal(op, op.args[-1])]
-
     @lowers("scalar_tensor", Operation(alike=True, cost=Cost.FUSED))
-    def _scalar_tensor(self, op: Op) -> list[View]:
-        return [self._literal(op, op.args[0])]
+    def _full(self, op: Op) -> list[View]:
+        return self._literal(op, op.args[-1])
 
-    def _literal(self, op: Op, number: Scalar) -> View:
+    def _literal(self, op: Op, number: Scalar) -> list[View]:
         value = self.values[op.outputs[0]]
-        return self.compute("literal", number, dims=Layout.of(value).dims, dtype=self.checked(value.dtype))
+        return [self.compute("literal", number, dims=Layout.of(value).dims, dtype=self.checked(value.dtype))]

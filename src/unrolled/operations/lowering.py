@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from unrolled.operations.layout import Layout, UnsupportedError
-from unrolled.operations.nodes import Compute, Node, Scalar, View, contiguous
-from unrolled.operations.operation import OPERATIONS
+from unrolled.operations.nodes import Compute, Input, Node, Scalar, View, contiguous
+from unrolled.operations.operation import OPERATIONS, operation_of
 from unrolled.recording.program import Op, Ref, Value
 
 _COUNT = torch.int64
@@ -29,10 +29,35 @@ class Lowering:
         real: the dtype of all floating-point numbers.
     """
 
-    values: Sequence[Value]
-    nodes: list[Node]
-    views: dict[int, View]
-    real: torch.dtype
+    def __init__(self, values: Sequence[Value], real: torch.dtype) -> None:
+        self.values, self.real = values, real
+        self.nodes: list[Node] = []
+        self.views: dict[int, View] = {}
+
+    def input(self, kind: str, position: int, value: int) -> None:
+        """Make a value an input."""
+        known = self.values[value]
+        layout = Layout.of(known)
+        if layout.place is None and kind != "fixed":
+            raise UnsupportedError(f"a {kind} without a batch, {known}")
+        self.views[value] = self.add(
+            Input(layout.dims, self.checked(known.dtype), kind, position, layout.place is not None)
+        )
+
+    def run(self, op: Op) -> None:
+        """Write an operation in nodes.
+
+        Raises:
+            UnsupportedError: if nobody said how, or not for such arguments.
+        """
+        operation = operation_of(op)
+        if operation.lower is not None:
+            results = operation.lower(self, op)
+        elif operation.expression:
+            results = [self.elementwise(op, op.base)]
+        else:
+            raise UnsupportedError(op.name.removeprefix("aten."))
+        self.views |= {value: view for value, view in zip(op.outputs, results, strict=False) if value >= 0}
 
     def checked(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype, if this engine has it. Integers are counts: they are read, and made of bools, no more."""

@@ -45,19 +45,13 @@ class Reductions(Views):
             result = self.compute("mul", result, 1.0 / prod(view.dims[d] for d in dims))
         return [self._counted(op, result)]
 
-    @lowers("any", Operation(along(1, 2)))
-    def _any(self, op: Op) -> list[View]:
-        return [self._truth(op, "amax")]
-
-    @lowers("all", Operation(along(1, 2)))
-    def _all(self, op: Op) -> list[View]:
-        return [self._truth(op, "amin")]
-
-    def _truth(self, op: Op, name: str) -> View:
+    @lowers("any all", Operation(along(1, 2)))
+    def _truth(self, op: Op) -> list[View]:
         """Whether any or all entries are not zero; NaN is not."""
         view = self.compute("cast", self.compute("ne", self.argument(op, 0), 0, dtype=torch.bool))
-        result = self.reduced(name, view, self._dims(op, self.argument(op, 1)))
-        return self.compute("ne", self._shaped(op, 0, result), 0, dtype=torch.bool)
+        extreme = "amax" if op.base == "any" else "amin"
+        result = self.reduced(extreme, view, self._dims(op, self.argument(op, 1)))
+        return [self.compute("ne", self._shaped(op, 0, result), 0, dtype=torch.bool)]
 
     def _counted(self, op: Op, result: View) -> View:
         """A whole node as the operation gives it: in its shape, a count of bools as integers."""
@@ -71,30 +65,16 @@ class Reductions(Views):
         view = self.argument(op, 0)
         return [self._shaped(op, 0, self.reduced("amax", view, self._dims(op, op.args[1])))]
 
-    @lowers("var", Operation(along(1, 2), cost=Cost.FUSED))
-    def _var(self, op: Op) -> list[View]:
-        return [self._shaped(op, 0, self._moments(op)[0])]
-
-    @lowers("std", Operation(along(1, 2)))
-    def _std(self, op: Op) -> list[View]:
-        return [self._shaped(op, 0, self.compute("sqrt", self._moments(op)[0]))]
-
-    @lowers("std_mean", Operation(along(1, 3)))
-    def _std_mean(self, op: Op) -> list[View]:
-        var, mean = self._moments(op)
-        return [self._shaped(op, 0, self.compute("sqrt", var)), self._shaped(op, 1, mean)]
-
-    @lowers("var_mean", Operation(along(1, 3), cost=Cost.FUSED))
-    def _var_mean(self, op: Op) -> list[View]:
-        return [self._shaped(op, output, moment) for output, moment in enumerate(self._moments(op))]
-
     def _shaped(self, op: Op, output: int, view: View) -> View:
         """A whole node in the shape that the operation gives it, if it gives it."""
         dims = self.shape_of(op, output) if op.outputs[output] >= 0 else view.dims
         return View(view.node, dims, contiguous(dims))
 
-    def _moments(self, op: Op) -> tuple[View, View]:
-        """Variance and mean, with the dimensions kept."""
+    @lowers("var", Operation(along(1, 2), cost=Cost.FUSED))
+    @lowers("var_mean", Operation(along(1, 3), cost=Cost.FUSED))
+    @lowers("std", Operation(along(1, 2)))
+    @lowers("std_mean", Operation(along(1, 3)))
+    def _moments(self, op: Op) -> list[View]:
         view, keywords = self.argument(op, 0), dict(op.kwargs)
         dims = self._dims(op, self.argument(op, 1, keywords.get("dim")))
         count = prod(view.dims[d] for d in dims)
@@ -104,7 +84,11 @@ class Reductions(Views):
         deviation = self.compute("sub", view, mean)
         total = self.reduced("sum", self.compute("mul", deviation, deviation), dims)
         scale = 1.0 / (count - correction) if count > correction else float("nan")
-        return self.compute("mul", total, scale), mean
+        moment = self.compute("mul", total, scale)
+        if op.base.startswith("std"):
+            moment = self.compute("sqrt", moment)
+        results = (moment, mean)[: len(op.outputs)]
+        return [self._shaped(op, output, view) for output, view in enumerate(results)]
 
     @lowers("cumsum", Operation(along(1, default=-1)))
     def _cumsum(self, op: Op) -> list[View]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from unrolled.operations.operation import rows_of_results
 from unrolled.operations.row_rules import CouplesRowsError, Place, Rows
-from unrolled.recording.program import Custom, Op, Program
+from unrolled.recording.program import Custom, Program
 
 
 def rows_in_front(step: Program) -> dict[int, int]:
@@ -39,7 +39,10 @@ def find_rows(program: Program, seeds: Mapping[int, int]) -> tuple[dict[int, int
             unknown.update(op.outputs)
             continue
         try:
-            found = rows_of_outputs(program, op, places)
+            if isinstance(op.target, Custom):
+                found = _rows_of_custom(op.target, [places.get(v) for v in op.inputs])
+            else:
+                found = rows_of_results(Rows(program, op, places))
         except CouplesRowsError as error:
             reasons[number] = str(error)
             unknown.update(op.outputs)
@@ -48,20 +51,10 @@ def find_rows(program: Program, seeds: Mapping[int, int]) -> tuple[dict[int, int
     return places, reasons
 
 
-def rows_of_outputs(program: Program, op: Op, places: Mapping[int, int]) -> list[Place]:
-    """Where the rows of an operation's results are.
-
-    Raises:
-        CouplesRowsError: if it is not proved to act row by row.
-    """
-    if isinstance(op.target, Custom):
-        return _rows_of_custom(op.target, [places.get(v) for v in op.inputs])
-    return rows_of_results(Rows(program, op, places))
-
-
-def _rows_of_custom(custom: Custom, given: Sequence[Place]) -> list[Place]:
+def _rows_of_custom(custom: Custom, inputs: Sequence[Place]) -> list[Place]:
+    """Where the rows of a Function's results are, if those of its inputs are there."""
     forward = custom.forward
-    seeds = {v: place for v, place in zip(forward.inputs, given, strict=True) if place is not None}
+    seeds = {v: place for v, place in zip(forward.inputs, inputs, strict=True) if place is not None}
     places, reasons = find_rows(forward, seeds)
     if reasons:
         raise CouplesRowsError(f"inside {custom.name}: {next(iter(reasons.values()))}")

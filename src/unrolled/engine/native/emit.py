@@ -11,7 +11,7 @@ import torch
 
 from unrolled.engine.native.build import c_text
 from unrolled.engine.native.lower import lower, state_buffers
-from unrolled.engine.native.schedule import Kernels, arrange, in_register
+from unrolled.engine.native.schedule import Kernels
 from unrolled.operations.nodes import (
     Compute,
     Input,
@@ -65,7 +65,7 @@ def emit(loop: LoopProgram) -> Source:
         UnsupportedError: if it has an operation that this engine does not emit.
     """
     lowered = lower(loop)
-    return _Emitter(loop, lowered, arrange(lowered)).source()
+    return _Emitter(loop, lowered).source()
 
 
 def one_file(sources: Sequence[Source]) -> str:
@@ -107,8 +107,8 @@ _REDUCTIONS = {
 
 
 class _Emitter:
-    def __init__(self, loop: LoopProgram, lowered: Lowered, kernels: Kernels) -> None:
-        self.loop, self.lowered, self.kernels = loop, lowered, kernels
+    def __init__(self, loop: LoopProgram, lowered: Lowered) -> None:
+        self.loop, self.lowered, self.kernels = loop, lowered, Kernels(lowered)
         self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
         self.matrices: list[int] = []
         self.scratch = 0
@@ -234,7 +234,9 @@ class _EntryLoop:
 
     def __init__(self, emitter: _Emitter, nodes: Sequence[Compute]) -> None:
         self.emitter, self.nodes, self.dims = emitter, nodes, nodes[0].dims
-        views = dict.fromkeys(view for node in nodes for view in node.views if not self._in_register(view, node))
+        self.kernels = emitter.kernels
+        read = (view for node in nodes for view in node.views if not self.kernels.in_register(view, node))
+        views = dict.fromkeys(read)
         self.flat = all(self._reads_flat(view) for view in views) and all(
             node.target.strides == contiguous(self.dims) for node in nodes if isinstance(node, Write)
         )
@@ -248,7 +250,7 @@ class _EntryLoop:
             self._read(view, name)
         for node in self.nodes:
             self._compute(node)
-        names, sums = self.emitter.names, self.emitter.kernels.sums
+        names, sums = self.emitter.names, self.kernels.sums
         totals = {names[total]: node for node in self.nodes for total in sums.get(node, ())}
         self.before += [f"real {name}_sum = 0;" for name in totals]
         self.inside += [f"{name}_sum += {names[node]}_v;" for name, node in totals.items()]
@@ -258,10 +260,6 @@ class _EntryLoop:
         yield from ("  " + line for line in _nest(shape, self.inside, sums=[f"{name}_sum" for name in totals]))
         yield from (f"  {name}[b] = {name}_sum;" for name in totals)
         yield "}"
-
-    def _in_register(self, view: View, reader: Node) -> bool:
-        levels = self.emitter.kernels.levels
-        return in_register(view, reader) and levels[view.node] == levels[reader]
 
     def _reads_flat(self, view: View) -> bool:
         """Whether a view is one number for all entries of a row, or has them one after the other."""
@@ -283,7 +281,9 @@ class _EntryLoop:
     def _argument(self, argument: View | Scalar, node: Compute) -> str:
         if not isinstance(argument, View):
             return _literal(argument)
-        return f"{self.emitter.names[argument.node]}_v" if self._in_register(argument, node) else self.reads[argument]
+        if self.kernels.in_register(argument, node):
+            return f"{self.emitter.names[argument.node]}_v"
+        return self.reads[argument]
 
     def _compute(self, node: Compute) -> None:
         name, kind = self.emitter.names[node], _c_type(node)
@@ -293,7 +293,7 @@ class _EntryLoop:
         self.inside.append(f"const {register} {name}_v = {expression};")
         if isinstance(node, Write):
             row, strides = self.emitter.row_of(node.target), node.target.strides
-        elif node in self.emitter.kernels.stored:
+        elif node in self.kernels.stored:
             row, strides = f"{name} + b * {node.size}", contiguous(self.dims)
         else:
             return

@@ -7,49 +7,89 @@ up on the way. Levels are taken as late as possible, so that what is computed is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from unrolled.operations.nodes import Compute, Input, Join, Lowered, Node, Product, Reduce, Scan, View, Write
 
 
-@dataclass
 class Kernels:
     """A lowered loop in the order in which it is run.
+
+    Emitted views that are no node's whole memory become computations of their own first.
 
     Attributes:
         order: for each kernel its nodes: one product, one reduction, or computations of one shape.
         stored: for each node that needs memory the number of the buffer that it is, or None for scratch memory.
-        levels: which level each node is on.
         sums: sums over a whole row, added up while it is computed: by what they are sums of.
     """
 
-    order: list[list[Node]]
-    stored: dict[Node, int | None]
-    levels: dict[Node, int]
-    sums: dict[Node, list[Reduce]]
+    def __init__(self, lowered: Lowered) -> None:
+        self.stored: dict[Node, int | None] = {**_emitted(lowered)}
+        wanted = [view.node for view in (*lowered.next_states, *lowered.totals)]
+        self._nodes = _needed(lowered.nodes, [*self.stored, *wanted])
+        self._levels: dict[Node, int] = {}
+        self._set_levels()
+        self.order = self._ordered()
+        summed = [view.node for view in lowered.totals if not isinstance(view.node, Input)]
+        for node in [*summed, *self._read_from_memory()]:
+            self.stored.setdefault(node, None)
+        self.sums: dict[Node, list[Reduce]] = {}
+        for node in self._nodes:
+            if isinstance(node, Reduce) and _added_on_the_way(node):
+                self.sums.setdefault(node.source.node, []).append(node)
+
+    def in_register(self, view: View, reader: Node) -> bool:
+        """Whether a reader takes a value out of a register, since the same kernel has just computed it."""
+        return self._levels[view.node] == self._levels[reader] and _entry_by_entry(view, reader)
+
+    def _set_levels(self) -> None:
+        """As early as operands allow; for computations then as late as readers allow."""
+        levels = self._levels
+        for node in self._nodes:
+            if isinstance(node, Join):
+                levels[node] = max(levels[piece] for piece in node.pieces)
+            elif isinstance(node, Input):
+                levels[node] = 0
+            else:
+                levels[node] = max([1, *(levels[view.node] + _levels_between(view, node) for view in node.views)])
+        latest: dict[Node, int] = {}
+        for node in reversed(self._nodes):
+            if type(node) is Compute and node in latest:
+                levels[node] = max(levels[node], latest[node])
+            for view in node.views:
+                bound = levels[node] - _levels_between(view, node)
+                latest[view.node] = min(latest.get(view.node, bound), bound)
+
+    def _ordered(self) -> list[list[Node]]:
+        kernels: dict[tuple[object, ...], list[Node]] = {}
+        for node in self._nodes:
+            if _added_on_the_way(node):
+                continue
+            if isinstance(node, Product | Reduce):
+                kernels[self._levels[node], 0, id(node)] = [node]
+            elif isinstance(node, Compute):
+                kernels.setdefault((self._levels[node], 1, node.dims), []).append(node)
+        return [kernels[key] for key in sorted(kernels, key=lambda key: key[:2])]
+
+    def _read_from_memory(self) -> Iterator[Node]:
+        """Nodes whose entries others read out of memory."""
+        for node in self._nodes:
+            if isinstance(node, Product | Reduce | Join):
+                yield node
+            for view in () if _added_on_the_way(node) else node.views:
+                if isinstance(view.node, Compute) and not self.in_register(view, node):
+                    yield view.node
 
 
-def in_register(view: View, reader: Node) -> bool:
-    """Whether a reader in the same kernel can take the value out of a register."""
+def _entry_by_entry(view: View, reader: Node) -> bool:
+    """Whether entry i of a computation reads entry i of another one."""
     node = view.node
     return type(node) is Compute and isinstance(reader, Compute) and view.whole and node.dims == reader.dims
 
 
-def arrange(lowered: Lowered) -> Kernels:
-    """Order a lowered loop; emitted views that are no node's whole memory become computations of their own first."""
-    emitted = _emitted(lowered)
-    nodes = _needed(lowered.nodes, [*emitted, *(view.node for view in (*lowered.next_states, *lowered.totals))])
-    levels = _levels(nodes)
-    stored: dict[Node, int | None] = {**emitted}
-    summed = [view.node for view in lowered.totals if not isinstance(view.node, Input)]
-    for node in [*summed, *_read_from_memory(nodes, levels)]:
-        stored.setdefault(node, None)
-    sums: dict[Node, list[Reduce]] = {}
-    for node in nodes:
-        if isinstance(node, Reduce) and _added_on_the_way(node):
-            sums.setdefault(node.source.node, []).append(node)
-    return Kernels(_order(nodes, levels), stored, levels, sums)
+def _levels_between(view: View, reader: Node) -> int:
+    """How many levels a reader must be after what it reads: none, if they can be in one kernel."""
+    return 0 if _entry_by_entry(view, reader) else 1
 
 
 def _added_on_the_way(node: Node) -> bool:
@@ -83,53 +123,3 @@ def _needed(nodes: Sequence[Node], wanted: Sequence[Node]) -> list[Node]:
                 needed.update(node.pieces)
             kept.append(node)
     return list(reversed(kept))
-
-
-def _levels(nodes: Sequence[Node]) -> dict[Node, int]:
-    """The level of each node: the first that its operands allow, of a computation the last that its readers allow."""
-    levels: dict[Node, int] = {}
-    for node in nodes:
-        if isinstance(node, Join):
-            levels[node] = max(levels[piece] for piece in node.pieces)
-        elif isinstance(node, Input):
-            levels[node] = 0
-        else:
-            levels[node] = max([1, *(levels[view.node] + _levels_between(view, node) for view in node.views)])
-    latest: dict[Node, int] = {}
-    for node in reversed(nodes):
-        if type(node) is Compute and node in latest:
-            levels[node] = max(levels[node], latest[node])
-        for view in node.views:
-            bound = levels[node] - _levels_between(view, node)
-            latest[view.node] = min(latest.get(view.node, bound), bound)
-    return levels
-
-
-def _levels_between(view: View, reader: Node) -> int:
-    """How many levels a reader is after what it reads."""
-    return 0 if in_register(view, reader) else 1
-
-
-def _order(nodes: Sequence[Node], levels: dict[Node, int]) -> list[list[Node]]:
-    kernels: dict[tuple[object, ...], list[Node]] = {}
-    for node in nodes:
-        if _added_on_the_way(node):
-            continue
-        if isinstance(node, Product | Reduce):
-            kernels[levels[node], 0, id(node)] = [node]
-        elif isinstance(node, Compute):
-            kernels.setdefault((levels[node], 1, node.dims), []).append(node)
-    return [kernels[key] for key in sorted(kernels, key=lambda key: key[:2])]
-
-
-def _read_from_memory(nodes: Sequence[Node], levels: dict[Node, int]) -> list[Node]:
-    """Nodes whose entries others read out of memory."""
-    found: list[Node] = []
-    for node in nodes:
-        if isinstance(node, Product | Reduce | Join):
-            found.append(node)
-        for view in () if _added_on_the_way(node) else node.views:
-            registered = levels[view.node] == levels[node] and in_register(view, node)
-            if isinstance(view.node, Compute) and not registered:
-                found.append(view.node)
-    return found
