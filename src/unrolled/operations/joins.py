@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from unrolled.operations.layout import Layout, UnsupportedError
+from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.row_rules import Rows, along
@@ -126,4 +126,4 @@ class Joins(Views):
 
     def _literal(self, op: Op, number: Scalar) -> list[View]:
         value = self.values[op.outputs[0]]
-        return [self.compute("literal", number, dims=Layout.of(value).dims, dtype=self.checked(value.dtype))]
+        return [self.compute("literal", number, dims=RowLayout.of(value).dims, dtype=self.checked(value.dtype))]

@@ -21,7 +21,7 @@ class UnsupportedError(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """A shape and the batch in it.
 
     Attributes:
@@ -35,7 +35,7 @@ class Layout:
     many: int
 
     @staticmethod
-    def of(value: Value) -> Layout:
+    def of(value: Value) -> RowLayout:
         """The layout of a value.
 
         Raises:
@@ -43,11 +43,11 @@ class Layout:
         """
         sized = [(d, n) for d, n in enumerate(value.shape) if isinstance(n, Size)]
         if not sized:
-            return Layout(value.shape, None, 1)
+            return RowLayout(value.shape, None, 1)
         (place, size), *more = sized
         if more or size.constant or size.per_row < 1:
             raise UnsupportedError(f"a value of shape {value}, whose batch is not one of its dimensions")
-        return Layout(value.shape, place, size.per_row)
+        return RowLayout(value.shape, place, size.per_row)
 
     @cached_property
     def dims(self) -> tuple[int, ...]:

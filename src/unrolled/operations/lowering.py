@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unrolled.operations.layout import Layout, UnsupportedError
+from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import Compute, Input, Node, Scalar, View, contiguous
 from unrolled.operations.operation import OPERATIONS, operation_of
 from unrolled.recording.program import Op, Ref, Value
@@ -37,7 +37,7 @@ class Lowering:
     def input(self, kind: str, position: int, value: int) -> None:
         """Make a value an input."""
         known = self.values[value]
-        layout = Layout.of(known)
+        layout = RowLayout.of(known)
         if layout.place is None and kind != "fixed":
             raise UnsupportedError(f"a {kind} without a batch, {known}")
         self.views[value] = self.add(
@@ -75,19 +75,19 @@ class Lowering:
         arg = op.args[index] if index < len(op.args) else default
         return self.views[arg.value] if isinstance(arg, Ref) else arg
 
-    def layout(self, op: Op, index: int = 0) -> Layout:
+    def layout(self, op: Op, index: int = 0) -> RowLayout:
         """Where the batch is in an argument."""
-        return Layout.of(self.values[op.args[index].value])
+        return RowLayout.of(self.values[op.args[index].value])
 
-    def layout_of(self, op: Op, output: int = 0) -> Layout:
+    def layout_of(self, op: Op, output: int = 0) -> RowLayout:
         """Where the batch is in a result."""
-        return Layout.of(self.values[op.outputs[output]])
+        return RowLayout.of(self.values[op.outputs[output]])
 
-    def aligned(self, arg: Any, out: Layout) -> Any:
+    def aligned(self, arg: Any, out: RowLayout) -> Any:
         """An argument as an element-wise operation reads it: rows with rows, what has none broadcast over them."""
         if not isinstance(arg, Ref):
             return arg
-        view, have = self.views[arg.value], Layout.of(self.values[arg.value])
+        view, have = self.views[arg.value], RowLayout.of(self.values[arg.value])
         assert out.place is not None
         where = out.place - (len(out.shape) - len(have.shape))
         if have.place is not None:

@@ -28,11 +28,11 @@ class Reductions(Views):
         shape = tuple(1 if d in dims else n for d, n in enumerate(view.dims))
         return View(result.node, shape, contiguous(shape))
 
-    def _dims(self, op: Op, given: Any, index: int = 0) -> list[int]:
+    def _dims(self, op: Op, named: Any, index: int = 0) -> list[int]:
         have = self.layout(op, index)
-        if given is None or given == () or have.place is None:
+        if named is None or named == () or have.place is None:
             raise UnsupportedError("a reduction along the batch")
-        return sorted(have.dim(d, "a reduction") for d in (given if isinstance(given, tuple) else (given,)))
+        return sorted(have.dim(d, "a reduction") for d in (named if isinstance(named, tuple) else (named,)))
 
     @lowers("sum", Operation(along(1, 2), cost=Cost.FUSED, linear=Linear.JOINTLY))
     @lowers("mean amax amin", Operation(along(1, 2), cost=Cost.FUSED))

@@ -1,4 +1,4 @@
-"""Fusing: work that a compiled loop does beside what it must, because memory for all copies would cost more.
+"""Fusing: work that a compiled loop does though it need not, because memory for all copies would cost more.
 
 What feeds a loop can be done ahead of time for all copies at once, and what no later state needs, afterwards. For a
 product of large matrices that is right. Light work, though, is over sooner than its operands are fetched: a compiled
@@ -19,8 +19,8 @@ from unrolled.recording.program import Op, Program, Size
 _NUMBERS = (torch.float32, torch.float64, torch.bool)
 
 WEIGHT_BYTES = 512 << 10
-"""How large the weights of a loop may be with those of the products that it does beside: they are read at every step,
-and have to stay in a core's own cache."""
+"""How large the weights of a loop may be together with those of the products fused into it: they are
+read at every step, and have to stay in a core's own cache."""
 
 LEAST_ROWS = 4
 """With fewer rows a product of one step reads its weights for little work: only small ones are worth it."""
@@ -35,7 +35,7 @@ def fused(
     batch_size: int,
     sums: Collection[int] = (),
 ) -> list[Stage]:
-    """Stages whose loops also do what is worth doing beside them.
+    """Stages whose loops also do what is worth fusing into them.
 
     Args:
         program: the step.
@@ -72,14 +72,14 @@ class _Fusing:
     ) -> None:
         self.program, self.coupled, self.fixed, self.batch_size = program, coupled, fixed, batch_size
         self.sums = sums
-        self.asked = {v for v in program.outputs if v >= 0}
+        self.outputs = {v for v in program.outputs if v >= 0}
         self.readers: dict[int, set[int]] = {}
         for n, op in enumerate(program.ops):
             for v in op.inputs:
                 self.readers.setdefault(v, set()).add(n)
 
     def there(self, before: Sequence[Stage], received_later: Collection[int]) -> set[int]:
-        """What a loop can read: not a state that is known after it only, as one that hands on what the loop made."""
+        """What a loop can read: not a state that is known only after it, as what it made a step before."""
         steps = [n for earlier in before if isinstance(earlier, Steps) for n in earlier.ops]
         made = {v for n in steps for v in self.program.ops[n].outputs}
         return made.union(self.program.inputs, self.fixed).difference(received_later)
@@ -89,8 +89,8 @@ class _Fusing:
         for n in reversed(stage.ops if isinstance(stage, Steps) and not stage.once else ()):
             op = self.program.ops[n]
             readers = set().union(*(self.readers.get(v, set()) for v in op.outputs))
-            fits = self._beside(n) or self._small_product(n, inside)
-            if fits and readers <= inside and self.asked.isdisjoint(op.outputs):
+            fits = self._is_light(n) or self._small_product(n, inside)
+            if fits and readers <= inside and self.outputs.isdisjoint(op.outputs):
                 inside.add(n)
 
     def follow(self, inside: set[int], totals: set[int], stage: Stage, there: set[int]) -> None:
@@ -100,7 +100,7 @@ class _Fusing:
             made = {v for m in inside for v in self.program.ops[m].outputs}
             if not made.intersection(op.inputs) or not (made | there).issuperset(op.inputs):
                 continue
-            if self._beside(n):
+            if self._is_light(n):
                 inside.add(n)
             elif self._is_total(op):
                 totals.add(n)
@@ -113,14 +113,11 @@ class _Fusing:
         over_rows = len(op.args) > 1 and tuple(op.args[1] or ()) == (0,)
         return over_rows and len(source.shape) == 2 and source.shape[0] == Size(1, 0) and source.dtype in _NUMBERS[:2]
 
-    def _beside(self, n: int) -> bool:
+    def _is_light(self, n: int) -> bool:
         op = self.program.ops[n]
-        known = [self.program.values[v] for v in (*op.inputs, *op.outputs) if v >= 0]
-        return (
-            n not in self.coupled
-            and operation_of(op).cost <= Cost.FUSED
-            and all(value.dtype in _NUMBERS for value in known)
-        )
+        if n in self.coupled or operation_of(op).cost > Cost.FUSED:
+            return False
+        return all(self.program.values[v].dtype in _NUMBERS for v in (*op.inputs, *op.outputs) if v >= 0)
 
     def _small_product(self, n: int, inside: set[int]) -> bool:
         op = self.program.ops[n]
@@ -131,9 +128,7 @@ class _Fusing:
 
     def _weight_bytes(self, n: int) -> int:
         op = self.program.ops[n]
-        fixed = (
-            [self.program.values[v] for v in op.inputs if v in self.fixed]
-            if operation_of(op).cost == Cost.MATRIX
-            else []
-        )
+        if operation_of(op).cost != Cost.MATRIX:
+            return 0
+        fixed = [self.program.values[v] for v in op.inputs if v in self.fixed]
         return sum(value.bytes(1) for value in fixed if len(value.shape) == 2)

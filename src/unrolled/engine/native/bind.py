@@ -22,15 +22,13 @@ from unrolled.execution.memory import allocate, materialized
 from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
-from unrolled.operations.layout import Layout
+from unrolled.operations.layout import RowLayout
 from unrolled.plan.loops import LoopProgram
 
 _WORTH_A_TEAM = 2_000_000  # floating-point operations
 # Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their
 # own each thread would read all of them.
 _WORTH_A_QUEUE = ((2, 200_000), (8, 8 << 20))
-_MOST_THREADS = 64  # MOST_PARTS in kernels.c
-_LONGEST_CALL = 0.25  # seconds before Python has its turn again, so that Ctrl-C works
 
 
 def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop]:
@@ -147,8 +145,8 @@ class NativeLoop:
     def __init__(self, loop: LoopProgram, source: Source, entry: Callable[..., int]) -> None:
         self.loop, self.source, self._entry = loop, source, entry
         values = loop.program.values
-        self._input_layouts = [Layout.of(values[v]) for v in loop.program.inputs]
-        self._emitted_layouts = [Layout.of(values[v]) for v in loop.emitted]
+        self._input_layouts = [RowLayout.of(values[v]) for v in loop.program.inputs]
+        self._emitted_layouts = [RowLayout.of(values[v]) for v in loop.emitted]
         self._state_buffers = state_buffers(loop)
         self._sizes = lru_cache(maxsize=16)(self._sizes_for)
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
@@ -185,7 +183,7 @@ class NativeLoop:
         steps_first = (rows,) if ragged else (steps, batch)
         leading = [(batch + rows,) if n in self._state_buffers else steps_first for n in range(len(stored))]
         buffers = [
-            ((*first, *Layout.of(values[v]).dims), values[v].dtype) for first, v in zip(leading, stored, strict=True)
+            ((*first, *RowLayout.of(values[v]).dims), values[v].dtype) for first, v in zip(leading, stored, strict=True)
         ]
         return _Sizes(tuple(zip(shapes, dtypes, strict=True)), tuple(by_step), tuple(by_row), tuple(buffers))
 
@@ -194,7 +192,7 @@ class NativeLoop:
         return list(zip(self.loop.next_states, self._state_buffers, strict=True))
 
     def _threads(self, extent: Extent) -> _Threads:
-        most = min(torch.get_num_threads(), _MOST_THREADS)
+        most = min(torch.get_num_threads(), 64)  # MOST_PARTS in kernels.c
         read = self.source.weights * self.source.real.itemsize
         if most > 1 and any(extent.batch <= rows and read >= least for rows, least in _WORTH_A_QUEUE):
             return _Threads([0] + [extent.batch] * most, queued=True)
@@ -243,7 +241,7 @@ class NativeLoop:
     # -- the run, and after it
 
     def _run(self, memory: _Memory, extent: Extent, threads: _Threads, *, reverse: bool) -> None:
-        """Run some steps after the others: as many in a call as take a moment."""
+        """Run all steps, in calls that last a moment each."""
         steps = extent.steps
         arguments = (
             *memory.arguments(),
@@ -256,7 +254,8 @@ class NativeLoop:
         )
         done = 0
         while done < steps:
-            many = max(1, int(_LONGEST_CALL / (self._seconds_per_row * extent.batch)))
+            # A quarter of a second: then Python has its turn again, so that Ctrl-C works.
+            many = max(1, int(0.25 / (self._seconds_per_row * extent.batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
             self._entry(*arguments, done, until, int(threads.queued), threads.count, team())

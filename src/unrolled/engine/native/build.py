@@ -20,7 +20,6 @@ import torch
 
 from unrolled.errors import warn_caller
 
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _MOST_FILES = 2048
 
 
@@ -38,9 +37,10 @@ def compiler() -> tuple[str, ...]:
     found = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if found is None:
         raise BuildError("there is no C compiler (cc, gcc or clang)")
+    flags = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
     more = tuple(os.environ.get("UNROLLED_CFLAGS", "").split())  # `make sanitize` asks for checks this way
     for tried in (("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ()):
-        command = (found, *_FLAGS, *tried, *more)
+        command = (found, *flags, *tried, *more)
         probe = subprocess.run(
             [*command, "-x", "c", "-", "-o", os.devnull], input=b"int x;", capture_output=True, check=False
         )
@@ -107,7 +107,7 @@ _unwritable: list[OSError] = []
 
 
 class _LibraryFile:
-    """A library in a folder, and beside it the digest by which a damaged one is known."""
+    """A library in a folder, and next to it the digest by which a damaged one is known."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.path, self.digest = folder / f"{key}.so", folder / f"{key}.sha256"

@@ -6,7 +6,7 @@ import torch
 
 from unrolled.operations.elementwise import Arithmetic
 from unrolled.operations.joins import Joins
-from unrolled.operations.layout import Layout, UnsupportedError
+from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import Lowered
 from unrolled.operations.products import Products
 from unrolled.plan.loops import LoopProgram
@@ -48,10 +48,10 @@ def lower(loop: LoopProgram) -> Lowered:
     views = lowering.views
     for value in loop.emitted:
         known = values[value]
-        layout = Layout.of(known)
+        layout = RowLayout.of(known)
         if layout.place is None or (views[value].dtype, views[value].dims) != (known.dtype, layout.dims):
             raise UnsupportedError(f"to keep a {known} of every step")
-    if not all(Layout.of(values[value]).first for value in (*loop.states, *loop.next_states)):
+    if not all(RowLayout.of(values[value]).first for value in (*loop.states, *loop.next_states)):
         raise UnsupportedError("a state whose batch is not its first dimension")
     totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
     emitted, next_states = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]

@@ -17,10 +17,6 @@ from unrolled.engine.native.build import BuildError, c_text, library
 from unrolled.engine.native.threads import team
 from unrolled.execution.memory import allocate, materialized
 
-_PER_THREAD = 8_000_000  # multiplications that are worth starting a thread for
-_LEAST = 200_000  # multiplications below which a call costs more than it saves
-_LONG = 4  # how much longer K is than M where threads share K
-
 
 @cache
 def product_library(dtype: torch.dtype) -> ctypes.CDLL:
@@ -62,7 +58,7 @@ def packed_matrix(matrix: Tensor) -> Tensor:
 def worthwhile(x: Tensor, y: Tensor) -> bool:
     """Whether a product `[M, K] [K, N]` is one for this kernel."""
     fits = x.dim() == y.dim() == 2 and x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64)
-    large = fits and x.shape[0] * x.shape[1] * y.shape[1] >= _LEAST
+    large = fits and x.shape[0] * x.shape[1] * y.shape[1] >= 200_000  # with fewer a call costs more than it saves
     return large and x.device.type == y.device.type == "cpu" and _library(x.dtype) is not None
 
 
@@ -85,11 +81,11 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     loaded = _library(x.dtype)
     assert loaded is not None
     x, y = materialized(x), materialized(y)
-    threads = min(torch.get_num_threads(), max(1, M * K * N // _PER_THREAD))
+    threads = min(torch.get_num_threads(), max(1, M * K * N // 8_000_000))  # so many are worth starting a thread for
     out = allocate((M, N), x.dtype)
     scratch = torch.empty(threads * loaded.ur_scratch(N), dtype=x.dtype)
     sizes = (M, K, N, *x.stride(), *y.stride(), threads)
-    if bias is None and K >= _LONG * M:
+    if bias is None and K >= 4 * M:  # few rows to share: threads share K
         partial = torch.empty((threads - 1) * M * N, dtype=x.dtype)
         loaded.ur_contract(*map(_pointer, (out, x, y, partial, scratch)), *sizes, team())
     else:
