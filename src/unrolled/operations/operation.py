@@ -7,6 +7,7 @@ To add an operation, declare it in the file of its family, under torch's name wi
 - Any other is a method of a family (`views`, `joins`, `reductions`, `products`) under the decorator `lowers`, with its
   `Operation`. The method writes the operation in nodes; `rows` names the rule by which time is folded into the batch.
 - One that no compiled loop does is a row in `uncompiled.py`, with its rule for the rows.
+- A new family is a file that `__init__.py` imports, and a base of the class in `engine/native/lower.py`.
 
 An operation that is in no table is run by torch: for all steps at once if it is tagged as pointwise, else step by step.
 """

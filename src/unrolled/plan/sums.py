@@ -27,7 +27,7 @@ def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> 
 
     Args:
         program: a step backward.
-        wanted: the outputs of which only the sum over all steps is asked for.
+        wanted: the outputs of which only the sum over all steps is read.
         same: values that are the same at every step.
     """
     consumers: dict[int, list[Op]] = {}
@@ -35,10 +35,10 @@ def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> 
         for value in op.inputs:
             consumers.setdefault(value, []).append(op)
     found: set[int] = set()
-    asked, others = set(wanted), set(program.outputs) - set(wanted)
+    others = set(program.outputs) - set(wanted)
     for value in reversed(range(len(program.values))):
         followers = consumers.get(value, [])
-        if value in others or not (followers or value in asked):
+        if value in others or not (followers or value in wanted):
             continue
         if all(_linear(op, value, same) and found.issuperset(v for v in op.outputs if v >= 0) for op in followers):
             found.add(value)
