@@ -8,7 +8,7 @@ import unrolled as ur
 OPTIONS = {"batch_first", "truncation", "checkpointing"}
 BOUNDS = {"horizon", "stride", "memory", "checkpoint", "windows"}
 LAYER = {"input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"}
-LAYER |= {"reset_parameters", "flatten_parameters", "network"}
+LAYER |= {"reset_parameters", "flatten_parameters", "network", "step"}  # which a layer of one's own overrides
 WEIGHTS = {"weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"}
 
 NETWORKS = {

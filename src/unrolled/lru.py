@@ -1,4 +1,4 @@
-"""Things that were made for a kind of call, the latest of them kept."""
+"""A cache of what was made for a kind of call, of limited size."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class LRUCache(Generic[T]):
-    """A mapping with a most: what was asked for longest ago goes.
+    """A mapping of limited size: the entry that was used longest ago goes.
 
     Args:
-        most: how many are kept.
+        most: how many entries are kept.
 
     Example:
         >>> kept = LRUCache(2)
@@ -29,19 +29,19 @@ class LRUCache(Generic[T]):
         return key in self._entries
 
     def drop(self, which: Callable[[T], bool]) -> None:
-        """Let go of what is kept and is such."""
+        """Remove the entries for which `which` is true."""
         for key in [key for key, kept in self._entries.items() if which(kept)]:
             self._entries.pop(key, None)
 
     def get(
         self, key: Callable[[], Hashable], make: Callable[[], T], *, holds: Callable[[T], bool] = lambda _: True
     ) -> T:
-        """What is kept for a key; made if there is nothing, or if it no longer holds.
+        """The entry for a key; made if there is none, or if it no longer holds.
 
         Args:
-            key: says the key; asked again after something was made, by which more may be known.
+            key: computes the key; called again after something was made, which may change what the key depends on.
             make: makes what is missing.
-            holds: whether what is kept is still right.
+            holds: whether an entry is still right.
         """
         at = key()
         if at not in self._entries or not holds(self._entries[at]):

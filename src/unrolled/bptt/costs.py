@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -182,15 +182,18 @@ def _peak(sequence: SequenceRun, run: Callable[[], tuple[Tree, Tree]]) -> tuple[
     return allocations.peak(without=uncounted), sum(x.nbytes for x in leaves(outputs))
 
 
-def copy_sharing_tensors(network: nn.Module) -> nn.Module:
+def copy_sharing_tensors(network: nn.Module, share: Iterable[object] = ()) -> nn.Module:
     """A copy of a network on the same tensors, to measure on: what its steps write into attributes stays in the copy.
 
     A network that cannot be copied is returned itself: then its steps are called more often than the sequence has them.
+
+    Args:
+        network: a network, or a cell.
+        share: what else the copy is to share.
     """
     shared = [*network.parameters(), *network.buffers()]
     shared += [x for module in network.modules() for x in vars(module).values() if isinstance(x, Tensor)]
-    plans = [vars(module)["_plans"] for module in network.modules() if "_plans" in vars(module)]
     try:
-        return copy.deepcopy(network, {id(x): x for x in (*shared, *plans)})
+        return copy.deepcopy(network, {id(x): x for x in (*shared, *share)})
     except Exception:
         return network

@@ -35,7 +35,7 @@ class CellCall:
 
     @classmethod
     def of(cls, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None) -> CellCall:
-        """A caller's call; an extent that is not given is that of `[T, B, ...]`."""
+        """A caller's call; without an extent its inputs are `[T, B, ...]`."""
         requires_grad = tuple([leaf.requires_grad for tree in (inputs, context) for leaf in leaves(tree)])
         extent = extent or Extent(*leaves(inputs)[0].shape[:2])
         return cls(cell, inputs, state, context, extent, requires_grad)
@@ -80,7 +80,7 @@ class CellCall:
 
 
 def tensors_of(cell: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers; torch's own way also makes their names, which takes longer than all that is asked."""
+    """Parameters and buffers; torch's own way also makes their names, which takes longer than the rest of a look-up."""
     for module in cell.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:

@@ -114,70 +114,80 @@ class BoundedNetwork(Network):
     def _refuse_parts(self, what: str) -> None:
         """Refuse parts that cannot be cut at one place, for a horizon or for a memory budget."""
 
-    def _wholes(self, call: Call) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
-        """The run that a call comes to, and what makes the same run on a copy of the network, to measure on."""
+    def _runs(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
+        """The run that a call comes to, and what makes the same run on a copy of the network, to measure on.
+
+        Args:
+            call: the call.
+            first: the state that each row's first copy receives, with the caller's rows.
+        """
         raise NotImplementedError
 
-    def _run_bounded(self, whole: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
+    def _run_from(self, call: Call, first: Tree) -> tuple[Tree, Tree]:
+        """Run a call within its bounds, from a state on; see `_run`."""
+        outputs, last = self._run_bounded(*self._runs(call, first))
+        return outputs, call.layout.last(last, first)
+
+    def _run_bounded(self, run: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
         """Run a sequence: block by block with a horizon, by a schedule where memory is bounded.
 
         Raises:
             OptionError: for a budget that is too small, or inside of a transform of torch.func.
         """
-        cut, schedule = self.truncation, None
-        if cut is not None and whole.extent.steps > cut.horizon and torch.is_grad_enabled():
-            within = active_transform(whole.tensors) if cut.stride < cut.horizon else ""
+        cut = self.truncation
+        if cut is not None and run.extent.steps > cut.horizon and torch.is_grad_enabled():
+            within = active_transform(run.tensors) if cut.stride < cut.horizon else ""
             if within:
                 raise OptionError(
                     f"stride < horizon is not offered inside of {within}; take stride = horizon, or "
                     "differentiate with backward()"
                 )
-            return run_by_blocks(cut, whole)
+            return run_by_blocks(cut, run)
         if self.checkpointing is not None:
-            within = active_transform(whole.tensors)
+            within = active_transform(run.tensors)
             if within:
                 raise OptionError(
                     f"checkpoints are not offered inside of {within}; leave memory= and checkpoint= "
                     "out, or differentiate with backward()"
                 )
-            schedule = self._schedule(whole, again)
-        if schedule is None or schedule.segments == 1:
-            return whole.at_once()
-        return run_checkpointed(whole, schedule)
+            schedule = self._schedule(run, again)
+            if schedule.segments > 1:
+                return run_checkpointed(run, schedule)
+        return run.at_once()
 
-    def _schedule(self, whole: SequenceRun, again: Callable[[], SequenceRun]) -> Schedule:
+    def _schedule(self, run: SequenceRun, again: Callable[[], SequenceRun]) -> Schedule:
         """The schedule that a run goes by."""
         if self.checkpointing is None:
-            return store_all(whole.extent.steps)
-        return self.checkpointing.schedule(whole.extent, lambda length: self._costs(whole, again, length))
+            return store_all(run.extent.steps)
+        return self.checkpointing.schedule(run.extent, lambda length: self._costs(run, again, length))
 
-    def _costs(self, whole: SequenceRun, again: Callable[[], SequenceRun], length: int) -> Costs:
+    def _costs(self, run: SequenceRun, again: Callable[[], SequenceRun], length: int) -> Costs:
         """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""
         engines = tuple(getattr(network, "engine", None) for network in self.modules())
-        return self._meters.get(lambda: (engines, _kind(whole)), Meter).costs(again, length)
+        return self._meters.get(lambda: (engines, _kind(run)), Meter).costs(again, length)
 
     def _schedule_message(self, call: Call) -> str:
         """What a call goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget."""
-        whole, again = self._wholes(call)
+        run, again = self._runs(call, self._first_state(call))
         if self.checkpointing is None:
             return ""
-        schedule = self._schedule(whole, again)
-        chosen = Planner(self._costs(whole, again, schedule.length), whole.extent).option(schedule)
+        schedule = self._schedule(run, again)
+        chosen = Planner(self._costs(run, again, schedule.length), run.extent).option(schedule)
         return (
             f"checkpoints by {chosen.name}: {format_bytes(chosen.bytes)} promised, {schedule.extra_advances:,} steps "
             f"run once more, {chosen.ratio:.2f} times the time of full storage expected"
         )
 
 
-def _kind(whole: SequenceRun) -> tuple[Any, ...]:
+def _kind(run: SequenceRun) -> tuple[Any, ...]:
     """All that memory depends on, but for the steps."""
-    modules: nn.Module = whole.module
+    modules: nn.Module = run.module
     return (
         *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
-        whole.extent.batch,
-        whole.reverse,
-        TreeSpec.of(whole.inputs, 2 - whole.extent.ragged, requires_grad=True),
-        *(TreeSpec.of(tree, requires_grad=True) for tree in (whole.state, whole.context)),
+        run.extent.batch,
+        run.reverse,
+        TreeSpec.of(run.inputs, 2 - run.extent.ragged, requires_grad=True),
+        *(TreeSpec.of(tree, requires_grad=True) for tree in (run.state, run.context)),
         tuple(module.training for module in modules.modules()),
         tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in modules.parameters()),
     )
@@ -223,12 +233,12 @@ def plan_memory(
             "plan_memory needs a row with at least one step, got lengths that are all 0; pass a longer row"
         )
     with OwnDraws():
-        whole, again = rnn._wholes(call)
-        schedule = rnn._schedule(whole, again)
-        costs = rnn._costs(whole, again, 1 if rnn.checkpointing is None else schedule.length)
-    extent, planner = whole.extent, Planner(costs, whole.extent)
+        run, again = rnn._runs(call, rnn._first_state(call))
+        schedule = rnn._schedule(run, again)
+        costs = rnn._costs(run, again, 1 if rnn.checkpointing is None else schedule.length)
+    extent, planner = run.extent, Planner(costs, run.extent)
     mine = planner.option(schedule)
     outputs = round(costs.outputs * extent.rows / extent.batch)
     options = tuple(sorted({*planner.frontier(), mine}, key=lambda o: (-o.bytes, o.ratio)))
-    given = sum(leaf.nbytes for leaf in leaves(whole.inputs))
+    given = sum(leaf.nbytes for leaf in leaves(run.inputs))
     return MemoryPlan(rnn._get_name(), extent.steps, extent.batch, options, mine, given, outputs)

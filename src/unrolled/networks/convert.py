@@ -174,8 +174,8 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
 
 def _with_weights(made: nn.Module, sources: Mapping[str, nn.Module]) -> nn.Module:
     """A module with copies of other modules' parameters, whose names get an ending."""
-    given = {name + end: p for end, source in sources.items() for name, p in source.named_parameters()}
-    made.load_state_dict(given)
+    copied = {name + end: p for end, source in sources.items() for name, p in source.named_parameters()}
+    made.load_state_dict(copied)
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(given[name].requires_grad)
+        parameter.requires_grad_(copied[name].requires_grad)
     return made

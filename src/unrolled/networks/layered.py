@@ -63,7 +63,7 @@ class Layered(Network):
         )
 
     def _states(self, state: Tree) -> Sequence[Tree]:
-        """The state of each part, None where it is not given."""
+        """The state of each part, None where none was passed."""
         parts = self.parts
         states = [None] * len(parts) if state is None else state
         if not isinstance(states, tuple | list) or len(states) != len(parts):
@@ -74,7 +74,7 @@ class Layered(Network):
         return states
 
     def _state_of_each(self, state: Tree) -> list[Tree]:
-        """The state of each of the networks, None where it is not given."""
+        """The state of each of the networks, None where none was passed."""
         pairs = zip(self.parts, self._states(state), strict=True)
         return [one for part, s in pairs for one in (part._state_of_each(s) if isinstance(part, Layered) else [s])]
 

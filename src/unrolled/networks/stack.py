@@ -138,22 +138,18 @@ class Stack(BoundedNetwork, Layered):
         cut, T = self.truncation, call.extent.steps
         if not T or (self.checkpointing is None and (cut is None or cut.horizon >= T)):
             return Layered._run(self, call)
-        first = self._first_state(call)
-        outputs, last = self._run_bounded(*self._started(call, first))
-        return outputs, call.layout.last(last, first)
+        return self._run_from(call, self._first_state(call))
 
-    def _wholes(self, call: Call) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
-        return self._started(call, self._first_state(call))
-
-    def _started(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
+    def _runs(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         if self.checkpointing is not None:
             self.checkpointing.check(call.layout.steps)
         states = zip(self.networks, self._state_of_each(call.state), self._state_of_each(first), strict=True)
         fresh = list[Tree]()
         if call.resets is not None:
-            fresh = [call.layout.rows(fresh_state(rnn, replace(call, state=s), begun)) for rnn, s, begun in states]
-        whole = partial(_stack_run, call, call.layout.rows(first), fresh)
-        return whole(self), lambda: whole(copy_sharing_tensors(self))
+            fresh = [call.layout.rows(fresh_state(rnn, replace(call, state=s), one)) for rnn, s, one in states]
+        run = partial(_stack_run, call, call.layout.rows(first), fresh)
+        plans = [network._plans for network in self.networks]
+        return run(self), lambda: run(copy_sharing_tensors(self, plans))
 
     def _compose(
         self, run: PartRun, steps: Tree, states: Sequence[Tree], context: Tree

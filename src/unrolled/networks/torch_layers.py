@@ -114,8 +114,14 @@ class TorchLayer(nn.Module):
         """`weight_ih, weight_hh, bias_ih, bias_hh` as they are now: parametrised or swapped ones included."""
         return [getattr(self, name + suffix, None) for name in self._weight_names]
 
-    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
-        """One step of the cell of one layer and direction: input `[B, I]`, state of `[B, H]`."""
+    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+        """One step of the cell of one layer and direction, which a layer of one's own may override.
+
+        Args:
+            suffix: how the parameters of the layer and direction end, such as `_l0_reverse`.
+            input: `[B, I]`.
+            state: `[B, H]`, or a tuple of such.
+        """
         raise NotImplementedError
 
     def forward(
@@ -200,7 +206,7 @@ class TorchLayer(nn.Module):
         return network
 
     def extra_repr(self) -> str:
-        """What the constructor was given, where it differs from the default."""
+        """The constructor's arguments that differ from the defaults."""
         options = {
             "num_layers": (self.num_layers, 1),
             "bias": (self.bias, True),
@@ -270,7 +276,7 @@ class _LayerCell(StandInCell):
         return tuple(zeros) if len(zeros) > 1 else zeros[0]
 
     def forward(self, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
-        return self.layer._step(self.suffix, input, state)
+        return self.layer.step(self.suffix, input, state)
 
 
 class RNN(TorchLayer):
@@ -315,7 +321,7 @@ class RNN(TorchLayer):
             dtype=dtype,
         )
 
-    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of a simple recurrent cell."""
         return rnn_step(input, state, *self._weights(suffix), nonlinearity=self.nonlinearity)
 
@@ -362,7 +368,7 @@ class LSTM(TorchLayer):
             dtype=dtype,
         )
 
-    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of an LSTM cell."""
         weights = [*self._weights(suffix), getattr(self, "weight_hr" + suffix, None)]
         return lstm_step(input, state, *weights)
@@ -381,6 +387,6 @@ class GRU(TorchLayer):
 
     _cell_type = GRUCell
 
-    def _step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+    def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of a GRU cell."""
         return gru_step(input, state, *self._weights(suffix))

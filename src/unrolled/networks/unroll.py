@@ -136,9 +136,7 @@ class Unrolled(BoundedNetwork):
         first = self._first_state(call)
         if not call.extent.rows:
             return empty_outputs(self.cell, call, first), first
-        whole, again = self._started(call, first)
-        outputs, last = self._run_bounded(whole, again)
-        return outputs, call.layout.last(last, first)
+        return self._run_from(call, first)
 
     def _first_state(self, call: Call) -> Tree:
         cell, batch, state = self.cell, call.layout.batch, call.state
@@ -158,11 +156,7 @@ class Unrolled(BoundedNetwork):
                 )
         return state
 
-    def _wholes(self, call: Call) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
-        return self._started(call, self._first_state(call))
-
-    def _started(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
-        """The run of a call whose first copies receive a state, and what makes it again on a copy of the cell."""
+    def _runs(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         if self.checkpointing is not None:
             self.checkpointing.check(call.layout.steps)
         cell, plans, inputs, context = self.cell, self._plans, call.steps, call.layout.rows(call.context)
@@ -174,8 +168,8 @@ class Unrolled(BoundedNetwork):
                 (context, call.layout.rows(fresh)),
             )
         values = inputs, call.layout.rows(first), context, call.extent
-        whole, self.ran = _cell_run(cell, plans, *values, reverse=self.reverse)
-        return whole, lambda: _cell_run(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)[0]
+        run, self.ran = _cell_run(cell, plans, *values, reverse=self.reverse)
+        return run, lambda: _cell_run(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)[0]
 
     def _with_resets(self) -> tuple[ResettingCell, PlanCache]:
         """The cell as one whose rows start afresh where a mask says so, and its plans."""
@@ -258,12 +252,12 @@ def unroll(
         cell: a cell, or anything `as_cell` makes one of without further arguments.
         batch_first: whether inputs and outputs are `[B, T, ...]`; states are `[B, ...]` in any case.
         engine: "auto" (the fastest that can run the cell), "reference", "eager" or "native".
-        reverse: whether the state is handed from the last copy to the first: a row begins at its own last step.
+        reverse: whether the state is passed on from the last copy to the first: a row begins at its own last step.
         horizon: k2, how many copies gradients flow back through (truncated BPTT); None for all of them. At every k1-th
             step the losses of the last k1 steps are taken, each once, and flow back through k2 copies; the state that
             the earliest of these received counts as a constant. Steps are counted as the copies run.
         stride: k1, from 1 to k2; k2 by default.
-        memory: what a call may take beside inputs, outputs and their gradients: bytes as an integer or as text
+        memory: what a call may take on top of inputs, outputs and their gradients: bytes as an integer or as text
             ("512MB", "1.5GiB"), or the share of what full storage takes on the same engine (0.1 or "10%"). The
             fastest schedule that fits is planned from the memory of a few steps, measured when such a call comes for
             the first time; `plan_memory` shows what there is to choose from.

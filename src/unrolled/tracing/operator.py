@@ -61,7 +61,7 @@ def _(tensors: list[Tensor], wanted: list[bool], site: int) -> list[Tensor]:
 
 @torch.library.custom_op("unrolled::run_backward", mutates_args=())
 def _run_backward(
-    grads: list[Tensor], token: Tensor, tensors: list[Tensor], wanted: list[bool], asked: list[bool], site: int
+    grads: list[Tensor], token: Tensor, tensors: list[Tensor], wanted: list[bool], reached: list[bool], site: int
 ) -> list[Tensor]:
     at = Site.at(site)
     with outside():
@@ -78,28 +78,28 @@ def _run_backward(
             )
         )
     by_tensor = [next(found) if w else None for w in wanted]
-    if any(grad is not None and not a for grad, a in zip(by_tensor, asked, strict=True)):
+    if any(grad is not None and not a for grad, a in zip(by_tensor, reached, strict=True)):
         raise at.outdated("other tensors that get gradients")
     return [
         torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         if grad is None
         else grad.clone(memory_format=torch.contiguous_format)
-        for grad, x, a in zip(by_tensor, inputs, asked, strict=True)
+        for grad, x, a in zip(by_tensor, inputs, reached, strict=True)
         if a
     ]
 
 
 @_run_backward.register_fake
 def _(
-    grads: list[Tensor], token: Tensor, tensors: list[Tensor], wanted: list[bool], asked: list[bool], site: int
+    grads: list[Tensor], token: Tensor, tensors: list[Tensor], wanted: list[bool], reached: list[bool], site: int
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x, a in zip(tensors, asked, strict=True) if a]
+    return [x.new_empty(x.shape) for x, a in zip(tensors, reached, strict=True) if a]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, wanted, site = inputs
     ctx.wanted, ctx.at = tuple(wanted), Site.at(site)
-    ctx.asked, differentiable = ctx.at.reach(ctx.wanted)
+    ctx.reached, differentiable = ctx.at.reach(ctx.wanted)
     ctx.mark_non_differentiable(*(x for x, d in zip(output, (*differentiable, False), strict=True) if not d))
     ctx.save_for_backward(*tensors, output[-1])
 
@@ -108,19 +108,19 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     *tensors, token = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable(ctx, tensors, grads[:-1]), None, None
-    found = iter(torch.ops.unrolled.run_backward(grads[:-1], token, tensors, ctx.wanted, ctx.asked, ctx.at.number))
-    return [next(found) if asked else None for asked in ctx.asked], None, None
+    found = iter(torch.ops.unrolled.run_backward(grads[:-1], token, tensors, ctx.wanted, ctx.reached, ctx.at.number))
+    return [next(found) if reached else None for reached in ctx.reached], None, None
 
 
 def _differentiable(ctx: Any, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients as a graph of their own, for a second derivative: the reference, by ordinary autograd."""
     inputs = [tensor.view_as(tensor) for tensor in tensors]
     pairs = [(x, g) for x, g in zip(ctx.at.run(inputs, by_reference=True), grads, strict=True) if x.requires_grad]
-    by = [x for x, asked in zip(inputs, ctx.asked, strict=True) if asked]
+    by = [x for x, reached in zip(inputs, ctx.reached, strict=True) if reached]
     found = iter(
         torch.autograd.grad([x for x, _ in pairs], by, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
-    return [next(found) if asked else None for asked in ctx.asked]
+    return [next(found) if reached else None for reached in ctx.reached]
 
 
 operator.register_autograd(_backward, setup_context=_setup)

@@ -180,7 +180,7 @@ class Site:
     def run_with_graph(
         self, tensors: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[tuple[list[Tensor], list[Any]], list[Tensor]]:
-        """Run and keep the graph: the tensors that stand in for those given with the results' edges, and the results.
+        """Run and keep the graph: the tensors that stand in for those passed, the results' edges, and the results.
 
         Args:
             tensors: the operator's tensors.

@@ -1,8 +1,8 @@
 """What a compiler or an export sees of an unrolled network: one operator.
 
-All of `run_traced` is traced; what it asks of plans is a constant to the trace, guarded by which cell it is. Whatever
-else may change in the cell is looked at when the operator runs, as in any call. A call that has no plan, or that
-would be refused, breaks the graph and is made as it is, outside of it; `rnn.plan(inputs)` says why there is no plan.
+All of `run_traced` is traced; the plan that it looks up is a constant to the trace, guarded by which cell it is.
+Whatever else may change in the cell is looked at when the operator runs, as in any call. A call that has no plan, or
+that would be refused, breaks the graph and is made as it is, outside of it; `rnn.plan(inputs)` says why.
 """
 
 from __future__ import annotations
