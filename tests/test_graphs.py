@@ -63,7 +63,7 @@ def test_a_block_begins_each_walk_afresh():
     rnn = ur.unroll(cell, engine="eager")
     x = torch.randn(graphs.STEPS + 3, B, I)
     plan = rnn._plans.look_up(cell, x, cell.initial_state(B), None).plan
-    (loop,) = [loop for loop in plan.loops if loop is not None]
+    (loop,) = plan.loops.values()
     values = loop.program.values
     extent = Extent(len(x), B)
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_captured_is_run_step_by_step_and_said_once():
     cell = ur.RNNCell(I, H)
     x = torch.randn(graphs.STEPS, B, I)
     plan = ur.unroll(cell, engine="eager")._plans.look_up(cell, x, cell.initial_state(B), None).plan
-    (loop,) = [loop for loop in plan.loops if loop is not None]
+    (loop,) = plan.loops.values()
     values = loop.program.values
     given = graphs.LoopInputs(
         [torch.zeros(len(x), *values[v].sizes(B)) for v in loop.sequences],

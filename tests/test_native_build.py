@@ -95,7 +95,7 @@ loops = []
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     cell = ur.RNNCell(3, 5).to(dtype)
     plan = plan_step(cell, torch.randn(2, 3, dtype=dtype), torch.randn(2, 5, dtype=dtype), None, 2, (True,))
-    loops += [loop for loop in plan.loops if loop is not None]
+    loops += plan.loops.values()
 refused = native.prepare(loops)
 print(refused == {loops[2]: "values of torch.bfloat16"}, native.prepare(loops) == refused)
 """,
@@ -263,7 +263,7 @@ from unrolled.plan.plan import plan_step
 cell = ur.GRUCell(3, 5)
 x, h = torch.randn(2, 3), torch.randn(2, 5)
 plan = plan_step(cell, x, h, None, 2, (True,))
-(loop,) = [loop for loop in plan.loops if loop is not None]
+(loop,) = plan.loops.values()
 values = loop.program.values
 sequences = [torch.zeros(4, *values[v].sizes(2)) for v in loop.sequences]
 fixed = [torch.zeros(values[v].sizes(2)) for v in loop.fixed]

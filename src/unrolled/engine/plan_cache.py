@@ -273,7 +273,7 @@ def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
 def _loops_of(plan: StepPlan) -> list[LoopProgram]:
     """All loops that a plan may run: forward, with nothing kept, and backward."""
     forward = [loop for planned in plan.planned.values() for loop in (planned.loop, planned.inference)]
-    backward = [loop for planned in plan.planned.values() for loop in planned.backward.loops if loop is not None]
+    backward = [loop for planned in plan.planned.values() for loop in planned.backward.loops.values()]
     return forward + backward
 
 

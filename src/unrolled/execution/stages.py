@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class SegmentStages:
 
     Attributes:
         stages: where each operation runs.
-        loops: the program of each stage that is a loop.
+        loops: the program of each loop among them.
         state: the values of the state's leaves.
         next_state: the values that replace them; -1 for none.
         batched: runs what is outside of loops.
@@ -31,7 +31,7 @@ class SegmentStages:
     """
 
     stages: Sequence[Stage]
-    loops: Sequence[LoopProgram | None]
+    loops: Mapping[Loop, LoopProgram]
     state: Sequence[int]
     next_state: Sequence[int]
     batched: BatchedOps
@@ -50,12 +50,12 @@ class SegmentStages:
             The state that the last copy passes on (the first one, in reverse).
         """
         final: dict[int, Tensor] = {}
-        for stage, loop in zip(self.stages, self.loops, strict=True):
+        for stage in self.stages:
             if isinstance(stage, Steps):
                 self.batched.run(stage.ops, env)
-            elif isinstance(stage, Loop) and loop is not None:
-                final |= self._run_loop(stage, loop, env, initial)
-            elif not isinstance(stage, Loop):
+            elif isinstance(stage, Loop):
+                final |= self._run_loop(stage, self.loops[stage], env, initial)
+            else:
                 (leaf,) = stage.leaves
                 env[self.state[leaf]], final[leaf] = self._outside_loops(stage, leaf, env, initial[leaf])
         return [final[leaf] for leaf in range(len(self.state))]

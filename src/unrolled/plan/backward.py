@@ -59,12 +59,12 @@ class Backward(StepBackward):
 
     Attributes:
         stages: where each operation runs; time goes from the last copy to the first.
-        loops: for each `Loop` of the stages its program.
+        loops: the program of each loop among them.
         read: gradients of states that are read outside of the loop that passes them on.
     """
 
     stages: tuple[Stage, ...]
-    loops: tuple[LoopProgram | None, ...]
+    loops: Mapping[Loop, LoopProgram]
     read: frozenset[int]
 
 
@@ -213,12 +213,10 @@ def partition_backward(
     if batch_size is not None:
         stages = fused(program, stages, of_states, coupled, fixed, batch_size, sums)
     returned = {v for v in program.outputs if v >= 0}
-    loops: list[LoopProgram | None] = []
+    loops = {}
     for stage in stages:
         if isinstance(stage, Loop):
             wanted = returned | program.read_by_others({*stage.ops, *stage.totals})
-            loops.append(cut_loop(program, stage, of_states, state_grads, fixed, wanted))
-        else:
-            loops.append(None)
+            loops[stage] = cut_loop(program, stage, of_states, state_grads, fixed, wanted)
     read = read_outside(program, stages, of_states)
-    return Backward(**vars(step), stages=tuple(stages), loops=tuple(loops), read=read)
+    return Backward(**vars(step), stages=tuple(stages), loops=loops, read=read)

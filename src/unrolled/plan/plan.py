@@ -57,7 +57,7 @@ class StepPlan:
     Attributes:
         recording: the step as a program.
         stages: the stages in which a segment is run, in order.
-        loops: the program of each stage that is a loop.
+        loops: the program of each loop among them.
         planned: each loop with its way back.
         places: for each operation once, before, through or after.
         rows: where the rows of each value are.
@@ -70,7 +70,7 @@ class StepPlan:
 
     recording: Recording
     stages: tuple[Stage, ...]
-    loops: tuple[LoopProgram | None, ...]
+    loops: Mapping[Loop, LoopProgram]
     planned: dict[LoopProgram, PlannedLoop]
     places: tuple[str, ...]
     rows: Mapping[int, int]
@@ -161,25 +161,18 @@ class _Planner:
 
     def plan(self) -> StepPlan:
         """The plan."""
-        loops: list[LoopProgram | None] = []
-        planned = {}
-        for stage in self.stages:
-            if not isinstance(stage, Loop):
-                loops.append(None)
-                continue
-            wanted = self.wanted_of(stage)
-            recording = self.recording
-            loop = cut_loop(
-                recording.program, stage, recording.state, recording.next_state, self.fixed, wanted, self.copies
-            )
-            loops.append(loop)
-            planned[loop] = self.planned(loop, wanted)
+        program, state, next_state = self.recording.program, self.recording.state, self.recording.next_state
+        wanted = {stage: self.wanted_of(stage) for stage in self.stages if isinstance(stage, Loop)}
+        loops = {
+            stage: cut_loop(program, stage, state, next_state, self.fixed, values, self.copies)
+            for stage, values in wanted.items()
+        }
         return StepPlan(
             recording=self.recording,
             stages=tuple(self.stages),
-            loops=tuple(loops),
-            planned=planned,
-            places=tuple(places_of(self.recording.program, self.stages)),
+            loops=loops,
+            planned={loop: self.planned(loop, wanted[stage]) for stage, loop in loops.items()},
+            places=tuple(places_of(program, self.stages)),
             rows=self.rows,
             coupled=self.coupled,
             read=self.read,
