@@ -144,6 +144,18 @@ def paths(structure: Structure, prefix: str = "") -> list[str]:
     ]
 
 
+def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Tensor]]:
+    """The tensors of a tree, each by the tree's name and the way to it.
+
+    Example:
+        >>> import torch
+        >>> [name for name, _ in named_leaves((torch.ones(1), {"a": torch.ones(1)}), "state")]
+        ['state[0]', "state[1]['a']"]
+    """
+    tensors, structure = flatten(tree)
+    return list(zip(paths(structure, name), tensors, strict=True))
+
+
 def describe(tree: Tree) -> str:
     """A tree's shapes and dtypes on one line: `(float32[3, 4], float32[3, 4])`."""
     tensors, structure = flatten(tree)

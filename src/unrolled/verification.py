@@ -21,7 +21,7 @@ from unrolled.networks.layout import Call
 from unrolled.networks.torch_layers import TorchLayer
 from unrolled.networks.unroll import ENGINES, Unrolled
 from unrolled.results import Result, aligned
-from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
+from unrolled.trees import Tree, leaves, map_leaves, named_leaves
 from unrolled.unseen import OwnDraws
 
 Trees: TypeAlias = tuple[Tree, ...]
@@ -202,12 +202,12 @@ class _Precision:
             if state is None and isinstance(network, Unrolled) and any(True for _ in network.parameters()):
                 start = self._own_state(network, inputs, options)
             outputs, last = network(inputs, start, **options)
-        found = [*_named("outputs", outputs), *_named("state", last)]
+        found = [*named_leaves(outputs, "outputs"), *named_leaves(last, "state")]
         owner = network.cell if isinstance(network, Unrolled) else network
         by = [
-            *_named("inputs.grad", inputs),
-            *_named("initial state.grad", state),
-            *_named("context.grad", context),
+            *named_leaves(inputs, "inputs.grad"),
+            *named_leaves(state, "initial state.grad"),
+            *named_leaves(context, "context.grad"),
             *((f"{name}.grad", weight) for name, weight in owner.named_parameters()),
         ]
         found += _gradients(found, [(name, tensor) for name, tensor in by if tensor.requires_grad])
@@ -254,11 +254,6 @@ def _gradients(results: list[tuple[str, Tensor]], by: list[tuple[str, Tensor]]) 
         return []
     grads = torch.autograd.grad(loss, [tensor for _, tensor in by], allow_unused=True)
     return [(name, torch.zeros_like(x) if g is None else g) for (name, x), g in zip(by, grads, strict=True)]
-
-
-def _named(title: str, tree: Tree) -> list[tuple[str, Tensor]]:
-    tensors, structure = flatten(tree)
-    return [(title + path, tensor) for path, tensor in zip(paths(structure), tensors, strict=True)]
 
 
 def _error(found: Tensor, truth: Tensor) -> float:

@@ -280,14 +280,14 @@ def _signature(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
         raise CellError(f"the signature of {function!r} cannot be read: {error}") from error
 
 
-# Signatures are asked for at every call and cost more than all the other checks together.
+# Signatures are read at every call and cost more than all the other checks together.
 _read_signature = functools.lru_cache(maxsize=512)(_signature)
 
 
 def context_use(cell: nn.Module) -> str:
     """Whether a cell 'requires', 'accepts' or 'refuses' a third argument, read from its signature.
 
-    A cell around another cell, its `wrapped`, hands on what it is given.
+    A cell around another cell, its `wrapped`, takes what that one takes.
     """
     if isinstance(getattr(type(cell), "wrapped", None), property):  # a user's attribute of that name is their own
         return context_use(cell.wrapped)

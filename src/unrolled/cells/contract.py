@@ -12,7 +12,7 @@ from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.cells.base import StandInCell
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
-from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, paths
+from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, named_leaves
 from unrolled.unseen import OwnDraws
 
 
@@ -39,11 +39,11 @@ def refuse_without_rows(cell: nn.Module, state: Tree, batch: int, what: str) -> 
     Raises:
         InputError: naming the leaf.
     """
-    for path, leaf in zip(paths(flatten(state)[1]), leaves(state), strict=True):
+    for name, leaf in named_leaves(state, "state"):
         if leaf.dim() == 0 or leaf.shape[0] != batch:
             raise InputError(
                 f"{what} need a state whose leaves have a row for each sequence, [B, ...] with B = {batch}; "
-                f"state{path} of {name_of(cell)} is {describe(leaf)}; leave {what}= out, or give it rows"
+                f"{name} of {name_of(cell)} is {describe(leaf)}; leave {what}= out, or give it rows"
             )
 
 
@@ -71,7 +71,7 @@ def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
 def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
     """The dtype in which a cell makes its state: that of its parameters, else that of the inputs.
 
-    It is complex where any of the parameters is: beside them a phase, say, is held in real numbers.
+    It is complex where any of the parameters is: others, a phase say, may well be real.
     """
     for tensors in (list(cell.parameters()), inputs):
         dtypes = [x.dtype for x in tensors if x.is_floating_point() or x.is_complex()]
@@ -83,57 +83,53 @@ def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
 def check_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> None:
     """Refuse a state that is not what this cell starts from with these inputs.
 
-    A cell that can make its own state is the measure: same structure, shapes, dtypes and device. One that cannot is
-    asked for a batch of B rows on the device of the inputs.
+    It must have the structure, shapes, dtypes and device of the state that the cell makes itself; of a cell that makes
+    none it must have B rows, on the device of the inputs.
 
     Raises:
         StateError: naming the leaf, what it is and what it should be.
     """
-    given = _flatten_state(state)
+    try:
+        found, structure = named_leaves(state, "state"), flatten(state)[1]
+    except TypeError as error:
+        raise StateError(f"a state must be a pytree of tensors: {error}; use torch.as_tensor") from error
     try:
         with torch.no_grad(), OwnDraws():  # asking only for comparison must not use up random numbers
-            wanted = flatten(make_state(cell, inputs, batch_size))
+            tensors, wanted = flatten(make_state(cell, inputs, batch_size))
     except StateError:
-        _check_rows(given, batch_size, leaves(inputs)[0].device)
+        _check_rows(found, batch_size, leaves(inputs)[0].device)
         return
-    if given[1] != wanted[1]:
+    if structure != wanted:
         raise StateError(
-            f"a state of {name_of(cell)} looks like {_kinds(wanted[1])}, got {_kinds(given[1])}; "
+            f"a state of {name_of(cell)} looks like {_outline(wanted)}, got {_outline(structure)}; "
             "pass what the cell's initial_state or an earlier call returned"
         )
-    for path, got, want in zip(paths(given[1]), given[0], wanted[0], strict=True):
+    for (name, got), want in zip(found, tensors, strict=True):
         if not _fits(got, want) and not _fits(got, want.to(floating_dtype(cell, []))):
             raise StateError(
-                f"state{path} must be {describe(want)} on {want.device} for a batch of {batch_size}, "
+                f"{name} must be {describe(want)} on {want.device} for a batch of {batch_size}, "
                 f"got {describe(got)} on {got.device}; pass on the state of a call with the same batch, or convert it"
             )
 
 
-def _flatten_state(state: Tree) -> tuple[list[Tensor], Structure]:
-    try:
-        return flatten(state)
-    except TypeError as error:
-        raise StateError(f"a state must be a pytree of tensors: {error}; use torch.as_tensor") from error
-
-
-def _check_rows(given: tuple[list[Tensor], Structure], batch_size: int, device: torch.device) -> None:
-    for path, leaf in zip(paths(given[1]), given[0], strict=True):
+def _check_rows(state: list[tuple[str, Tensor]], batch_size: int, device: torch.device) -> None:
+    for name, leaf in state:
         if leaf.dim() and leaf.shape[0] != batch_size:
             raise StateError(
-                f"state{path} must be [B, ...] with B = {batch_size}, as the inputs are, got {list(leaf.shape)}; "
+                f"{name} must be [B, ...] with B = {batch_size}, as the inputs are, got {list(leaf.shape)}; "
                 "pass a state made for this batch"
             )
         if leaf.device != device:
-            raise StateError(f"state{path} is on {leaf.device}, the inputs on {device}; move one to the other")
+            raise StateError(f"{name} is on {leaf.device}, the inputs on {device}; move one to the other")
 
 
-def _kinds(structure: Structure) -> str:
+def _outline(structure: Structure) -> str:
     """A structure without sizes, as a person would write it."""
     if structure.kind is Tensor:
         return "tensor"
     inside = ", ".join(
         kinds if isinstance(key, int) else f"{key}={kinds}"
-        for key, kinds in zip(structure.keys, map(_kinds, structure.children), strict=True)
+        for key, kinds in zip(structure.keys, map(_outline, structure.children), strict=True)
     )
     return "None" if structure.kind is type(None) else f"{structure.kind.__name__}({inside})"
 
@@ -145,10 +141,6 @@ def _fits(got: Tensor, want: Tensor) -> bool:
         return same
     both_floating = got.is_floating_point() and want.is_floating_point()
     return same and both_floating and torch.is_autocast_enabled(got.device.type)
-
-
-def _devices(tensors: list[Tensor]) -> str:
-    return ", ".join(dict.fromkeys(str(tensor.device) for tensor in tensors))
 
 
 def check_context(cell: nn.Module, context: Tree, batch_size: int) -> None:
@@ -163,13 +155,13 @@ def check_context(cell: nn.Module, context: Tree, batch_size: int) -> None:
     if context is not None and use == "refuses":
         raise InputError(f"{name_of(cell)} takes (input, state) and no context; leave context= out")
     try:
-        tensors, structure = flatten(context)
+        found = named_leaves(context, "context")
     except TypeError as error:
         raise InputError(f"a context must be a pytree of tensors: {error}; use torch.as_tensor") from error
-    for path, leaf in zip(paths(structure), tensors, strict=True):
+    for name, leaf in found:
         if leaf.dim() == 0 or leaf.shape[0] != batch_size:
             raise InputError(
-                f"context{path} must be [B, ...] with B = {batch_size}, as the inputs are, got {list(leaf.shape)}; "
+                f"{name} must be [B, ...] with B = {batch_size}, as the inputs are, got {list(leaf.shape)}; "
                 "expand it to the batch, or keep what has no batch in the cell"
             )
 
@@ -193,7 +185,7 @@ class CheckedStep:
         self._context, self._extent = context, extent
 
     def rest(self, t: int) -> tuple[Tree, ...]:
-        """What copy t receives beside input and state: the context's rows that are alive."""
+        """What copy t receives after input and state: the rows of the context that are alive, if there is one."""
         if self._context is None:
             return ()
         if self._extent is None or not self._extent.ragged:
@@ -236,18 +228,18 @@ class CheckedStep:
         return self.cell(input, state, *self.rest(t))
 
     def _explained(self, t: int, input: Tree, state: Tree, error: Exception) -> UnrolledError:
-        told = (
+        what = (
             f"copy {t} of {name_of(self.cell)} raised {type(error).__name__}: {str(error).rstrip('. ')}. "
             f"It received input {describe(input)} and state {describe(state)}"
         )
         integers = any(not (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves(input))
         if integers and re.search(r"dtype|Long|Int|Bool|Byte|Char|Short", str(error)):
             return InputError(
-                f"{told}. A cell that computes with its inputs needs floats: inputs.float(), or embed them"
+                f"{what}. A cell that computes with its inputs needs floats: inputs.float(), or embed them"
             )
         if isinstance(error, RuntimeError) and "dtype" in str(error):
-            return InputError(f"{told}. Inputs, state and weights must have one dtype: convert the inputs or the cell")
-        return CellError(f"{told}. Run cell(input, state) on its own with these shapes to find the line")
+            return InputError(f"{what}. Inputs, state and weights must have one dtype: convert the inputs or the cell")
+        return CellError(f"{what}. Run cell(input, state) on its own with these shapes to find the line")
 
     def _pair(self, t: int, returned: Tree) -> tuple[Tree, Tree]:
         if not isinstance(returned, tuple) or len(returned) != 2:
@@ -265,12 +257,14 @@ class CheckedStep:
         )
 
     def _changed(self, t: int, before: Tree, after: Tree) -> CellError:
-        (old, structure), (new, other) = flatten(before), flatten(after)
-        where = "" if structure != other or _devices(old) == _devices(new) else f" on {_devices(new)}"
+        old, new = flatten(before), flatten(after)
+        devices = [", ".join(dict.fromkeys(str(leaf.device) for leaf in tensors)) for tensors, _ in (old, new)]
+        moved = old[1] == new[1] and devices[0] != devices[1]
+        old_devices, new_devices = (f" on {device}" if moved else "" for device in devices)
         return CellError(
             f"a cell must hand on a state like the one it received, but copy {t} of {name_of(self.cell)} received "
-            f"{_kinds(structure)} {describe(before)}{' on ' + _devices(old) if where else ''} and returned "
-            f"{_kinds(other)} {describe(after)}{where}; "
+            f"{_outline(old[1])} {describe(before)}{old_devices} and returned "
+            f"{_outline(new[1])} {describe(after)}{new_devices}; "
             + ("make the initial state with the batch size and dtype that are asked for" if t == 0 else "keep it alike")
         )
 

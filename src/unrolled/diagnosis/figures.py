@@ -259,7 +259,7 @@ class StateNorm(Result):
 
     Attributes:
         name: the leaf: 'h', 'c', or its path in the state's tree.
-        norms: for each step the mean over rows of the norm of what the copy hands on.
+        norms: for each step the mean over rows of the norm of what the copy passes on.
     """
 
     name: str

@@ -25,7 +25,7 @@ from unrolled.generation.live_rows import (
 from unrolled.networks.layered import Layered
 from unrolled.networks.unroll import Unrolled
 from unrolled.plan.independence import rows_are_independent
-from unrolled.trees import Tree, describe, flatten, map_leaves, paths
+from unrolled.trees import Tree, describe, map_leaves, named_leaves
 
 Feed = Callable[[Tree], Tree]
 Until = Callable[[Tree], Tensor]
@@ -39,7 +39,7 @@ class Step:
         t: the number of the step.
         rows: which rows of the batch they are, in order, int64 `[N]`.
         output: what the cell gave out for them, a pytree of `[N, ...]`.
-        state: what it hands on for them, a pytree of `[N, ...]`.
+        state: what it passes on for them, a pytree of `[N, ...]`.
         ended: for which of them this step was the last, bool `[N]`.
 
     Example:
@@ -204,18 +204,19 @@ def _live_steps(
 def _batch_size(first: Tree) -> int:
     """The B that all leaves of the first input agree on."""
     try:
-        tensors, structure = flatten(first)
+        found = named_leaves(first, "first")
     except TypeError as error:
         raise InputError(f"first must be a pytree of tensors: {error}; convert it with torch.as_tensor") from error
-    if not tensors:
+    if not found:
         raise InputError("first must have at least one tensor [B, ...], got none; B is read from it")
-    for path, leaf in zip(paths(structure), tensors, strict=True):
-        if leaf.dim() == 0 or len(leaf) == 0 or len(leaf) != len(tensors[0]):
+    B = len(found[0][1]) if found[0][1].dim() else 0
+    for name, leaf in found:
+        if leaf.dim() == 0 or len(leaf) == 0 or len(leaf) != B:
             raise InputError(
                 f"first is the input of copy 0, [B, ...] with one B >= 1 in all leaves, got {describe(first)}; "
-                f"look at first{path}; for a single row add a batch of one: unsqueeze(0)"
+                f"look at {name}; for a single row add a batch of one: unsqueeze(0)"
             )
-    return len(tensors[0])
+    return B
 
 
 def _check_ends(until: Until | None, max_steps: int | None) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.errors import CellError, InputError, StateError
-from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, paths
+from unrolled.trees import Tree, TreeSpec, describe, leaves, map_leaves, named_leaves
 
 
 class LeavingRows:
@@ -37,7 +37,7 @@ class StayingRows:
         return select_rows(output, self.rows), select_rows(state, self.rows)
 
     def without_ended(self, going: Tensor, input: Tree, state: Tree) -> StayingRows:
-        """The same, with those that have ended held on what they read last and what they handed on."""
+        """The same, with those that have ended kept on what they read last and what they passed on."""
         if self.rows is None:
             self.held, self.rows = (input, state), going
         else:
@@ -63,11 +63,10 @@ def check_rows(cell: nn.Module, state: Tree, B: int) -> None:
     Raises:
         StateError: naming the leaf.
     """
-    tensors, structure = flatten(state)
-    for path, leaf in zip(paths(structure), tensors, strict=True):
+    for name, leaf in named_leaves(state, "state"):
         if leaf.dim() == 0 or len(leaf) != B:
             raise StateError(
-                f"with until= every row has a state of its own, but state{path} of {name_of(cell)} is {describe(leaf)} "
+                f"with until= every row has a state of its own, but {name} of {name_of(cell)} is {describe(leaf)} "
                 f"for B = {B}; keep it as [B, ...], or generate with max_steps= alone"
             )
 

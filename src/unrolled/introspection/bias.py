@@ -1,4 +1,4 @@
-"""What truncation does to a gradient: its angle and its norm beside the full one, from the graph of some copies."""
+"""What truncation does to a gradient: its angle to the full one and its relative norm, from the copies' graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unrolled.results import Result
 
 @dataclass(frozen=True)
 class Bias(Result):
-    """A truncated gradient beside the full one.
+    """A truncated gradient compared with the full one.
 
     Attributes:
         cosine: of the angle between them; NaN if one of them is zero.
@@ -89,7 +89,7 @@ class StepGrads:
 
 
 def truncation_to_compare(horizon: int | None, stride: int | None, own: Truncation | None) -> Truncation:
-    """The truncation that is asked for, or the network's own.
+    """The truncation to compare with: that of the arguments, or the network's own.
 
     Raises:
         OptionError: if there is neither.
@@ -105,7 +105,7 @@ def truncation_to_compare(horizon: int | None, stride: int | None, own: Truncati
 def truncation_bias(
     truncation: Truncation, steps: Sequence[StepGrads], initial: Sequence[Tensor], made_of: Mapping[str, Tensor]
 ) -> TruncationBias:
-    """The truncated gradient beside the full one, block by block from one graph.
+    """The truncated gradient compared with the full one, block by block from one graph.
 
     Args:
         truncation: its horizon and stride.

@@ -319,10 +319,11 @@ class Copies(TappedRun, Sequence[Copy]):
         return len(self._members)
 
     def truncated(self, horizon: int | None = None, stride: int | None = None) -> TruncationBias:
-        """What truncation does to the gradient: its angle and norm beside the full one, for losses already gone back.
+        """What truncation does to the gradient: its angle to the full one and relative norm.
 
         Copies keep the whole graph and show the full gradient, whatever the network's horizon. Here each block's losses
-        (those taken from outputs and from the last state) go back through it as far as truncated BPTT would let them.
+        (those that have gone back already, taken from outputs and from the last state) go back through it as far as
+        truncated BPTT would let them.
 
         Args:
             horizon: k2, as in `unroll`; the network's own by default.

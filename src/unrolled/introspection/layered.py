@@ -92,7 +92,7 @@ class LayeredCopies(TappedRun, Sequence[Part]):
         ]
 
     def truncated(self, horizon: int | None = None, stride: int | None = None) -> TruncationBias:
-        """What truncation does to the gradient: its angle and norm beside the full one; see `Copies.truncated`.
+        """What truncation does to the gradient: its angle to the full one and relative norm; see `Copies.truncated`.
 
         All layers are cut at one place.
 

@@ -17,7 +17,7 @@ from unrolled.errors import GradientError, InputError, OptionError, StateError, 
 from unrolled.lengths import Extent, Lengths, checked_lengths
 from unrolled.networks.base import Network
 from unrolled.networks.layout import Call
-from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, paths
+from unrolled.trees import Tree, TreeSpec, describe, leaves, map_leaves, named_leaves
 
 
 class Window:
@@ -128,14 +128,14 @@ def iterate_windows(
 
 def _refuse_graphs(what: str, tree: Tree, error: type[UnrolledError]) -> None:
     try:
-        tensors, structure = flatten(tree)
+        found = named_leaves(tree, what)
     except TypeError:
         return  # the first window says what is wrong with it
-    for path, leaf in zip(paths(structure), tensors, strict=True):
+    for name, leaf in found:
         if leaf.requires_grad and not leaf.is_leaf:
             raise error(
                 f"windows need a {what} of numbers or of leaves of the graph, since each window has a backward pass of "
-                f"its own, but {what}{path} was computed from something that requires a gradient; pass its detach()"
+                f"its own, but {name} was computed from something that requires a gradient; pass its detach()"
             )
 
 
