@@ -24,13 +24,12 @@ from unrolled.errors import ConfigError, DataError, DivergedError, OptionError, 
 from unrolled.train.baselines import context_model_bits, entropy_bits, xz_bits
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.train.config_file import read_config
-from unrolled.train.loop import bits_per_character, train
+from unrolled.train.jobs import plan_run
+from unrolled.train.loop import bits_per_character, train_model
 from unrolled.train.model import CharacterModel
-from unrolled.train.planning import plan_run
 from unrolled.train.run import create_run, load_run
 from unrolled.train.sampling import sample
-from unrolled.train.text import Split, Vocabulary, read_text, split_text
-from unrolled.train.windows import each_window, window_count
+from unrolled.train.text import Split, Vocabulary, each_window, read_text, split_text, window_count
 
 TOPICS = pydoc_data.topics.topics
 SMALL = "\n".join(TOPICS[name] for name in ("for", "while", "if", "with", "try", "function", "class"))
@@ -112,7 +111,7 @@ def test_the_same_seed_gives_the_same_model_and_a_loaded_run_the_same_score(cell
     models = []
     for name in ("a", "b"):
         config = TrainConfig(cell=cell, out=str(tmp_path / name), **{**QUICK, "epochs": 1})
-        models.append(train(config, split, create_run(config), Silent())[0])
+        models.append(train_model(config, split, create_run(config), Silent())[0])
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
     config, loaded, vocabulary = load_run(tmp_path / "a")
@@ -142,7 +141,7 @@ def test_the_first_50_updates_on_the_default_engine_have_the_losses_of_the_refer
         monkeypatch.setattr("unrolled.train.model.unroll", functools.partial(unroll, engine=engine))
         config, watcher = TrainConfig(out=str(tmp_path / engine)), FirstUpdates(50)
         with pytest.raises(KeyboardInterrupt):
-            train(config, split, create_run(config), watcher)
+            train_model(config, split, create_run(config), watcher)
         losses[engine] = watcher.losses
     assert losses["auto"] == pytest.approx(losses["reference"], rel=1e-4)
     assert losses["auto"][-1] < 0.9 * losses["auto"][0]
@@ -156,7 +155,7 @@ def test_a_budget_changes_no_loss_and_a_horizon_does(tmp_path):
     for name, way in ways.items():
         config, watcher = TrainConfig(out=str(tmp_path / name), **sizes, **way), FirstUpdates(30)
         with pytest.raises(KeyboardInterrupt):
-            train(config, split, create_run(config), watcher)
+            train_model(config, split, create_run(config), watcher)
         losses[name] = watcher.losses
     assert losses["budget"] == pytest.approx(losses["whole"], rel=1e-4)
     assert losses["horizon"][0] == losses["whole"][0]
@@ -208,7 +207,7 @@ def test_the_state_is_carried_from_window_to_window(monkeypatch, tmp_path):
 
     monkeypatch.setattr(CharacterModel, "forward", watched)
     config = TrainConfig(cell="gru", out=str(tmp_path / "r"), **{**QUICK, "epochs": 1, "batch": 4, "window": 8})
-    train(config, split, create_run(config), Silent())
+    train_model(config, split, create_run(config), Silent())
     assert received[0] is None
     for before, after in zip(returned, received[1:], strict=False):
         assert torch.equal(before, after)
@@ -319,7 +318,7 @@ def test_a_training_that_diverges_keeps_the_model_of_the_last_epoch(in_training,
     config = TrainConfig(out=str(tmp_path / "run"), **{**TINY, "epochs": 3})
     told = r"at update \d+: loss nan, gradient norm nan" if in_training else "at the validation of epoch 2: .* nan"
     with pytest.raises(DivergedError, match=told):
-        train(config, split_text(SMALL[:3000], batch=4, window=16), create_run(config), Keeping())
+        train_model(config, split_text(SMALL[:3000], batch=4, window=16), create_run(config), Keeping())
     assert saved == [(tmp_path / "run" / "model.safetensors").read_bytes()]
 
 

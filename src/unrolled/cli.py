@@ -8,8 +8,8 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; what it refuses is told on one line, with exit code 2. Ctrl-C gives 130."""
-    _print_what_can_be_printed()
+    """Run the command; what it refuses is printed on one line, with exit code 2. Ctrl-C gives 130."""
+    _replace_unprintable()
     try:
         # Imported here, so that Ctrl-C is caught while this is still loading.
         from unrolled.train.commands import run_command
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _print_what_can_be_printed() -> None:
+def _replace_unprintable() -> None:
     """Print `?` for what the terminal's encoding lacks: a model may write any character of its text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""What simpler things reach on the same text: models of a few characters of context, and a compressor."""
+"""What simpler models reach on the same text: models of a few characters of context, and a compressor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 
 from unrolled.train.text import Split
 
-_SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-
-Codes = NDArray[np.int64]
+_Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,10 @@ def context_model_bits(split: Split, order: int) -> float:
     Counts of the training text are smoothed by adding k to each; k is the one of a few that is best on the
     validation text.
     """
-    symbols = np.unique(_codes(split.train))
-    counts = _Counts(_numbers(split.train, symbols), order, len(symbols) + 1)
-    validation, test = (_numbers(text, symbols) for text in (split.validation, split.test))
-    best = min(_SMOOTHING, key=lambda k: counts.bits(validation, k))
-    return counts.bits(test, best)
+    counts = _ContextCounts(split.train, order)
+    validation = counts.numbers(split.validation)
+    best = min((1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), key=lambda k: counts.bits(validation, k))
+    return counts.bits(counts.numbers(split.test), best)
 
 
 def xz_bits(split: Split) -> float:
@@ -71,27 +68,26 @@ def xz_bits(split: Split) -> float:
     return 8 * (compressed(split.train + split.test) - compressed(split.train)) / len(split.test)
 
 
-def _codes(text: str) -> Codes:
+def _codes(text: str) -> _Numbers:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
 
 
-def _numbers(text: str, symbols: Codes) -> Codes:
-    """Each character's place among the known symbols, from 1; 0 for one that is not there."""
-    codes = _codes(text)
-    places = np.searchsorted(symbols, codes).clip(max=len(symbols) - 1)
-    return np.where(symbols[places] == codes, places + 1, 0)
-
-
-class _Counts:
+class _ContextCounts:
     """How often each character follows each context in the training text."""
 
-    def __init__(self, numbers: Codes, order: int, alphabet: int) -> None:
-        self.order, self.alphabet = order, alphabet
-        contexts, following = self._grams(numbers)
+    def __init__(self, text: str, order: int) -> None:
+        self.order = order
+        self.symbols = np.unique(_codes(text))
+        self.alphabet = len(self.symbols) + 1
+        contexts, following = self._grams(self.numbers(text))
         self.contexts = np.unique(contexts, return_counts=True)
         self.grams = np.unique(following, return_counts=True)
 
-    def _grams(self, numbers: Codes) -> tuple[Codes, Codes]:
+    def numbers(self, text: str) -> _Numbers:
+        """Each character's place among the known ones, from 1; 0 for one that is not there."""
+        return _look_up((self.symbols, np.arange(1, self.alphabet)), _codes(text))
+
+    def _grams(self, numbers: _Numbers) -> tuple[_Numbers, _Numbers]:
         """Contexts, and contexts with the character that follows, each as one number."""
         length = len(numbers) - self.order
         contexts = np.zeros(max(length, 0), dtype=np.int64)
@@ -99,13 +95,15 @@ class _Counts:
             contexts = contexts * self.alphabet + numbers[place : place + len(contexts)]
         return contexts, contexts * self.alphabet + numbers[self.order :][: len(contexts)]
 
-    def bits(self, numbers: Codes, k: float) -> float:
+    def bits(self, numbers: _Numbers, k: float) -> float:
+        """Bits per character of a text, with k added to each count."""
         contexts, following = self._grams(numbers)
         chances = (_look_up(self.grams, following) + k) / (_look_up(self.contexts, contexts) + k * self.alphabet)
         return float(-np.log2(chances).mean())
 
 
-def _look_up(table: tuple[Codes, NDArray[np.int64]], keys: Codes) -> NDArray[np.int64]:
-    known, counts = table
+def _look_up(table: tuple[_Numbers, _Numbers], keys: _Numbers) -> _Numbers:
+    """The values of some keys in a table of sorted keys and their values; 0 for one that is not there."""
+    known, values = table
     places = np.searchsorted(known, keys).clip(max=len(known) - 1)
-    return np.where(known[places] == keys, counts[places], 0)
+    return np.where(known[places] == keys, values[places], 0)

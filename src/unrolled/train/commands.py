@@ -15,13 +15,11 @@ import typer
 from unrolled.errors import ConfigError, UnrolledError
 from unrolled.train.config import CELLS, TrainConfig
 from unrolled.train.config_file import read_config
-from unrolled.train.diagnosing import diagnose_run, draw_run
-from unrolled.train.job import PAGE, run_job
-from unrolled.train.planning import plan_run
+from unrolled.train.jobs import diagnose_run, draw_run, plan_run, verify_cells, verify_run
 from unrolled.train.progress import terminal
-from unrolled.train.run import load_run
-from unrolled.train.sampling import sample as write_on
-from unrolled.train.verifying import verify_cells, verify_run
+from unrolled.train.run import Run, load_run
+from unrolled.train.sampling import sample
+from unrolled.train.training import train_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +31,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def common(
+def version_callback(
     version: Annotated[
         bool, typer.Option("--version", help="print the versions of unrolled and torch, and stop")
     ] = False,
@@ -44,38 +42,37 @@ def common(
         raise typer.Exit
 
 
-def train(file: Path | None, config: Path | None, **flags: Any) -> None:
+def train_command(file: Path | None, config: Path | None, **flags: Any) -> None:
     """Train a character language model by BPTT on FILE, any UTF-8 text (default: the text inside Python)."""
     values = read_config(config) if config else {}
     values |= {name: value for name, value in flags.items() if value is not None}
-    run_job(TrainConfig.from_mapping(values, source=str(config or "the command")), file, terminal())
+    train_run(TrainConfig.from_mapping(values, source=str(config or "the command")), file, terminal())
 
 
 def _with_config_flags(command: Any) -> Any:
     """Give the command one flag for each option; a flag that is not used leaves the config file's value."""
     hints = get_type_hints(TrainConfig)
-    parameters = [
-        _parameter("file", Annotated[Path | None, typer.Argument(help="UTF-8 text", show_default=False)]),
-        _parameter("config", Annotated[Path | None, typer.Option(help="JSON or YAML file of options; flags go first")]),
-    ]
+    annotations: dict[str, Any] = {
+        "file": Annotated[Path | None, typer.Argument(help="UTF-8 text", show_default=False)],
+        "config": Annotated[Path | None, typer.Option(help="JSON or YAML file of options; flags go first")],
+    }
     for option in dataclasses.fields(TrainConfig):
         default = "" if option.default is None else f" [default: {option.default}]"
         flag = typer.Option(help=option.metadata["help"] + default, show_default=False)
-        parameters.append(_parameter(option.name, Annotated[hints[option.name] | None, flag]))
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        annotations[option.name] = Annotated[hints[option.name] | None, flag]
+    command.__signature__ = inspect.Signature([
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in annotations.items()
+    ])  # fmt: skip
+    command.__annotations__ = annotations
     return command
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+app.command("train")(_with_config_flags(train_command))
 
 
-app.command()(_with_config_flags(train))
-
-
-@app.command()
-def sample(
+@app.command("sample")
+def sample_command(
     run: Annotated[Path, typer.Argument(help="run directory of `unrolled train`")],
     prompt: Annotated[str, typer.Option(help="text to go on from")] = "",
     temperature: Annotated[float, typer.Option(help="1 follows the model's chances, 0 takes the likeliest")] = 0.7,
@@ -85,7 +82,7 @@ def sample(
     """Let a trained model write."""
     _, model, vocabulary = load_run(run)
     # Called before anything is printed: it refuses what it must refuse here, not with the first character.
-    written = write_on(model, vocabulary, prompt, length=length, temperature=temperature, seed=seed)
+    written = sample(model, vocabulary, prompt, length=length, temperature=temperature, seed=seed)
     sys.stdout.write(prompt)
     for character in written:
         sys.stdout.write(character)
@@ -120,21 +117,17 @@ def plan_command(
     memory: Annotated[str | None, typer.Option(help="budget to mark the choice of, as 512MB or 10%")] = None,
 ) -> None:
     """Print what a memory budget costs in time: every schedule for the sequence, the chosen one marked."""
-    _refuse_below_one("steps", steps)
-    asked = {"cell": cell, "hidden_size": hidden_size, "embedding_size": embedding_size, "batch": batch}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if run is not None and asked:
-        flag = next(iter(asked)).replace("_", "-")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
+    options = {"cell": cell, "hidden_size": hidden_size, "embedding_size": embedding_size, "batch": batch}
+    options = {name: value for name, value in options.items() if value is not None}
+    if run is not None and options:
+        flag = next(iter(options)).replace("_", "-")
         raise ConfigError(f"--{flag} is for a network that is not trained yet, and {run} has its own; leave one out")
-    config = TrainConfig.from_mapping({**asked, "window": steps or 1000}, source="the command")
+    config = TrainConfig.from_mapping({**options, "window": steps or 1000}, source="the command")
     print(plan_run(config, run, memory, steps))
-    given = f" {shlex.quote(str(run))}" if run else ""
-    print(f"next: unrolled plan{given} --memory 64MB, or unrolled train --memory 64MB")
-
-
-def _refuse_below_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}")
+    argument = f" {shlex.quote(str(run))}" if run else ""
+    print(f"next: unrolled plan{argument} --memory 64MB, or unrolled train --memory 64MB")
 
 
 @app.command("diagnose")
@@ -160,12 +153,12 @@ def draw_command(
 ) -> None:
     """Draw a trained network: a page to unfold it in, with its gradients and a verdict, or one picture."""
     with terminal(stderr=True).status("measuring and drawing"):
-        target = draw_run(run, out or run / (f"{chart}.svg" if chart else PAGE), text, chart)
+        target = draw_run(run, out or (run / f"{chart}.svg" if chart else Run(run).page), text, chart)
     print(f"written: {target}")
 
 
 def run_command(arguments: list[str] | None) -> int:
-    """Run the command on its arguments (None: the process's own); tell what is refused; return the exit code."""
+    """Run the command on its arguments (None: the process's own); print what is refused; return the exit code."""
     try:
         return app(args=arguments, prog_name="unrolled", standalone_mode=False) or 0
     except UnrolledError as error:

@@ -7,7 +7,7 @@ import json
 import reprlib
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -69,10 +69,32 @@ class TrainConfig:
     out: str | None = _option(None, "run directory to make; by default a new one in runs/")
 
     def __post_init__(self) -> None:
+        types = get_type_hints(TrainConfig)
         for option in dataclasses.fields(self):
-            _check(option, getattr(self, option.name))
-        _check_device(self.device)
-        _check_horizon(self)
+            _check_option(option, types[option.name], getattr(self, option.name))
+        self._check_device()
+        self._check_horizon()
+
+    def _check_device(self) -> None:
+        try:
+            if torch.empty(1, device=self.device).is_meta:
+                raise ConfigError(f"device must be one that computes, got {self.device!r}; use cpu or cuda")
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device must be one that torch has here, got {self.device!r}: {error}") from error
+
+    def _check_horizon(self) -> None:
+        """Refuse here what the network would refuse once the text is read."""
+        if self.horizon is not None and self.horizon > self.window:
+            raise ConfigError(
+                f"horizon must be at most the window, {self.window} steps, got {self.horizon}; gradients never flow "
+                "back from one window to the one before: make the window longer"
+            )
+        try:
+            truncation_of(self.horizon, self.stride)
+            if self.memory is not None:
+                checkpointing_of(self.memory, None, self.horizon)
+        except OptionError as error:
+            raise ConfigError(str(error)) from error
 
     def to_json(self) -> str:
         """The options as a JSON object, all but `out`: a saved config is where it says, and another run can use it."""
@@ -87,28 +109,19 @@ class TrainConfig:
             ConfigError: for a name that is no option, or a bad value.
         """
         known = [option.name for option in dataclasses.fields(cls)]
-        strangers = [str(name) for name in values if name not in known]
-        if strangers:
-            named = f"{', '.join(strangers):.200}"
-            raise ConfigError(f"{source} has unknown options: {named}; known are {', '.join(known)}")
+        unknown = [str(name) for name in values if name not in known]
+        if unknown:
+            names = f"{', '.join(unknown):.200}"
+            raise ConfigError(f"{source} has unknown options: {names}; known are {', '.join(known)}")
         return cls(**values)
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "str | None": (str, type(None)),
-    "int | None": (int, type(None)),
-}
-
-
-def _check(option: dataclasses.Field[Any], value: Any) -> None:
+def _check_option(option: dataclasses.Field[Any], kind: Any, value: Any) -> None:
     def refuse(rule: str) -> None:
         raise ConfigError(f"{option.name} must be {rule}, got {reprlib.repr(value):.200}")
 
     rules = option.metadata
-    if not isinstance(value, _TYPES[str(option.type)]) or isinstance(value, bool):
+    if not isinstance(value, float | int if kind is float else kind) or isinstance(value, bool):
         refuse(f"of type {option.type}")
     if value is None:
         return
@@ -120,26 +133,3 @@ def _check(option: dataclasses.Field[Any], value: Any) -> None:
         refuse(f"above {rules['above']} and finite")
     if "below" in rules and not value < rules["below"]:
         refuse(f"below {rules['below']}")
-
-
-def _check_horizon(config: TrainConfig) -> None:
-    """Refuse here what the network would refuse once the text is read."""
-    if config.horizon is not None and config.horizon > config.window:
-        raise ConfigError(
-            f"horizon must be at most the window, {config.window} steps, got {config.horizon}; gradients never flow "
-            "back from one window to the one before: make the window longer"
-        )
-    try:
-        truncation_of(config.horizon, config.stride)
-        if config.memory is not None:
-            checkpointing_of(config.memory, None, config.horizon)
-    except OptionError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _check_device(device: str) -> None:
-    try:
-        if torch.empty(1, device=device).is_meta:
-            raise ConfigError(f"device must be one that computes, got {device!r}; use cpu or cuda")
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device must be one that torch has here, got {device!r}: {error}") from error

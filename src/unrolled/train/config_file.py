@@ -11,8 +11,6 @@ import yaml
 
 from unrolled.errors import ConfigError
 
-_MOST_BYTES, _MOST_SAID = 100_000, 200
-
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read options from a JSON or YAML file.
@@ -30,45 +28,34 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"a config file ends in .json, .yaml or .yml, got {path.name!r}")
     try:
-        values = _parse(_text_of(path), is_json=path.suffix == ".json")
+        values = _parse(path)
     except RecursionError as error:
         raise ConfigError(
             f"config file {path} cannot be read: it is nested too deep; options are plain values"
         ) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error!s:.{_MOST_SAID}}") from error
+        raise ConfigError(f"config file {path} cannot be read: {error!s:.200}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} must hold one mapping of options, got a {type(values).__name__}")
     return values
 
 
-def _text_of(path: Path) -> str:
-    size = path.stat().st_size
-    if size > _MOST_BYTES:
-        raise ValueError(
-            f"a config file has at most {_MOST_BYTES} bytes, got {size}; it holds some options and no data"
-        )
-    return path.read_text(encoding="utf-8")
+def _parse(path: Path) -> Any:
+    most, size = 100_000, path.stat().st_size
+    if size > most:
+        raise ValueError(f"a config file has at most {most} bytes, got {size}; it holds some options and no data")
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text, object_pairs_hook=_mapping) if path.suffix == ".json" else yaml.load(text, _Loader)
 
 
-def _parse(text: str, *, is_json: bool) -> Any:
-    if is_json:
-        return json.loads(text, object_pairs_hook=_named_once)
-    return yaml.load(text, _Loader)
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _refuse_repeated([name for name, _ in pairs])
-    return dict(pairs)
-
-
-def _refuse_repeated(names: list[str]) -> None:
-    """Both parsers would take the last of the values without a word."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping in which a name stands once: both parsers would take the last of its values without a word."""
+    mapping: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
             raise ValueError(f"an option stands there once, got {name!r:.80} twice; leave one of them out")
-        seen.add(name)
+        mapping[name] = value
+    return mapping
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,7 +71,7 @@ class _Loader(yaml.SafeLoader):
         return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _refuse_repeated([str(key.value) for key, _ in node.value])
+        _mapping([(str(key.value), None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
 
 

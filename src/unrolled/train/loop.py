@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrolled.errors import DivergedError
@@ -16,11 +15,8 @@ from unrolled.train.config import TrainConfig
 from unrolled.train.diagnosing import diagnosis_of
 from unrolled.train.model import CharacterModel
 from unrolled.train.run import Run
-from unrolled.train.text import Split, Vocabulary
-from unrolled.train.windows import each_window, window_count
-from unrolled.trees import Tree, map_leaves
-
-_STREAM = 4096  # characters a stream of an evaluation has at least: below, cold starts would show in the score
+from unrolled.train.text import Split, Vocabulary, each_window, window_count
+from unrolled.trees import map_leaves
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,8 @@ class Epoch:
     validation_bits: float
 
 
-class Watcher(Protocol):
-    """Is told how training goes."""
+class TrainingObserver(Protocol):
+    """Learns how training goes."""
 
     def updated(self, update: Update) -> None:
         """After each update."""
@@ -54,7 +50,9 @@ class Watcher(Protocol):
         """After each epoch."""
 
 
-def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tuple[CharacterModel, Vocabulary]:
+def train_model(
+    config: TrainConfig, split: Split, run: Run, observer: TrainingObserver
+) -> tuple[CharacterModel, Vocabulary]:
     """Train a character model by BPTT, its state carried from window to window.
 
     Every update is written to the run's metrics; the model is saved before the first update, after every epoch and
@@ -64,7 +62,7 @@ def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tupl
         config: the options.
         split: the text.
         run: where metrics and model go.
-        watcher: is told of every update and epoch.
+        observer: learns of every update and epoch.
 
     Returns:
         The trained model and its characters.
@@ -83,29 +81,33 @@ def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tupl
     try:
         run.save_model(model, vocabulary)
         optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _cycle(done / total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _one_cycle(done / total))
         for epoch in range(1, config.epochs + 1):
             state, losses, lengths = None, 0.0, 0
             model.train()
             for characters, following in each_window(numbers, config.batch, config.window):
                 started = time.perf_counter()
-                loss, norm, state = _backward(model, characters, following, state, config.clip)
-                check_finite(f"update {number + 1}", config, run, {"loss": loss, "gradient norm": norm})
+                loss, state = model.loss(characters, following, state)
+                model.zero_grad()
+                loss.backward()
+                norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+                nats, state = float(loss.detach()), map_leaves(Tensor.detach, state)
+                check_finite(f"update {number + 1}", config, run, {"loss": nats, "gradient norm": norm})
                 optimizer.step()
                 schedule.step()
                 number += 1
                 speed = characters.numel() / (time.perf_counter() - started)
-                run.log(kind="update", number=number, loss=loss, grad_norm=norm)
+                run.log(kind="update", number=number, loss=nats, grad_norm=norm)
                 if config.watch and number % config.watch == 0:
                     run.log(kind="diagnosis", number=number, **diagnosis_of(model, validation, config).to_dict())
-                watcher.updated(Update(number, total, loss, norm, speed))
-                losses, lengths = losses + loss * len(characters), lengths + len(characters)
+                observer.updated(Update(number, total, nats, norm, speed))
+                losses, lengths = losses + nats * len(characters), lengths + len(characters)
             bits = bits_per_character(model, validation, config)
             check_finite(f"the validation of epoch {epoch}", config, run, {"bits per character": bits})
             ended = Epoch(epoch, config.epochs, losses / lengths / math.log(2), bits)
             run.log(kind="epoch", number=epoch, train_bits=ended.train_bits, validation_bits=bits)
             run.save_model(model, vocabulary)
-            watcher.epoch_ended(ended)
+            observer.epoch_ended(ended)
     except KeyboardInterrupt:
         run.save_model(model, vocabulary)
         run.log(kind="interrupted", number=number)
@@ -113,20 +115,9 @@ def train(config: TrainConfig, split: Split, run: Run, watcher: Watcher) -> tupl
     return model, vocabulary
 
 
-def _cycle(done: float) -> float:
+def _one_cycle(done: float) -> float:
     """Learning rate over its peak: up during the first twentieth, then down along a cosine, to a hundredth."""
     return min(done / 0.05 + 0.01, 0.505 + 0.495 * math.cos(math.pi * min(done, 1.0)))
-
-
-def _backward(
-    model: CharacterModel, characters: Tensor, following: Tensor, state: Tree, clip: float
-) -> tuple[float, float, Tree]:
-    """Give the parameters a window's gradients, clipped; return loss, norm before clipping, and the state after it."""
-    loss, state = _loss(model, characters, following, state)
-    model.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    return float(loss.detach()), float(norm), map_leaves(Tensor.detach, state)
 
 
 def check_finite(where: str, config: TrainConfig, run: Run, figures: dict[str, float]) -> None:
@@ -136,16 +127,11 @@ def check_finite(where: str, config: TrainConfig, run: Run, figures: dict[str, f
         DivergedError: if one of the figures is not finite.
     """
     if not all(map(math.isfinite, figures.values())):
-        told = ", ".join(f"{name} {figure:g}" for name, figure in figures.items())
+        found = ", ".join(f"{name} {figure:g}" for name, figure in figures.items())
         raise DivergedError(
-            f"training diverged at {where}: {told}, which must be finite; lower --learning-rate (it is "
+            f"training diverged at {where}: {found}, which must be finite; lower --learning-rate (it is "
             f"{config.learning_rate:g}) or --clip (it is {config.clip:g}); {run.path} keeps the model saved last"
         )
-
-
-def _loss(model: CharacterModel, characters: Tensor, following: Tensor, state: Tree) -> tuple[Tensor, Tree]:
-    logits, state = model(characters, state)
-    return F.cross_entropy(logits.flatten(0, 1), following.flatten()), state
 
 
 @torch.no_grad()
@@ -158,9 +144,10 @@ def bits_per_character(model: CharacterModel, numbers: Tensor, config: TrainConf
         config: gives the window, and how many streams a long text is read in.
     """
     model.eval()
-    streams = max(1, min(config.batch, len(numbers) // _STREAM))
+    # A stream has 4096 characters at least: with fewer, the fresh states at their beginnings would show in the score.
+    streams = max(1, min(config.batch, len(numbers) // 4096))
     state, nats, count = None, 0.0, 0
     for characters, following in each_window(numbers, streams, max(config.window, 256)):
-        loss, state = _loss(model, characters, following, state)
+        loss, state = model.loss(characters, following, state)
         nats, count = nats + float(loss) * characters.numel(), count + characters.numel()
     return nats / count / math.log(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrolled.networks.bounded import plan_memory
@@ -20,6 +21,9 @@ class CharacterModel(nn.Module):
         config: says which cell, and the sizes.
         characters: V, how many characters there are.
 
+    Attributes:
+        horizon: how many copies gradients flow back through in training: a window's, or fewer (truncated BPTT).
+
     Example:
         >>> import torch
         >>> model = CharacterModel(TrainConfig(hidden_size=8), characters=5)
@@ -32,7 +36,8 @@ class CharacterModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(characters, config.embedding_size)
         cell = CELLS[config.cell](config.embedding_size, config.hidden_size)
-        self.rnn = unroll(cell, horizon=config.horizon, stride=config.stride, memory=_bytes_of(config, cell))
+        self.rnn = unroll(cell, horizon=config.horizon, stride=config.stride, memory=_memory_of(config, cell))
+        self.horizon = self.rnn.horizon or config.window
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, characters)
 
@@ -41,8 +46,13 @@ class CharacterModel(nn.Module):
         outputs, state = self.rnn(self.embedding(characters), state)
         return self.head(self.dropout(outputs)), state
 
+    def loss(self, characters: Tensor, following: Tensor, state: Tree = None) -> tuple[Tensor, Tree]:
+        """The mean loss in nats of predicting the characters `[T, B]` that follow others, and the state after them."""
+        logits, state = self(characters, state)
+        return F.cross_entropy(logits.flatten(0, 1), following.flatten()), state
 
-def _bytes_of(config: TrainConfig, cell: nn.Module) -> str | int | None:
+
+def _memory_of(config: TrainConfig, cell: nn.Module) -> str | int | None:
     """The memory budget; a share is one of what a whole window takes, so that a shorter last one has room as well."""
     if config.memory is None or not config.memory.strip().endswith("%"):
         return config.memory

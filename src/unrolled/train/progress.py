@@ -63,7 +63,7 @@ class ProgressBar:
 
 
 def score_table(name: str, bits: float, others: list[Baseline]) -> Table:
-    """The test score beside what simpler things reach on the same text, best first."""
+    """The test score next to what simpler models reach on the same text, best first."""
     table = Table("on the test text", "bits per character", box=None, padding=(0, 2, 0, 0))
     table.columns[1].justify = "right"
     for row in sorted([Baseline(name, bits), *others], key=lambda one: one.bits):

@@ -40,15 +40,13 @@ def sample(
         raise OptionError(f"length must be 0 or more, got {length}")
     if not 0 <= seed < SEEDS:
         raise OptionError(f"seed must be 0 or more and below {SEEDS}, got {seed}")
-    if strangers := vocabulary.missing(prompt):
-        raise DataError(
-            f"the prompt has characters that the model never saw in training: {strangers!r}; leave them out"
-        )
-    return _write(model, vocabulary, prompt or "\n", length, temperature, torch.Generator().manual_seed(seed))
+    if unknown := vocabulary.missing(prompt):
+        raise DataError(f"the prompt has characters that the model never saw in training: {unknown!r}; leave them out")
+    return _each_character(model, vocabulary, prompt or "\n", length, temperature, torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def _write(
+def _each_character(
     model: CharacterModel,
     vocabulary: Vocabulary,
     prompt: str,
@@ -61,12 +59,12 @@ def _write(
     state = None
     for _ in range(length):
         logits, state = model(numbers, state)
-        number = _draw(logits[-1, 0].cpu().double(), temperature, generator)
+        number = _drawn_number(logits[-1, 0].cpu().double(), temperature, generator)
         yield vocabulary.decode(number)
         numbers = torch.tensor([[number]], device=device)
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+def _drawn_number(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     logits[0] = float("-inf")  # number 0 stands for unknown characters: nothing to be written
     largest = logits.max()
     if not largest.isfinite():
