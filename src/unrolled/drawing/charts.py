@@ -139,7 +139,7 @@ def schedule_chart(schedule: Schedule) -> Chart:
     """Which steps a training step runs at which time: forwards, back, and again forwards where steps are recomputed.
 
     Args:
-        schedule: what the network goes by.
+        schedule: the schedule that the network follows.
     """
     names = {Advance: "forward, no tape", StoreTape: "forward, taped", Reverse: "backward"}
     x, lines = list[float](), {kind: list[float | None]() for kind in names}

@@ -1,4 +1,4 @@
-"""The front door of drawing: checks what is asked, has it measured, renders it, and writes the file."""
+"""Drawing, from the front: options are checked, the network is measured, rendered, and written to a file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def draw(
         horizon: how many copies gradients flow back through in training, for the verdict; by default the network's own.
         state: the state copy 0 receives, as `rnn` takes it; by default the cell's own.
         lengths: for a page or a chart how many steps each row has, as `rnn` takes them.
-        resets: for a page or a chart the rows that start afresh, as `rnn` takes them.
+        resets: for a page or a chart the rows that start from a fresh state, as `rnn` takes them.
         context: what a cell with a third argument receives at every step.
 
     Returns:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from unrolled.drawing.lettering import printable, shortened
@@ -48,10 +48,7 @@ def converted(svg: str, ending: str) -> bytes:
     """
     if ending == ".svg":
         return svg.encode()
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise missing_package("this picture", "vl-convert-python") from error
+    vl_convert = required("vl_convert", "this picture needs vl-convert-python")
     # Three pixels for each of the picture's own: 288 per inch.
     return bytes(vl_convert.svg_to_png(svg, scale=3.0) if ending == ".png" else vl_convert.svg_to_pdf(svg))
 
@@ -87,17 +84,24 @@ def figure_of(chart: Chart) -> Figure:
         return _ChartFigure(chart).figure
 
 
-def missing_package(what: str, package: str | None) -> OptionError:
-    """The error for something that needs a package which is not installed."""
-    return OptionError(f"{what} needs {package}, which is not installed; get it with: pip install 'unrolled[draw]'")
+def required(module: str, need: str) -> Any:
+    """A module that drawing needs, imported.
 
+    Args:
+        module: its name.
+        need: what needs which package.
 
-def _style() -> AbstractContextManager[None]:
+    Raises:
+        OptionError: if it is not installed.
+    """
     try:
-        import matplotlib
+        return importlib.import_module(module)
     except ImportError as error:
-        raise missing_package("this picture", "matplotlib") from error
-    return matplotlib.rc_context(_STYLE)
+        raise OptionError(f"{need}, which is not installed; get it with: pip install 'unrolled[draw]'") from error
+
+
+def _style() -> Any:
+    return required("matplotlib", "this picture needs matplotlib").rc_context(_STYLE)
 
 
 class _ChartFigure:

@@ -61,7 +61,7 @@ class Sketch:
         B: the batch size.
         input: the tensors that a copy reads.
         state: the tensors that a copy receives from the one before it.
-        output: the tensors that a copy gives out.
+        output: the tensors that a copy outputs.
         parameters: what the copies share.
         origin: where the initial state comes from, 'own', 'learned' or 'passed'.
         context: the tensors that are the same at every step.
@@ -96,7 +96,7 @@ class Sketch:
 
     @property
     def tensors(self) -> dict[str, tuple[TensorLabel, ...]]:
-        """What a copy reads and gives out, by kind; kinds without a tensor are left out."""
+        """What a copy reads and outputs, by kind; kinds without a tensor are left out."""
         kinds = {"input": self.input, "state": self.state, "output": self.output, "context": self.context}
         return {kind: labels for kind, labels in kinds.items() if labels}
 

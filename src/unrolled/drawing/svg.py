@@ -13,6 +13,7 @@ from unrolled.drawing.sketch import Sketch
 from unrolled.drawing.tables import tables
 
 # The hues are those of Okabe and Ito, which people with any colour vision tell apart; on dark paper two are lighter.
+_HUES = {"input": "#0072b2", "state": "#d55e00", "output": "#009e73", "weights": "#cc79a7", "context": "#e69f00"}
 # Properties are set twice: renderers without CSS variables keep the first value.
 _STYLE = """
 svg.unrolled{--ink:#1f2328;--muted:#59636e;--rule:#d1d9e0;--paper:#fbf4f8;
@@ -32,9 +33,11 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif
 .unrolled .stroke.rule{stroke:#d1d9e0;stroke:var(--rule);stroke-width:1}
 .unrolled .stroke.plain{stroke:#59636e;stroke:var(--muted)}
 .unrolled .head.plain{fill:#59636e;fill:var(--muted)}
-"""
-
-_HUES = {"input": "#0072b2", "state": "#d55e00", "output": "#009e73", "weights": "#cc79a7", "context": "#e69f00"}
+""" + "".join(
+    f".unrolled .stroke.{kind}{{stroke:{hue};stroke:var(--{kind})}}"
+    f".unrolled .head.{kind},.unrolled .swatch.{kind}{{fill:{hue};fill:var(--{kind})}}\n"
+    for kind, hue in _HUES.items()
+)
 
 
 def svg(*sketches: Sketch) -> str:
@@ -52,22 +55,13 @@ def svg(*sketches: Sketch) -> str:
     titles = (f"{printable(sketch.title)}, {sketch.dimensions}" for sketch in sketches)
     _add(root, "title", {"id": "unrolled-title"}, "; ".join(titles))
     _add(root, "desc", {"id": "unrolled-description"}, " ".join(map(_description, sketches)))
-    _add(root, "style", {}, _STYLE + "\n".join(map(_hue_rules, _HUES)) + "\n")
+    _add(root, "style", {}, _STYLE)
     for top, marks in zip(tops, figures, strict=False):
         group = _add(root, "g", {"transform": f"translate(0 {top})"}, "\n") if top else root
         for mark in marks:
             _add_mark(group, mark)
     root.text = "\n"
     return ET.tostring(root, encoding="unicode") + "\n"
-
-
-def _hue_rules(kind: str) -> str:
-    """The rules that give one kind of thing its hue."""
-    hue, variable = _HUES[kind], f"var(--{kind})"
-    return (
-        f".unrolled .stroke.{kind}{{stroke:{hue};stroke:{variable}}}"
-        f".unrolled .head.{kind},.unrolled .swatch.{kind}{{fill:{hue};fill:{variable}}}"
-    )
 
 
 def _description(sketch: Sketch) -> str:

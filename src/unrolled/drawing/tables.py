@@ -1,4 +1,4 @@
-"""The tables under the figure: what a copy reads and gives out, and the weights that all copies share."""
+"""The tables under the figure: what a copy reads and outputs, and the weights that all copies share."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class _TextPicture:
         top, middle, bottom = self._box(name)
         wall, indent = "│" + " " * (len(top) - 2), " " * (len(top) // 2)
         loop = ("├───┐", "│   │  " + ", ".join(self.sketch.state_symbols), "│←──┘")
-        leaves, beside, returns = loop if self.sketch.state else "│││"
-        box = [top, wall + leaves, middle[:-1] + beside, wall + returns, bottom]
+        leaves, crossing, returns = loop if self.sketch.state else "│││"
+        box = [top, wall + leaves, middle[:-1] + crossing, wall + returns, bottom]
         above = [f"{indent}  o[t]", f"{indent}   ↑"] if self.sketch.output else []
         return [*above, *(f"   {line}" for line in box), f"{indent}   ↑", f"{indent}  x[t]"]
 

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from unrolled.drawing.inside import inside
-from unrolled.drawing.paper import missing_package
+from unrolled.drawing.paper import required
 from unrolled.drawing.portrait import Chart, Portrait
 from unrolled.drawing.vega import specification
 
@@ -23,7 +23,11 @@ def webpage(portrait: Portrait) -> str:
     Raises:
         OptionError: if the packages that it is made with are not installed.
     """
-    environment = _environment()
+    jinja2 = required("jinja2", "a page needs jinja2")
+    required("vl_convert", "a page needs vl_convert")  # before work starts
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     folder = resources.files("unrolled.drawing") / "page"
     parts = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
     data = portrait.to_dict()
@@ -61,18 +65,8 @@ def _rounded(tree: Any) -> Any:
     return tree
 
 
-def _environment() -> Any:
-    try:
-        import jinja2
-        import vl_convert  # noqa: F401  # imported here, so that it is missed before work starts
-    except ImportError as error:
-        raise missing_package("a page", error.name) from error
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
 @functools.cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which a page carries."""
-    import vl_convert
-
+    vl_convert = required("vl_convert", "a page needs vl_convert")
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))

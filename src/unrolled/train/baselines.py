@@ -22,7 +22,7 @@ class Baseline:
 
 
 def baselines(split: Split) -> list[Baseline]:
-    """Scores of character models of order 2 and 3 and of `xz -9e`, given the training (and validation) text.
+    """Scores of character models of order 2 and 3 and of `xz -9e`, which know the training (and validation) text.
 
     A test text of three characters or fewer has no score of order 3, one of two has none of order 2 either.
     """

@@ -92,6 +92,7 @@ def train_model(
                 loss.backward()
                 norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
                 nats, state = float(loss.detach()), map_leaves(Tensor.detach, state)
+                del loss  # and with it the graph, before the next window makes another
                 check_finite(f"update {number + 1}", config, run, {"loss": nats, "gradient norm": norm})
                 optimizer.step()
                 schedule.step()

@@ -27,6 +27,12 @@ class Run:
     Args:
         path: where it is.
         made: whether it was made for this run, so that it may be removed with it.
+
+    Attributes:
+        config: the file of the options.
+        metrics: the file of the figures, one JSON object a line.
+        model: the file of the model that was saved last.
+        page: the file that the network is drawn in.
     """
 
     def __init__(self, path: Path, *, made: bool = False) -> None:
@@ -143,7 +149,7 @@ def load_run(path: Path) -> tuple[TrainConfig, CharacterModel, Vocabulary]:
 
 
 def _refuse_other_shapes(config: TrainConfig, vocabulary: Vocabulary, found: dict[str, list[int]]) -> None:
-    """Before a model of these sizes is given memory: a config may say anything."""
+    """Refuse sizes that do not fit before memory is allocated for them: a config may say anything."""
     try:
         with torch.device("meta"):
             model = CharacterModel(dataclasses.replace(config, memory=None), len(vocabulary))

@@ -1,4 +1,4 @@
-"""Dropout over time: what a cell reads or gives out, masked anew at every step or once for a whole sequence."""
+"""Dropout over time: what a cell reads or outputs, masked anew at every step or once for a whole sequence."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ProjectedCell(CellWrapper):
     """A cell whose output is projected to another size; its state stays as it is.
 
     No later state needs the projection, so it is one product for all copies. (`ur.LSTM(proj_size=...)` projects what is
-    handed on.)
+    passed on.)
 
     Args:
         cell: a cell, or anything `as_cell` makes one of without further arguments.
