@@ -1,7 +1,7 @@
 /* What every emitted loop begins with: the type of numbers, their functions, and the product of rows with a matrix.
 
-   The functions are free of branches, so that the compiler turns loops over them into vector instructions. They hand
-   NaN on, and are good to about two units in the last place. Coefficients: Cephes (S. Moshier). */
+   The functions are free of branches, so that the compiler turns loops over them into vector instructions. They
+   propagate NaN, and are good to about two units in the last place. Coefficients: Cephes (S. Moshier). */
 
 #include <math.h>
 #include <pthread.h>
@@ -313,13 +313,13 @@ static void product(real *out, int64_t out_by_row, const real *x, int64_t x_by_r
 
 /* Reductions along a run of entries. */
 
-typedef real few __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
+typedef real short_lanes __attribute__((vector_size(16), aligned(sizeof(real)), may_alias));
 
 /* The sum of a vector's lanes, halves first: one after the other they would wait for each other. */
-INLINE real across(lanes v) {
+INLINE real sum_of_lanes(lanes v) {
   union {
     lanes all;
-    few parts[VECTOR_BYTES / 16];
+    short_lanes parts[VECTOR_BYTES / 16];
   } of = {v};
   for (int half = VECTOR_BYTES / 32; half; half /= 2)
     for (int l = 0; l < half; ++l) of.parts[l] += of.parts[l + half];
@@ -336,7 +336,7 @@ INLINE real sum_of(const real *x, int64_t n) {
   for (; i + 4 * LANES <= n; i += 4 * LANES)
     _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) s[j] += *(const lanes *)(x + i + j * LANES);
   for (; i + LANES <= n; i += LANES) s[0] += *(const lanes *)(x + i);
-  real total = across((s[0] + s[1]) + (s[2] + s[3]));
+  real total = sum_of_lanes((s[0] + s[1]) + (s[2] + s[3]));
   for (; i < n; ++i) total += x[i];
   return total;
 }

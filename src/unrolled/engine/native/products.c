@@ -5,13 +5,13 @@
    team have rows of out each; or, if there are few of them and K is long, a piece of K, whose results are added up in
    order. */
 
-typedef bits whole __attribute__((vector_size(VECTOR_BYTES)));
+typedef bits int_lanes __attribute__((vector_size(VECTOR_BYTES)));
 
-/* Columns of a matrix, side by side: LANES entries of LANES columns at a time are turned over in registers. At each
+/* Columns of a matrix, side by side: LANES entries of LANES columns at a time are transposed in registers. At each
    stage pairs of vectors exchange the entries whose index differs in one bit. */
-INLINE void turn_over(lanes *v) {
+INLINE void transpose(lanes *v) {
   for (int bit = 1; bit < LANES; bit *= 2) {
-    whole low, high;
+    int_lanes low, high;
     for (int l = 0; l < LANES; ++l) low[l] = l & bit ? LANES + l - bit : l, high[l] = l & bit ? LANES + l : l + bit;
     for (int i = 0; i < LANES; ++i)
       if (!(i & bit)) {
@@ -29,7 +29,7 @@ static void pack_columns(real *packed, const real *from, int64_t K, int64_t by_c
       lanes v[LANES];
       _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i)
         v[i] = *(const lanes *)(from + (half * LANES + i) * by_column + k);
-      turn_over(v);
+      transpose(v);
       _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) *(lanes *)(packed + (k + i) * PANEL + half * LANES) = v[i];
     }
   for (; k < K; ++k)
