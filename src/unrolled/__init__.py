@@ -38,8 +38,9 @@ from unrolled.errors import (
 )
 from unrolled.generation.generate import Step, generate, stream
 from unrolled.introspection.bias import TruncationBias
-from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import LayeredCopies, copies
+from unrolled.introspection.single_copy import Copy
 from unrolled.networks.bounded import plan_memory
 from unrolled.networks.convert import from_torch, to_torch
 from unrolled.networks.stack import Bidirectional, Stack, stack

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from unrolled.autograd_graph import differentiable
 from unrolled.errors import InputError, OptionError
 from unrolled.lengths import Lengths, checked_lengths
 from unrolled.sequence import swap_time_and_batch
@@ -186,7 +187,7 @@ def _pooled_leaf(leaf: Tensor, lengths: Tensor, how: str) -> Tensor:
         return torch.where(valid, leaf, leaf[:1]).max(0).values
     if how == "sum":
         return torch.where(valid, leaf, leaf.new_zeros(())).sum(0)
-    if not (leaf.is_floating_point() or leaf.is_complex()):
+    if not differentiable(leaf):
         raise InputError(f"the mean needs floating outputs, got {leaf.dtype}; convert them: outputs.float()")
     # As torch.mean does: the sum of many float16 is beyond its range where their mean is not.
     dtype = torch.promote_types(leaf.dtype, torch.float32)

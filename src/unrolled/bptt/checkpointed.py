@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unrolled.autograd_graph import differentiable
 from unrolled.bptt.actions import Action, Advance, Restore, Reverse, StoreState, StoreTape
 from unrolled.bptt.own_backward import DifferentiableRun, Expiry
 from unrolled.bptt.parameter_aliases import ParameterAliases, detached_leaf
@@ -193,9 +194,7 @@ class _CheckpointedRun(DifferentiableRun):
     def _store_tape(self, segment: Segment, results: _Results | None) -> None:
         inputs, context = self._inputs(segment), map_leaves(detached_leaf, self.run.context)
         if segment.begin:  # what came before is not known to need no gradient
-            entry = map_leaves(
-                lambda x: x.detach().requires_grad_(x.is_floating_point() or x.is_complex()), self.current
-            )
+            entry = map_leaves(lambda x: x.detach().requires_grad_(differentiable(x)), self.current)
         else:
             entry = map_leaves(detached_leaf, segment.rows_of(self.run.state))
         with torch.enable_grad():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import differentiable
 from unrolled.cells.base import GateLayout, Gates, StandInCell
 from unrolled.cells.gru import GRUCell
 from unrolled.cells.lstm import LSTMCell
@@ -161,7 +162,7 @@ def _as_parameter(name: str, tensor: Tensor) -> nn.Parameter:
         raise OptionError(f"parameters= cannot hold the name {name!r}; take another word")
     if isinstance(tensor, nn.Parameter):
         return tensor
-    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+    if not isinstance(tensor, Tensor) or not differentiable(tensor):
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise OptionError(f"parameters= must be floating tensors, {name} is {got}; keep other things in the function")
     if tensor.requires_grad:

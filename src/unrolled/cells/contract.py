@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import differentiable
 from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.cells.base import StandInCell
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
@@ -74,7 +75,7 @@ def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
     It is complex where any of the parameters is: others, a phase say, may well be real.
     """
     for tensors in (list(cell.parameters()), inputs):
-        dtypes = [x.dtype for x in tensors if x.is_floating_point() or x.is_complex()]
+        dtypes = [x.dtype for x in tensors if differentiable(x)]
         if dtypes:
             return next((dtype for dtype in dtypes if dtype.is_complex), dtypes[0])
     return torch.get_default_dtype()
@@ -232,7 +233,7 @@ class CheckedStep:
             f"copy {t} of {name_of(self.cell)} raised {type(error).__name__}: {str(error).rstrip('. ')}. "
             f"It received input {describe(input)} and state {describe(state)}"
         )
-        integers = any(not (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves(input))
+        integers = any(not differentiable(leaf) for leaf in leaves(input))
         if integers and re.search(r"dtype|Long|Int|Bool|Byte|Char|Short", str(error)):
             return InputError(
                 f"{what}. A cell that computes with its inputs needs floats: inputs.float(), or embed them"

@@ -91,7 +91,7 @@ def diagnose(
         layers = [_diagnosed(name, network, resets, probes, lyapunov) for name, network in networks]
     trained = {id(parameter) for parameter in rnn.parameters()}
     norms = [float(torch.linalg.vector_norm(grad.to_dense())) for leaf, grad in grads.items() if id(leaf) in trained]
-    cut = horizon or getattr(rnn, "horizon", None)
+    cut = horizon or (run.truncation.horizon if run.truncation else None)
     return Diagnosis(
         network=rnn._get_name(),
         T=steps,

@@ -18,7 +18,7 @@ from unrolled.autograd_graph import differentiable
 from unrolled.diagnosis.figures import LagProfile
 from unrolled.diagnosis.statistics import median, quartiles, row_norms
 from unrolled.diagnosis.timeline import Timeline
-from unrolled.introspection.copies import Copy
+from unrolled.introspection.single_copy import Copy
 from unrolled.trees import leaves
 
 

@@ -20,8 +20,9 @@ from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import name_of
 from unrolled.errors import NonFiniteError
 from unrolled.internals import DispatchMode
-from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import LayeredCopies
+from unrolled.introspection.single_copy import Copy
 from unrolled.trees import leaves
 
 _ATEN = torch.ops.aten

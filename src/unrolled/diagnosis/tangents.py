@@ -25,7 +25,7 @@ from unrolled.diagnosis.figures import JacobianProfile, Lyapunov
 from unrolled.diagnosis.statistics import median, quartiles
 from unrolled.diagnosis.timeline import Timeline
 from unrolled.errors import OptionError
-from unrolled.introspection.copies import Copy
+from unrolled.introspection.single_copy import Copy
 from unrolled.plan.independence import couples_rows
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError

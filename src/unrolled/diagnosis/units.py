@@ -20,7 +20,8 @@ from unrolled.diagnosis.figures import EffectiveMemory, Gate, SpectralRadius, St
 from unrolled.diagnosis.results import Missing
 from unrolled.diagnosis.statistics import norm, quartiles, row_norms
 from unrolled.internals import DispatchMode
-from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.copies import Copies
+from unrolled.introspection.single_copy import Copy
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import flatten, leaves, paths

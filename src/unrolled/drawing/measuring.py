@@ -16,8 +16,9 @@ from unrolled.diagnosis.results import LayerDiagnosis
 from unrolled.drawing.charts import layer_charts, memory_chart, schedule_chart
 from unrolled.drawing.portrait import Chart, Layer, Portrait, Strip
 from unrolled.errors import InputError, OptionError
-from unrolled.introspection.copies import Copies, Copy
+from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import copies
+from unrolled.introspection.single_copy import Copy
 from unrolled.lengths import Lengths
 from unrolled.networks.bounded import plan_memory
 from unrolled.networks.layered import Layered

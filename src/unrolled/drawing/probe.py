@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unrolled import sequence
-from unrolled.autograd_graph import leaves_behind
+from unrolled.autograd_graph import differentiable, leaves_behind
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing.sketch import Parameter, Sketch, TensorLabel
@@ -86,7 +86,7 @@ class _OneStep(nn.Module):
         cell = self.rnn.cell
         weights = dict(cell.named_parameters())
         for weight in weights.values():  # autograd follows all of them here, frozen ones included
-            weight.requires_grad_(weight.is_floating_point() or weight.is_complex())
+            weight.requires_grad_(differentiable(weight))
         with torch.enable_grad():
             call = Call.of(inputs, state, context=context, batch_first=self.rnn.batch_first)
             steps, first = call.steps, first_state(self.rnn, call)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unrolled.autograd_graph import differentiable
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.cell_call import CellCall
@@ -115,7 +116,7 @@ def _by_the_cell(call: CellCall) -> list[Tensor | None]:
 
 def _new_leaf(tensor: Tensor, needed: bool = True) -> Tensor:
     copy = tensor.detach().clone()
-    return copy.requires_grad_() if needed and (copy.is_floating_point() or copy.is_complex()) else copy
+    return copy.requires_grad_() if needed and differentiable(copy) else copy
 
 
 def _results(results: tuple[Tree, Tree], call: CellCall) -> list[Tensor | None]:
@@ -129,7 +130,7 @@ def _results(results: tuple[Tree, Tree], call: CellCall) -> list[Tensor | None]:
 
 
 def _largest(tensor: Tensor | None) -> float:
-    if tensor is None or not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor is None or not tensor.numel() or not differentiable(tensor):
         return 0.0
     largest = float(torch.linalg.vector_norm(reals(tensor), float("inf")))  # one pass, without a copy
     return largest if math.isfinite(largest) else float(reals(tensor).abs().nan_to_num().max())
@@ -140,7 +141,7 @@ def _close(ours: Tensor | None, theirs: Tensor | None, scale: float) -> bool:
     if ours is None or theirs is None:
         other = theirs if ours is None else ours
         return other is None or not other.any()
-    if not (ours.is_floating_point() or ours.is_complex()):
+    if not differentiable(ours):
         return torch.equal(ours, theirs)
     eps = torch.finfo(ours.dtype).eps
     bound = eps**0.5 * _largest(theirs) + 100 * eps * scale
@@ -170,7 +171,7 @@ def _in_next_digit(tensor: Tensor) -> Tensor:
 def _distance(one: Tensor | None, other: Tensor | None) -> float:
     if one is None or other is None:
         return _largest(other if one is None else one)
-    if not (one.is_floating_point() or one.is_complex()):
+    if not differentiable(one):
         return float((one != other).any())
     return float((reals(one) - reals(other)).abs().nan_to_num(float("inf")).max()) if one.numel() else 0.0
 

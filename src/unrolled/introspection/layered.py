@@ -56,7 +56,7 @@ class LayeredCopies(TappedRun, Sequence[Part]):
         state: Tree,
         truncation: Truncation | None,
     ) -> None:
-        self._name, self._tap, self._truncation = name, tap, truncation
+        self._name, self._tap, self.truncation = name, tap, truncation
         self._parts = tuple(parts)
         self.outputs, self.state = outputs, state
 
@@ -104,7 +104,7 @@ class LayeredCopies(TappedRun, Sequence[Part]):
             OptionError: if there is no horizon, or a layer walks backwards.
             GradientError: before `backward`.
         """
-        truncation = truncation_to_compare(horizon, stride, self._truncation)
+        truncation = truncation_to_compare(horizon, stride, self.truncation)
         self._tap.require_backward()
         networks = [copies for _, copies in self.named_networks()]
         if any(copies.reverse for copies in networks):

@@ -8,8 +8,9 @@ from torch import Tensor
 from unrolled.cells.contract import CheckedStep, name_of
 from unrolled.engine import reference
 from unrolled.errors import CellError
-from unrolled.introspection.copies import Copies, Copy, CopyTaps
+from unrolled.introspection.copies import Copies
 from unrolled.introspection.recorded_run import ReceivedState, RecordedRun
+from unrolled.introspection.single_copy import Copy, CopyTaps
 from unrolled.introspection.taps import GradientTap, ways_past
 from unrolled.networks.base import first_state
 from unrolled.networks.layout import Call

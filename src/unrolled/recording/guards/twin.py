@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import differentiable
 from unrolled.internals import modules_are_patched
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import contents_of
@@ -64,7 +65,7 @@ def watch_step(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> None
 
 
 def _with_gradient(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+    return tensor.detach().clone().requires_grad_(differentiable(tensor))
 
 
 def scratch_of(cell: nn.Module, twin: nn.Module) -> list[str]:
