@@ -1,4 +1,4 @@
-"""The parts of torch that have no public name: asked for here and nowhere else.
+"""The parts of torch that have no public name: used here and nowhere else.
 
 Where a release lacks one, what is built on it is not offered, and the rest works: nothing is missed at import.
 """

@@ -41,7 +41,7 @@ def silent() -> Iterator[None]:
 class OwnDraws(DispatchMode):
     """A context in which torch's random numbers come from generators of its own, the same ones each time.
 
-    Setting torch's generator back afterwards would hand other threads the numbers again that they have drawn meanwhile.
+    Setting torch's generator back afterwards would let other threads draw numbers again that they have drawn meanwhile.
 
     Args:
         seed: of the generators.
@@ -87,7 +87,7 @@ class OwnDraws(DispatchMode):
 
 
 def _with_generator(func: Any) -> Any:
-    """The overload of an operation that takes a generator beside its own arguments; None if there is none."""
+    """The overload of an operation that takes a generator besides its own arguments; None if there is none."""
     names = [argument.name for argument in func._schema.arguments]
     for other in (func, *(getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())):
         taken = [argument.name for argument in other._schema.arguments]

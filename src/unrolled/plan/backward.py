@@ -49,7 +49,7 @@ class StepBackward:
 
     @property
     def tangents(self) -> tuple[int, ...]:
-        """The gradients that are given: of what the loop emitted, then of its next states."""
+        """The gradients that it starts from: of what the loop emitted, then of its next states."""
         return self.program.inputs[len(self.kept) + len(self.fixed) :]
 
 
@@ -80,7 +80,7 @@ def derive_backward(
     Args:
         loop: the loop.
         wanted: the emitted values that may have a gradient of their own.
-        requires_grad: the inputs whose gradients are asked for, besides the states.
+        requires_grad: the inputs whose gradients are wanted, besides the states.
         samples: the values of the whole step on two samples of `rows` rows.
         rows: their batch sizes.
 
@@ -92,7 +92,7 @@ def derive_backward(
     (first, with_gradient), (second, _) = [
         _joint(loop, wanted, requires_grad, sample, n) for sample, n in zip(samples, rows, strict=True)
     ]
-    return _split(loop, merge(first, second, rows), with_gradient)
+    return _forward_and_backward(loop, merge(first, second, rows), with_gradient)
 
 
 def _joint(
@@ -127,7 +127,7 @@ def _joint(
     return raw, with_gradient
 
 
-def _split(
+def _forward_and_backward(
     loop: LoopProgram, joint: Program, with_gradient: Sequence[int]
 ) -> tuple[LoopProgram, LoopProgram, StepBackward]:
     """The forward, the forward that also emits what the backward reads, and the backward, of a joint recording."""
@@ -199,7 +199,7 @@ def partition_backward(
         step: what was recorded.
         loop: the loop that it belongs to.
         coupled: its operations that do not act row by row.
-        sums: its values of which only the sum over all steps is asked for.
+        sums: its values of which only the sum over all steps is used.
         batch_size: B, if its loops are to be fused with other work.
     """
     program = step.program

@@ -83,16 +83,16 @@ def cut_loop(
         state: the values of all leaves.
         next_state: the values that replace them.
         fixed: values that are the same at every step.
-        wanted: values that are asked for outside of the loop's own recurrence.
+        wanted: values that are read outside of the loop's own recurrence.
         copies: values that are emitted a second time, for the caller to write into; the numbers of the copies.
     """
     ops = tuple(program.ops[n] for n in loop.ops)
     totals = tuple((program.ops[n].inputs[0], program.ops[n].outputs[0]) for n in loop.totals)
     own = tuple(state[leaf] for leaf in loop.leaves)
     following = tuple(next_state[leaf] for leaf in loop.leaves)
-    given = [v for v in live_in(ops, following) if v not in own]
-    sequences = tuple(v for v in given if v not in fixed)
-    constants = tuple(v for v in given if v in fixed)
+    read = [v for v in live_in(ops, following) if v not in own]
+    sequences = tuple(v for v in read if v not in fixed)
+    constants = tuple(v for v in read if v in fixed)
     made = {v for op in ops for v in op.outputs if v >= 0}
     emitted = tuple(v for v in dict.fromkeys((*following, *sorted(made))) if v in wanted or v in following)
     again = {v: copy for v, copy in copies.items() if v in made}

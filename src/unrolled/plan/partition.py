@@ -1,10 +1,11 @@
 """Partitioning: where in an unrolled sequence each operation of a step runs.
 
-The step's operations and its state's leaves form a graph in which a leaf leads from what computes the next state to
-what reads the state. A cycle in it is a recurrence and has to walk through time: a *loop*. All else can be done for
-many copies at once: *once* what depends on no input and no state, *before* and *after* the rest. If there are several
-loops, they feed each other one way only; what lies between two of them is done for all copies after the one and
-before the other. A cycle that only counts is no loop: what every copy receives of it is known beforehand.
+The step's operations and its state's leaves are the nodes of a graph. An operation depends on those that make what it
+reads; a leaf, as the next copy receives it, depends on the operation that computes it. A cycle in this graph is a
+recurrence, which has to be run step by step: a *loop*. All else is run for many copies at once: *once* per sequence
+what depends on no input and no state, and the rest *before* or *after* the loops. If there are several loops, none
+needs what a later one makes; what lies between two of them is run for all copies after the one and before the other. A
+cycle that only counts is no loop: what every copy receives of it is known beforehand.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def partition(program: Program, state: Sequence[int], next_state: Sequence[int],
         program: the step.
         state: the values of the state's leaves.
         next_state: the values that replace them.
-        inputs: values that differ from step to step.
+        inputs: other values that differ from step to step.
     """
     graph = _DependencyGraph(program, state, next_state)
     changing = program.dependents({*inputs, *state})
@@ -122,7 +123,7 @@ def sink_light(program: Program, stages: Sequence[Stage], light: Collection[int]
 
 
 def places_of(program: Program, stages: Sequence[Stage]) -> list[str]:
-    """For each operation once, before, through or after, as the design names them."""
+    """For each operation where it runs: once, before, through (in a loop) or after."""
     found = ["after"] * len(program.ops)
     needed: set[int] = set()
     for stage in reversed(stages):
@@ -155,7 +156,7 @@ class _DependencyGraph:
             self.before[-1 - leaf] = {producers[value]} if computed else set()
 
     def sources(self, component: frozenset[int]) -> set[int]:
-        """What a component needs of others."""
+        """The nodes outside of a component that it depends on."""
         return set().union(*(self.before[n] for n in component)) - component
 
     def stage(self, component: frozenset[int]) -> Stage:

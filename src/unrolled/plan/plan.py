@@ -29,7 +29,7 @@ class PlannedLoop:
         shared: for each emitted value which one of `inference` it is.
         loop: its program, which also emits what the backward reads.
         backward: its step backward.
-        emits: how many of the emitted values are asked for by others than the backward.
+        emits: how many of the emitted values others than the backward read.
         rows: where the rows of the backward's values are.
         coupled: the backward's operations that do not act row by row, and why.
         sums: the backward's values that may be added up over the steps early.
@@ -65,7 +65,7 @@ class StepPlan:
         read: states that are read outside of the loop that passes them on.
         copies: for each output that a loop makes the number of its copy, which is the caller's alone.
         fused: operations that a loop does although it need not.
-        requires_grad: inputs and fixed values whose gradients are asked for.
+        requires_grad: inputs and fixed values whose gradients are wanted.
     """
 
     recording: Recording
@@ -111,7 +111,7 @@ def plan_step(
         state: the state it receives.
         context: its context, or None.
         batch_size: B.
-        requires_grad: for each leaf of inputs and context whether its gradient is asked for.
+        requires_grad: for each leaf of inputs and context whether its gradient is wanted.
         fuse: whether loops are compiled, and also do light work that could be done outside of them.
 
     Raises:
@@ -134,7 +134,7 @@ class _Planner:
     Args:
         recording: the step.
         values: every value of the step, on two samples of `ROWS` rows.
-        requires_grad: inputs and fixed values whose gradients are asked for.
+        requires_grad: inputs and fixed values whose gradients are wanted.
         batch_size: B, if loops are fused with other work.
     """
 

@@ -104,13 +104,13 @@ def report(plan: StepPlan, cell: str, T: int, B: int, engine: str, why: str, sta
         why: why no faster one.
         state_names: what the cell calls the leaves of its state; without them they go by their place.
     """
-    writer = _Writer(plan, B, state_names)
-    operations = tuple(map(writer.operation, range(len(plan.places))))
+    reporter = _Reporter(plan, B, state_names)
+    operations = tuple(map(reporter.operation, range(len(plan.places))))
     loops = sum(isinstance(stage, Loop) for stage in plan.stages)
-    return Plan(cell, T, B, engine, why, operations, writer.results(), loops, writer.kept_bytes(), writer.flops())
+    return Plan(cell, T, B, engine, why, operations, reporter.results(), loops, reporter.kept_bytes(), reporter.flops())
 
 
-class _Writer:
+class _Reporter:
     """Says what a plan does, for so many rows."""
 
     def __init__(self, plan: StepPlan, rows: int, state_names: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """`torch.autograd.Function`s on a tape: found, recorded with their own backward, and run again.
 
 What such a Function computes is on the tape like everything else, but its gradient is not the one of those operations
-(a spiking network's surrogate). So the operations between its inputs and its results are taken together as one, with
-the recorded backward beside it.
+(a spiking network's surrogate). So the operations between its inputs and its results become one operation, which
+has the recorded backward with it.
 """
 
 from __future__ import annotations

@@ -121,9 +121,9 @@ class Program:
 
     Attributes:
         values: what is known of each.
-        inputs: the values that are given.
+        inputs: the values that it starts from.
         ops: the operations, in an order in which they can be run.
-        outputs: the values that are asked for; -1 where there is none.
+        outputs: the values that it returns; -1 where there is none.
     """
 
     values: tuple[Value, ...]
@@ -153,7 +153,7 @@ class Program:
         return {value: index for index, op in enumerate(self.ops) for value in op.outputs if value >= 0}
 
     def dependents(self, values: Iterable[int]) -> set[int]:
-        """All values that depend on the given ones, these included."""
+        """These values and all that depend on any of them."""
         found = set(values)
         for op in self.ops:
             if found.intersection(op.inputs):
@@ -161,7 +161,7 @@ class Program:
         return found
 
     def made_of(self, values: Iterable[int]) -> set[int]:
-        """All values that depend on no others than the given ones, these included."""
+        """These values and all that depend on no others."""
         found = set(values)
         for op in self.ops:
             if found.issuperset(op.inputs):

@@ -1,6 +1,6 @@
 """Recording: running a step on real tensors while a tape notes every ATen operation below autograd.
 
-The tape tells values apart by where they lie in memory, and keeps them alive so that no place is used twice. In-place
+The tape knows a value by where it lies in memory, and keeps all of them alive so that no memory is used twice. In-place
 operations are written down as their functional counterparts. What ran inside an `autograd.Function` is seen because
 autograd was off meanwhile and its result has a Python node for its gradient.
 """

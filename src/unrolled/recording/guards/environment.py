@@ -29,7 +29,7 @@ class Environment:
 
     Attributes:
         open: what of them cannot be followed; empty if all can.
-        modes: what torch is asked about itself, by name.
+        modes: functions by which a step asks torch about its modes, by name.
         agreed: kinds of steps that were watched, and of which none changes anything.
         moved: the place that was last found changed, in words.
     """
@@ -115,7 +115,7 @@ class Environment:
             twin: the twin.
             own: the objects that belong to it.
             step: runs it.
-            by: what a gradient can be asked for.
+            by: the tensors whose gradients are computed.
 
         Raises:
             UnrecordableError: if the step changes something outside of the cell, draws random numbers of another

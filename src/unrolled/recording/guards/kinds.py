@@ -1,4 +1,4 @@
-"""Kinds of Python's objects: which can change, which hide what they read, and which only compute."""
+"""Kinds of Python's objects: which can change, which hide what they read, and which only compute with arguments."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def slots_of(kind: Any) -> frozenset[str]:
 
 
 def attributes_of(thing: Any) -> dict[str, Any] | None:
-    """An object's `__dict__`, asked for past any `__getattr__` of its own; None if it has none."""
+    """An object's `__dict__`, read without any `__getattribute__` of its own; None if it has none."""
     try:
         held = object.__getattribute__(thing, "__dict__")
     except (AttributeError, TypeError):

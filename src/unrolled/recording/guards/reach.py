@@ -1,7 +1,9 @@
-"""Reach: what code that runs can read outside of a cell, followed from the globals, classes and closures it names.
+"""Reach: what code that runs can read outside of a cell.
 
-Nothing is exempt by where it was written: a helper of another library's, torch's own Python code and a parametrisation
-are followed alike. What cannot be looked into makes the reach open: its values are distrusted, and witnessed.
+It is followed from the globals, closures, classes and arguments of every function that runs, through all attributes and
+entries that the function names. Nothing is exempt by where it was written: a helper of another library's, torch's own
+Python code and a parametrisation are followed alike. What cannot be looked into makes the reach *open*: a plan then has
+a witness at every call.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Reachable:
     Attributes:
         places: each with the value that it had when it was first seen, before the code that names it ran.
         generators: of random numbers.
-        modes: what torch was asked about itself, by name.
+        modes: functions by which a step asks torch about its modes, by name.
         memory: what tensors outside lie in, by address, and what they are called.
         large: arrays that are too large to be looked at in every call, with what they held.
         open: what cannot be followed; empty if everything can.
@@ -126,7 +128,7 @@ class Reachable:
         if name not in self.modes and "()" in (ask.__doc__ or "()"):
             try:
                 value = ask()
-            except TypeError:  # it is asked about something, and not about a mode
+            except TypeError:  # it needs an argument, so it is about a thing and not about a mode
                 return
             if isinstance(value, PLAIN):
                 self.modes[name] = ask

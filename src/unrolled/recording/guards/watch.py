@@ -88,7 +88,7 @@ class WatchedStep(_Profiled):
 
         Args:
             step: runs it.
-            by: what a gradient can be asked for.
+            by: the tensors whose gradients are computed.
         """
         no_writes = _NoWrites(self._reach.memory)
         with silent(), no_writes, self:
@@ -169,7 +169,7 @@ def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _codes_of_autograd() -> frozenset[types.CodeType]:
-    """What runs whenever a gradient is asked for, which is nothing of the step's."""
+    """What runs whenever a gradient is computed, which is nothing of the step's."""
     found = set[types.CodeType]()
     x = torch.ones(1, requires_grad=True)
     y = x * 2
