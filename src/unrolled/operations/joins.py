@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from unrolled.operations.layout import RowLayout, UnsupportedError
-from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous
+from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous, replaced
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.row_rules import Rows, along
 from unrolled.operations.views import Views
@@ -44,8 +44,8 @@ class Joins(Views):
         join = Join(dims, dtype)
         place = View(join, dims, contiguous(dims))
         for piece, start, step in pieces:
-            part = (*dims[:dim], piece.dims[dim], *dims[dim + 1 :])
-            strides = (*place.strides[:dim], place.strides[dim] * step, *place.strides[dim + 1 :])
+            part = replaced(dims, dim, piece.dims[dim])
+            strides = replaced(place.strides, dim, place.strides[dim] * step)
             write = Write(part, dtype, "same", (piece,), View(join, part, strides, start * place.strides[dim]))
             self.nodes.append(write)
             join.pieces.append(write)
@@ -75,7 +75,7 @@ class Joins(Views):
         pieces = [(view, begin, step)] if count else []
         for run in runs:
             if run:
-                part = (*dims[:dim], len(run), *dims[dim + 1 :])
+                part = replaced(dims, dim, len(run))
                 pieces.append((self.compute("literal", fill, dims=part, dtype=view.dtype), run.start, run.step))
         return self.placed(dims, dim, pieces, view.dtype)
 
@@ -88,7 +88,7 @@ class Joins(Views):
                 dim = have.dim(-1 - back, "padding")
                 left = view.dims[dim] + min(before, 0) + min(after, 0)
                 view = self.cut(view, dim, max(-before, 0), left)
-                longer = (*view.dims[:dim], left + max(before, 0) + max(after, 0), *view.dims[dim + 1 :])
+                longer = replaced(view.dims, dim, left + max(before, 0) + max(after, 0))
                 view = self.padded(view, longer, dim, max(before, 0), 1, float(fill))
         return [view]
 

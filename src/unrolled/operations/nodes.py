@@ -159,3 +159,8 @@ class Lowered:
 def contiguous(dims: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides."""
     return tuple(prod(dims[i + 1 :]) for i in range(len(dims)))
+
+
+def replaced(sizes: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    """Sizes, or strides, with another one for one dimension."""
+    return (*sizes[:dim], size, *sizes[dim + 1 :])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from unrolled.operations.layout import UnsupportedError
 from unrolled.operations.lowering import Lowering
-from unrolled.operations.nodes import Compute, View, contiguous
+from unrolled.operations.nodes import Compute, View, contiguous, replaced
 from unrolled.operations.operation import OPERATIONS, Cost, Linear, Operation, lowers
 from unrolled.operations.row_rules import Rows, along
 from unrolled.recording.program import Op, Size
@@ -109,17 +109,15 @@ class Views(Lowering):
 
     def cut(self, view: View, dim: int, start: int, length: int, step: int = 1) -> View:
         """A slice along a dimension; through cheap element-wise computations it goes to what these read."""
-        node = view.node
+        node, dims = view.node, replaced(view.dims, dim, length)
         if type(node) is Compute and view.whole and OPERATIONS[node.name].cost == Cost.REGISTER:
-            rank = len(view.dims)
+            from_end = dim - len(view.dims)
             arguments = [
-                self._cut_aligned(argument, dim - rank, start, length, step) if isinstance(argument, View) else argument
-                for argument in node.arguments
+                self._cut_aligned(x, from_end, start, length, step) if isinstance(x, View) else x
+                for x in node.arguments
             ]
-            dims = (*view.dims[:dim], length, *view.dims[dim + 1 :])
             return self.compute(node.name, *arguments, dims=dims, dtype=node.dtype)
-        dims = (*view.dims[:dim], length, *view.dims[dim + 1 :])
-        strides = (*view.strides[:dim], view.strides[dim] * step, *view.strides[dim + 1 :])
+        strides = replaced(view.strides, dim, view.strides[dim] * step)
         return View(node, dims, strides, view.offset + start * view.strides[dim])
 
     def _cut_aligned(self, view: View, from_end: int, start: int, length: int, step: int) -> View:
@@ -131,13 +129,13 @@ class Views(Lowering):
     @lowers("slice", Operation.moving(along(1, default=0)))
     def _slice(self, op: Op) -> list[View]:
         view, have = self.argument(op, 0), self.layout(op)
-        along = self.argument(op, 1, 0)
+        axis = self.argument(op, 1, 0)
         start, stop, step = self.argument(op, 2), self.argument(op, 3), self.argument(op, 4, 1)
-        if have.is_batch(along):
+        if have.is_batch(axis):
             if start in (None, 0) and (stop is None or isinstance(stop, Size) or stop >= 2**62) and step == 1:
                 return [view]
             raise UnsupportedError("a slice of the batch")
-        dim = have.dim(along)
+        dim = have.dim(axis)
         begin, end, stride = slice(start, stop, step).indices(view.dims[dim])
         return [self.cut(view, dim, begin, len(range(begin, end, stride)), stride)]
 
@@ -183,7 +181,7 @@ class Views(Lowering):
 
 
 def _turned(view: View, dim: int) -> View:
-    strides = (*view.strides[:dim], -view.strides[dim], *view.strides[dim + 1 :])
+    strides = replaced(view.strides, dim, -view.strides[dim])
     return View(view.node, view.dims, strides, view.offset + max(view.dims[dim] - 1, 0) * view.strides[dim])
 
 
