@@ -92,14 +92,14 @@ class BucketSampler(Sampler[list[int]]):
         # Samples come in order of length, each length first made up to 5 % larger by chance: neighbours change places,
         # and padding grows by about half of it.
         blurred = self.lengths[rows] * chance.uniform(1, 1.05, len(rows))
-        batches = _split(rows[np.argsort(blurred)], sizes)
+        batches = _as_batches(rows[np.argsort(blurred)], sizes)
         return [batches[i] for i in chance.permutation(len(batches))]
 
     def _longest_first(self) -> list[list[int]]:
-        return _split(np.argsort(-self.lengths, kind="stable"), self._sizes())
+        return _as_batches(np.argsort(-self.lengths, kind="stable"), self._sizes())
 
 
-def _split(samples: NDArray[np.int64], sizes: Sequence[int] | NDArray[np.int64]) -> list[list[int]]:
+def _as_batches(samples: NDArray[np.int64], sizes: Sequence[int] | NDArray[np.int64]) -> list[list[int]]:
     """Samples as batches of these sizes; those that are left over are dropped."""
     ends = np.cumsum(sizes)
     return [batch.tolist() for batch in np.split(samples[: ends[-1]], ends[:-1])]

@@ -46,14 +46,9 @@ def plan_run(config: TrainConfig, run: Path | None, memory: str | None, steps: i
 def verify_cells() -> Iterator[tuple[str, Verification]]:
     """Every cell of this package, with sizes that fit no vector width."""
     makers = (
-        cells.RNNCell,
-        cells.LSTMCell,
-        cells.GRUCell,
-        cells.PeepholeLSTMCell,
-        cells.LayerNormLSTMCell,
-        cells.MinGRUCell,
+        cells.RNNCell, cells.LSTMCell, cells.GRUCell, cells.PeepholeLSTMCell, cells.LayerNormLSTMCell, cells.MinGRUCell,
         cells.SLSTMCell,
-    )
+    )  # fmt: skip
     for make in makers:
         torch.manual_seed(0)
         yield make.__name__, verify(unroll(make(5, 19)), torch.randn(12, 3, 5))

@@ -42,18 +42,14 @@ def sample(
         raise OptionError(f"seed must be 0 or more and below {SEEDS}, got {seed}")
     if unknown := vocabulary.missing(prompt):
         raise DataError(f"the prompt has characters that the model never saw in training: {unknown!r}; leave them out")
-    return _each_character(model, vocabulary, prompt or "\n", length, temperature, torch.Generator().manual_seed(seed))
+    return _each_character(model, vocabulary, prompt or "\n", length, temperature, seed)
 
 
 @torch.no_grad()
 def _each_character(
-    model: CharacterModel,
-    vocabulary: Vocabulary,
-    prompt: str,
-    length: int,
-    temperature: float,
-    generator: torch.Generator,
+    model: CharacterModel, vocabulary: Vocabulary, prompt: str, length: int, temperature: float, seed: int
 ) -> Iterator[str]:
+    generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     numbers = vocabulary.encode(prompt).to(device).unsqueeze(1)
     state = None
