@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +15,8 @@ from unrolled.cells.base import GateLayout, Gates, StandInCell
 from unrolled.cells.gru import GRUCell
 from unrolled.cells.lstm import LSTMCell
 from unrolled.cells.rnn import RNNCell
-from unrolled.errors import CellError, OptionError, StateError
+from unrolled.cells.signature import parameters_of
+from unrolled.errors import OptionError, StateError
 from unrolled.trees import Tree
 
 Step = Callable[..., tuple[Tree, Tree]]
@@ -70,7 +69,7 @@ def check_state_maker(make: State, name: str) -> None:
         StateError: saying how it must be.
     """
     try:
-        inspect.Signature(_parameters_of(make)).bind(1, device=None, dtype=None)
+        inspect.Signature(parameters_of(make)).bind(1, device=None, dtype=None)
     except TypeError as error:
         raise StateError(
             f"the initial state of {name} must be made by (batch_size, device=None, dtype=None) -> state: {error}"
@@ -154,22 +153,24 @@ class _Parameters(nn.Module):
         super().__init__()
         self.names = tuple(parameters)
         for name, tensor in parameters.items():
-            self.register_parameter(name, _as_parameter(name, tensor))
+            self._refuse(name, tensor)
+            self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
 
-
-def _as_parameter(name: str, tensor: Tensor) -> nn.Parameter:
-    if not name.isidentifier() or hasattr(nn.Module, name) or name in ("names", "training"):
-        raise OptionError(f"parameters= cannot hold the name {name!r}; take another word")
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    if not isinstance(tensor, Tensor) or not differentiable(tensor):
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise OptionError(f"parameters= must be floating tensors, {name} is {got}; keep other things in the function")
-    if tensor.requires_grad:
-        raise OptionError(
-            f"parameters= would not pass gradients on to the tensor {name}; give a torch.nn.Parameter in its place"
-        )
-    return nn.Parameter(tensor)
+    @staticmethod
+    def _refuse(name: str, tensor: Tensor) -> None:
+        if not name.isidentifier() or hasattr(nn.Module, name) or name in ("names", "training"):
+            raise OptionError(f"parameters= cannot hold the name {name!r}; take another word")
+        if isinstance(tensor, nn.Parameter):
+            return
+        if not isinstance(tensor, Tensor) or not differentiable(tensor):
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise OptionError(
+                f"parameters= must be floating tensors, {name} is {got}; keep other things in the function"
+            )
+        if tensor.requires_grad:
+            raise OptionError(
+                f"parameters= would not pass gradients on to the tensor {name}; give a torch.nn.Parameter in its place"
+            )
 
 
 class _Function:
@@ -256,35 +257,6 @@ def parameter_names(cell: nn.Module) -> dict[str, str]:
     return {name.removeprefix(cell.names_start_with): name for name in names if cell.reads_parameter(name)}
 
 
-def _parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
-    """A function's parameters, those of a method without `self`."""
-    if isinstance(function, types.MethodType):
-        return _parameters_of(function.__func__)[1:]
-    if isinstance(function, torch.ScriptMethod | torch.ScriptFunction):
-        return _of_schema(function.schema, method=isinstance(function, torch.ScriptMethod))
-    return _read_signature(function) if isinstance(function, types.FunctionType) else _signature(function)
-
-
-def _of_schema(schema: Any, *, method: bool) -> Sequence[inspect.Parameter]:
-    """The parameters of what torch.jit made, which has a schema in place of a signature."""
-    found = []
-    for argument in schema.arguments[1:] if method else schema.arguments:
-        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
-        found.append(inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
-    return found
-
-
-def _signature(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
-    try:
-        return tuple(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError) as error:
-        raise CellError(f"the signature of {function!r} cannot be read: {error}") from error
-
-
-# Signatures are read at every call and cost more than all the other checks together.
-_read_signature = functools.lru_cache(maxsize=512)(_signature)
-
-
 def context_use(cell: nn.Module) -> str:
     """Whether a cell 'requires', 'accepts' or 'refuses' a third argument, read from its signature.
 
@@ -301,7 +273,7 @@ def context_use(cell: nn.Module) -> str:
         if isinstance(function, _Function):
             leading = 3 if isinstance(function, _FunctionOfParameters) else 2
             function = function.function
-    parameters = _parameters_of(function)
+    parameters = parameters_of(function)
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return "accepts"
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
