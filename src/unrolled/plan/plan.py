@@ -203,15 +203,13 @@ class _Planner:
         """A loop with its way back."""
         requires_grad = self.recording.program.dependents({*self.requires_grad, *self.recording.state})
         forward, widened, step = derive_backward(loop, wanted, requires_grad, self.values, ROWS)
-        by_position = dict(zip(widened.program.inputs, loop.program.inputs, strict=True))
-        seeds = {v: self.rows[by_position[v]] for v in widened.program.inputs if by_position[v] in self.rows}
-        forward_rows, _ = find_rows(widened.program, seeds)
+        inputs = zip(widened.program.inputs, loop.program.inputs, strict=True)
+        forward_rows, _ = find_rows(widened.program, {v: self.rows[known] for v, known in inputs if known in self.rows})
+        # A gradient has its rows where what it is the gradient of has them.
         emitted = [widened.emitted[i] for i in step.emitted]
         states = [widened.next_states[i] for i in step.states]
-        tangents = dict(zip(step.tangents, emitted + states, strict=True))
-        known = {v: forward_rows[v] for v in (*step.kept, *step.fixed) if v in forward_rows}
-        known |= {v: forward_rows[source] for v, source in tangents.items() if source in forward_rows}
-        rows, coupled = find_rows(step.program, known)
+        alike = zip(step.program.inputs, [*step.kept, *step.fixed, *emitted, *states], strict=True)
+        rows, coupled = find_rows(step.program, {v: forward_rows[known] for v, known in alike if known in forward_rows})
         a, b, _ = loop.counts
         weight_grads = [v for v in step.program.outputs[a : a + b] if v >= 0]
         sums = summable(step.program, weight_grads, step.program.made_of(step.fixed))
