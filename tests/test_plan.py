@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -179,3 +182,18 @@ def test_a_plan_that_took_long_is_told(monkeypatch, caplog):
     monkeypatch.setattr("unrolled.engine.plan_cache._LONG", 0.0)
     ur.unroll(ur.GRUCell(3, 4), engine="eager")(torch.randn(5, 2, 3))
     assert "a plan for GRUCell took" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["eager", "native"])
+def test_planning_leaves_no_tensors_to_the_garbage_collector(engine):
+    rnn, inputs = ur.unroll(ur.LSTMCell(3, 4), engine=engine), torch.randn(5, 2, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        rnn(inputs)[0].sum().backward()
+        tensors = [weakref.ref(found) for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
+        alive = sum(found() is not None for found in tensors)
+        gc.collect()
+        assert sum(found() is not None for found in tensors) == alive
+    finally:
+        gc.enable()

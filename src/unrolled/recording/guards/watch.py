@@ -27,14 +27,14 @@ from unrolled.unseen import OwnDraws, silent
 
 
 class _Profiled:
-    """A context in which Python reports what runs to a function; whoever it reported to before is put back."""
+    """A context in which Python reports what runs to `_event`; whoever it reported to before is put back."""
 
-    def __init__(self, note: Callable[[types.FrameType, str, Any], object]) -> None:
-        self._note = note
+    def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        raise NotImplementedError
 
     def __enter__(self) -> None:
         self._before: Any = sys.getprofile()
-        sys.setprofile(self._note)
+        sys.setprofile(self._event)
 
     def __exit__(self, *exc: object) -> None:
         sys.setprofile(None)
@@ -57,7 +57,6 @@ class WatchedStep(_Profiled):
     """
 
     def __init__(self, reach: Reachable, twin: nn.Module) -> None:
-        super().__init__(self._event)
         self.states: dict[int, Any] = {}
         self.hooked = ""
         self._reach = reach
@@ -167,29 +166,38 @@ def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
     torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True)
 
 
+class _EnteredCode(_Profiled):
+    """A context that notes the code of functions that are entered: of all, or of those that one code object calls."""
+
+    def __init__(self, caller: types.CodeType | None = None) -> None:
+        self.found: set[types.CodeType] = set()
+        self._caller = caller
+
+    def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        called_by = frame.f_back.f_code if event == "call" and frame.f_back is not None else None
+        if self._caller is None or called_by is self._caller:
+            self.found.add(frame.f_code)
+
+
 @functools.lru_cache(maxsize=1)
 def _codes_of_autograd() -> frozenset[types.CodeType]:
     """What runs whenever a gradient is computed, which is nothing of the step's."""
-    found = set[types.CodeType]()
     x = torch.ones(1, requires_grad=True)
     y = x * 2
-    with _Profiled(lambda frame, *_: found.add(frame.f_code)):
+    entered = _EnteredCode()
+    with entered:
         _go_back([y], [x])
-    return frozenset(found)
+    return frozenset(entered.found)
 
 
 @functools.lru_cache(maxsize=1)
 def _codes_of_dispatch() -> frozenset[types.CodeType]:
     """What torch enters for every operation under a mode, as a step is tried out: nothing of the step's."""
-    found = set[types.CodeType]()
 
     def probe() -> None:
         torch.rand(1) + 1
 
-    def note(frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_back is not None and frame.f_back.f_code is probe.__code__:
-            found.add(frame.f_code)
-
-    with OwnDraws(), _Profiled(note):
+    entered = _EnteredCode(probe.__code__)
+    with OwnDraws(), entered:
         probe()
-    return frozenset(found)
+    return frozenset(entered.found)
