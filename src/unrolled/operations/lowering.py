@@ -16,7 +16,6 @@ from unrolled.operations.operation import OPERATIONS, operation_of
 from unrolled.recording.program import Op, Ref, Value
 
 _COUNT = torch.int64
-_PLAIN_KEYWORDS = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")
 
 
 class Lowering:
@@ -131,7 +130,8 @@ class Lowering:
         if dtype == self.real:
             arguments = [self._number(arg, index == operation.condition) for index, arg in enumerate(arguments)]
         arguments += [keywords.get(keyword, default) for keyword, default in operation.keywords]
-        unknown = set(keywords).difference(_PLAIN_KEYWORDS, dict(operation.keywords))
+        harmless = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")
+        unknown = set(keywords).difference(harmless, dict(operation.keywords))
         if unknown:
             raise UnsupportedError(f"{op.name} with {', '.join(sorted(unknown))}")
         return self.compute(name, *arguments, dims=out.dims, dtype=dtype)

@@ -97,14 +97,6 @@ void %(name)s(const loop_task *task, int64_t number) {
 }
 """
 
-# By which C a reduction begins, and goes on.
-_REDUCTIONS = {
-    "sum": ("0", "total + {x}"),
-    "prod": ("1", "total * {x}"),
-    "amax": ("-INFINITY", "larger(total, {x})"),
-    "amin": ("INFINITY", "smaller(total, {x})"),
-}
-
 
 class _Emitter:
     def __init__(self, loop: LoopProgram, lowered: Lowered) -> None:
@@ -309,8 +301,13 @@ def _reduction(node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], in
     out = f"y[{_index(contiguous(node.dims))}]"
     if node.name == "sum" and strides == contiguous(dims):
         return [f"{out} = sum_of(x + {index}, {math.prod(dims)});"]
-    start, step = _REDUCTIONS[node.name]
-    step = step.format(x=f"x[{index} + {_index(strides, 'j')}]")
+    x = f"x[{index} + {_index(strides, 'j')}]"
+    start, step = {
+        "sum": ("0", f"total + {x}"),
+        "prod": ("1", f"total * {x}"),
+        "amax": ("-INFINITY", f"larger(total, {x})"),
+        "amin": ("INFINITY", f"smaller(total, {x})"),
+    }[node.name]
     return [f"real total = {start};", *_nest(dims, [f"total = {step};"], "j"), f"{out} = total;"]
 
 
