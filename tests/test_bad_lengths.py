@@ -126,6 +126,17 @@ def test_lengths_are_refused_for_cells_that_couple_rows(name, engine):
     rnn(x)
 
 
+@pytest.mark.parametrize("options", [{}, {"memory": "1MB"}, {"checkpoint": ur.segments(T, 2)}, {"horizon": 2}], ids=str)
+def test_lengths_are_refused_for_stacks_with_a_cell_that_couples_rows(options, engine):
+    coupled = Stepping(lambda x: x - x.mean(0))
+    for cells in ([coupled, ur.GRUCell(H, H)], [ur.GRUCell(I, I), coupled]):
+        layers = [ur.Unrolled(cell, engine=engine, quiet=True) for cell in cells]
+        rnn, x = ur.Stack(layers, **options), torch.randn(T, B, I)
+        with pytest.raises(ur.InputError, match=r"acts row by row.*Stepping.*leave lengths= out"):
+            rnn(x, lengths=[5, 2, 1])
+        rnn(x)
+
+
 ROWWISE: dict[str, Callable[[], Any]] = {
     "dropout": lambda: nn.Dropout(0.5),
     "batch norm in evaluation": lambda: nn.BatchNorm1d(H).eval(),

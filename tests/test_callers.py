@@ -153,10 +153,12 @@ def test_vectorised_jacobians_are_those_taken_row_by_row(name, engine):
     assert_match(torch.autograd.functional.jacobian(last, x, vectorize=True), want)
 
 
+@pytest.mark.parametrize("lengths", [None, [T, 2]], ids=["whole", "ragged"])
+@pytest.mark.parametrize("options", [{}, {"horizon": 2}, {"horizon": 3, "stride": 1}], ids=str)
 @pytest.mark.parametrize("engine", ["eager", "native"])
-def test_batched_gradients_of_weights(engine):
-    rnn, x = ur.unroll(ur.LSTMCell(I, H), engine=engine).double(), torch.randn(T, B, I, dtype=F64)
-    outputs, weights = rnn(x)[0][-1], list(rnn.parameters())
+def test_batched_gradients_of_weights(engine, options, lengths):
+    rnn, x = ur.unroll(ur.LSTMCell(I, H), engine=engine, **options).double(), torch.randn(T, 2, I, dtype=F64)
+    (outputs, _), weights = rnn(x, lengths=lengths)[1], list(rnn.parameters())
     basis = torch.eye(outputs.numel(), dtype=F64).view(-1, *outputs.shape)
     got = torch.autograd.grad(outputs, weights, basis, is_grads_batched=True, retain_graph=True)
     rows = [torch.autograd.grad(outputs, weights, row, retain_graph=True) for row in basis]

@@ -88,13 +88,9 @@ class Segment:
         if not self.extent.ragged:
             return following if self.rows_out else grad
         parts = [(following, slice(0, self.rows_out)), (grad, self.ending)]
-        present = [(part, rows) for part, rows in parts if part is not None and rows.start < rows.stop]
-        if not present:
+        if not any(part is not None and rows.start < rows.stop for part, rows in parts):
             return None
-        full = torch.zeros_like(last)
-        for part, rows in present:
-            full[rows] = part[rows]
-        return full
+        return torch.cat([torch.zeros_like(last[rows]) if part is None else part[rows] for part, rows in parts])
 
     def refuse_other_outputs(self, outputs: TreeSpec, first: TreeSpec) -> None:
         """Refuse outputs that are not of the kind of those of another segment.
