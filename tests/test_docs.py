@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -37,3 +38,9 @@ def test_the_teaching_page_has_code_and_its_pictures_exist() -> None:
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
     assert len(pictures) >= 5
     assert all(ElementTree.parse(page.parent / name).getroot().tag.endswith("}svg") for name in pictures)
+
+
+def test_the_picture_of_the_rooms_is_made_from_the_import_contract_as_it_is() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_rooms.py"))["picture"]()
+    assert drawn == (ROOT / "docs" / "rooms.svg").read_text(encoding="utf-8"), "run: python docs/draw_rooms.py"
+    assert ElementTree.fromstring(drawn).tag.endswith("}svg")
