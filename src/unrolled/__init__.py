@@ -60,84 +60,31 @@ from unrolled.wrappers import (
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
     # cells
-    "Cell",
-    "RNNCell",
-    "LSTMCell",
-    "GRUCell",
-    "PeepholeLSTMCell",
-    "LayerNormLSTMCell",
-    "MinGRUCell",
-    "SLSTMCell",
-    "as_cell",
-    "DescribedCell",
-    "GateLayout",
+    "Cell", "RNNCell", "LSTMCell", "GRUCell", "PeepholeLSTMCell", "LayerNormLSTMCell", "MinGRUCell", "SLSTMCell",
+    "as_cell", "DescribedCell", "GateLayout",
     # cells around cells
-    "DropoutCell",
-    "ZoneoutCell",
-    "ResidualCell",
-    "ProjectedCell",
-    "ScheduledSampling",
-    "FedState",
-    "SeededState",
+    "DropoutCell", "ZoneoutCell", "ResidualCell", "ProjectedCell", "ScheduledSampling", "FedState", "SeededState",
     # unrolled networks
-    "unroll",
-    "Unrolled",
-    "stack",
-    "Stack",
-    "Bidirectional",
-    "RNN",
-    "LSTM",
-    "GRU",
-    "from_torch",
-    "to_torch",
+    "unroll", "Unrolled", "stack", "Stack", "Bidirectional", "RNN", "LSTM", "GRU", "from_torch", "to_torch",
     # long horizons
-    "Window",
-    "Schedule",
-    "segments",
-    "revolve",
-    "store_all",
-    "plan_memory",
-    "MemoryPlan",
+    "Window", "Schedule", "segments", "revolve", "store_all", "plan_memory", "MemoryPlan",
     # a cell on its own outputs
-    "generate",
-    "stream",
-    "Step",
+    "generate", "stream", "Step",
     # batches of sequences that differ in length, and what is made of their outputs
-    "BucketSampler",
-    "collate_padded",
-    "collate_packed",
-    "last_output",
-    "pooled",
-    "sequence_loss",
+    "BucketSampler", "collate_padded", "collate_packed", "last_output", "pooled", "sequence_loss",
     # the copies of one run
-    "copies",
-    "Copies",
-    "LayeredCopies",
-    "Copy",
-    "TruncationBias",
+    "copies", "Copies", "LayeredCopies", "Copy", "TruncationBias",
     # every engine against the reference
-    "verify",
-    "Verification",
-    "Check",
+    "verify", "Verification", "Check",
     # how a network trains
-    "diagnose",
-    "Diagnosis",
-    "guard",
-    "remedy",
+    "diagnose", "Diagnosis", "guard", "remedy",
     # pictures
     "draw",
     # errors
-    "UnrolledError",
-    "InputError",
-    "StateError",
-    "CellError",
-    "OptionError",
-    "GradientError",
-    "ConfigError",
-    "DataError",
-    "DivergedError",
-    "NonFiniteError",
-    "RunError",
+    "UnrolledError", "InputError", "StateError", "CellError", "OptionError", "GradientError", "ConfigError",
+    "DataError", "DivergedError", "NonFiniteError", "RunError",
 ]
+# fmt: on
