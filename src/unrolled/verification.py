@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from unrolled.autograd_graph import differentiable
 from unrolled.engine.witness import neighbours, reals
-from unrolled.errors import InputError, OptionError
+from unrolled.errors import InputError
 from unrolled.lengths import Lengths
 from unrolled.networks.base import first_state
-from unrolled.networks.layered import Layered
 from unrolled.networks.layout import Call
-from unrolled.networks.torch_layers import TorchLayer
+from unrolled.networks.torch_layers import TorchLayer, networks_of
 from unrolled.networks.unroll import ENGINES, Unrolled
 from unrolled.results import Result, aligned
 from unrolled.trees import Tree, leaves, map_leaves, named_leaves
@@ -133,10 +132,7 @@ def verify(
         >>> bool(verify(ur.unroll(ur.GRUCell(3, 4)), torch.randn(5, 2, 3), lengths=[5, 2]))
         True
     """
-    if not isinstance(rnn, Unrolled | Layered | TorchLayer):
-        raise OptionError(
-            f"verify takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
-        )
+    networks_of(rnn, "verify")
     if context is not None and isinstance(rnn, TorchLayer):
         raise InputError(f"{type(rnn).__name__} takes no context; leave context= out")
     options = {"lengths": lengths, "resets": resets}

@@ -11,12 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from unrolled.autograd_graph import differentiable
 from unrolled.diagnosis.nonfinite import first_bad_gradient, first_bad_value, is_finite
-from unrolled.errors import NonFiniteError, OptionError
+from unrolled.errors import NonFiniteError
 from unrolled.introspection.copies import Copies
 from unrolled.introspection.layered import LayeredCopies, copies
-from unrolled.networks.layered import Layered
-from unrolled.networks.torch_layers import TorchLayer
-from unrolled.networks.unroll import Unrolled
+from unrolled.networks.torch_layers import networks_of
 from unrolled.trees import Tree, leaves, map_leaves
 
 
@@ -186,8 +184,5 @@ def guard(rnn: nn.Module) -> Guard:
         ...         print(error.t, error.row, error.operation)
         1 0 aten.mm
     """
-    if not isinstance(rnn, Unrolled | Layered | TorchLayer):
-        raise OptionError(
-            f"guard takes what unroll or stack made, got a {type(rnn).__name__}; pass the network inside of it"
-        )
+    networks_of(rnn, "guard", remedy="pass the network inside of it")
     return Guard(rnn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from unrolled.introspection.layered import copies
 from unrolled.introspection.single_copy import Copy
 from unrolled.lengths import Lengths
 from unrolled.networks.bounded import plan_memory
-from unrolled.networks.layered import Layered
 from unrolled.networks.layout import BatchLayout
 from unrolled.networks.stack import Stack
-from unrolled.networks.torch_layers import TorchLayer
+from unrolled.networks.torch_layers import networks_of
 from unrolled.networks.unroll import Unrolled
 from unrolled.plan.report import Plan
 from unrolled.trees import Tree, flatten, leaves_along, map_leaves, paths
@@ -75,7 +74,7 @@ def portrait(
     diagnoses: Sequence[LayerDiagnosis | None] = diagnosis.layers if diagnosis else [None] * len(runs)
     layers = tuple(
         _MeasuredLayer(part, network, row, loss is not None).layer(name, found)
-        for (name, part), network, found in zip(runs, _networks(rnn), diagnoses, strict=True)
+        for (name, part), network, found in zip(runs, networks_of(rnn, "draw"), diagnoses, strict=True)
     )
     charts = _memory_charts(rnn, inputs, state, options)
     verdict = diagnosis.verdict.to_dict() if diagnosis else None
@@ -98,14 +97,8 @@ def _check_page(T: int, B: int, row: int) -> None:
         raise OptionError(f"a page holds up to {most} copies, got {T}; pass a part of the sequence")
 
 
-def _networks(rnn: nn.Module) -> list[Unrolled]:
-    if isinstance(rnn, TorchLayer):
-        return _networks(rnn.network)
-    return [rnn] if isinstance(rnn, Unrolled) else cast("Layered", rnn).networks
-
-
 def _memory_charts(rnn: nn.Module, inputs: Tree, state: Tree, options: dict[str, Any]) -> tuple[Chart, ...]:
-    if not isinstance(rnn, Unrolled | Stack) or any(network.reverse for network in _networks(rnn)[1:]):
+    if not isinstance(rnn, Unrolled | Stack) or any(network.reverse for network in networks_of(rnn, "draw")[1:]):
         return ()
     plan = plan_memory(rnn, inputs, state, **options)
     return schedule_chart(plan.chosen.schedule), memory_chart(plan.to_dict())

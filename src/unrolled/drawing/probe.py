@@ -15,12 +15,12 @@ from unrolled.autograd_graph import differentiable, leaves_behind
 from unrolled.cells.adapted import parameter_names
 from unrolled.cells.contract import CheckedStep, name_of, state_names
 from unrolled.drawing.sketch import Parameter, Sketch, TensorLabel
-from unrolled.errors import InputError, OptionError
+from unrolled.errors import InputError
 from unrolled.networks.base import first_state
 from unrolled.networks.layered import Layered, run_parts
 from unrolled.networks.layout import Call
 from unrolled.networks.stack import Bidirectional
-from unrolled.networks.torch_layers import TorchLayer, network_call
+from unrolled.networks.torch_layers import TorchLayer, network_call, networks_of
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 from unrolled.unseen import OwnDraws
@@ -37,12 +37,9 @@ def sketches_of(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tup
         StateError: as the call itself does.
         CellError: as the call itself does.
     """
+    networks_of(rnn, "draw")
     if isinstance(rnn, TorchLayer):
         rnn, inputs, state = network_call(rnn, inputs, state)
-    if not isinstance(rnn, Unrolled | Layered):
-        raise OptionError(
-            f"draw takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
-        )
     with OwnDraws(), torch.inference_mode(False), torch.no_grad():
         if isinstance(rnn, Layered):
             sequence.sizes(inputs, batch_first=rnn.batch_first)

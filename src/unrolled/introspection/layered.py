@@ -19,7 +19,7 @@ from unrolled.networks.base import Network
 from unrolled.networks.layered import Layered, run_parts
 from unrolled.networks.layout import BatchLayout, Call
 from unrolled.networks.stack import Bidirectional
-from unrolled.networks.torch_layers import TorchLayer, layer_results, network_call
+from unrolled.networks.torch_layers import TorchLayer, layer_results, network_call, networks_of
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree
 
@@ -180,13 +180,10 @@ def copies(
         >>> torch.allclose(copies.weight_grad["weight_hh"].sum(0), rnn.cell.weight_hh.grad, atol=1e-6)
         True
     """
+    networks_of(rnn, "copies")
     network, layer_inputs = rnn, inputs
     if isinstance(rnn, TorchLayer):
         network, inputs, state = network_call(rnn, inputs, state)
-    if not isinstance(network, Unrolled | Layered):
-        raise OptionError(
-            f"copies takes what unroll or stack made, got a {type(rnn).__name__}; wrap its cell: ur.unroll(cell)"
-        )
     call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context, batch_first=network.batch_first)
     made, outputs, last = _record(network, call, GradientTap())
     if isinstance(rnn, TorchLayer) and isinstance(made, LayeredCopies):

@@ -19,6 +19,7 @@ from unrolled.cells.lstm import LSTMCell, lstm_step
 from unrolled.cells.rnn import RNNCell, check_nonlinearity, rnn_step
 from unrolled.errors import InputError, OptionError, StateError, warn_caller
 from unrolled.lengths import Lengths
+from unrolled.networks.layered import Layered
 from unrolled.networks.stack import Bidirectional, Stack, checked_dropout
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, leaves
@@ -217,6 +218,23 @@ class TorchLayer(nn.Module):
         }
         changed = [f", {name}={value}" for name, (value, default) in options.items() if value != default]
         return f"{self.input_size}, {self.hidden_size}" + "".join(changed)
+
+
+def networks_of(rnn: nn.Module, caller: str, remedy: str = "wrap its cell: ur.unroll(cell)") -> list[Unrolled]:
+    """The unrolled networks in what `unroll`, `stack`, `Bidirectional` or torch.nn's layers made.
+
+    Args:
+        rnn: what was made.
+        caller: the function that takes it, as a user calls it.
+        remedy: what to do about anything else.
+
+    Raises:
+        OptionError: for anything else.
+    """
+    network = rnn.network if isinstance(rnn, TorchLayer) else rnn
+    if not isinstance(network, Unrolled | Layered):
+        raise OptionError(f"{caller} takes what unroll or stack made, got a {type(rnn).__name__}; {remedy}")
+    return [network] if isinstance(network, Unrolled) else network.networks
 
 
 def network_call(layer: TorchLayer, input: Tensor, hx: Tree) -> tuple[Unrolled | Stack, Tensor, Tree]:
