@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +198,13 @@ def test_planning_leaves_no_tensors_to_the_garbage_collector(engine):
         assert sum(found() is not None for found in tensors) == alive
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 0.9}, {"horizon": 2}])
+def test_planning_leaves_what_is_said_of_the_latest_call(options: dict[str, Any]) -> None:
+    rnn, inputs = ur.unroll(ur.GRUCell(I, H), engine="eager", **options), torch.randn(T, B, I)
+    rnn.plan(inputs)
+    ur.plan_memory(rnn, inputs)
+    assert rnn.ran == "reference"
+    rnn(inputs)
+    assert rnn.ran == "eager"

@@ -119,6 +119,7 @@ class SequenceRun:
         module: what is run, whose parameters get gradients.
         pure: whether each step is known to compute from what it reads alone, and to read the same tensors.
         measured: whether only its memory counts: numbers that differ when steps run again do not matter.
+        engine: the engine that runs it; of several networks each one knows its own.
     """
 
     run: SegmentRunner
@@ -130,6 +131,7 @@ class SequenceRun:
     module: nn.Module
     pure: bool = False
     measured: bool = False
+    engine: str = "reference"
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -168,8 +168,12 @@ class Unrolled(BoundedNetwork):
                 (context, call.layout.rows(fresh)),
             )
         values = inputs, call.layout.rows(first), context, call.extent
-        run, self.ran = _cell_run(cell, plans, *values, reverse=self.reverse)
-        return run, lambda: _cell_run(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)[0]
+        run = _cell_run(cell, plans, *values, reverse=self.reverse)
+        return run, lambda: _cell_run(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)
+
+    def _run_bounded(self, run: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
+        self.ran = run.engine
+        return super()._run_bounded(run, again)
 
     def _with_resets(self) -> tuple[ResettingCell, PlanCache]:
         """The cell as one whose rows start afresh where a mask says so, and its plans."""
@@ -187,8 +191,8 @@ class Unrolled(BoundedNetwork):
 
 def _cell_run(
     cell: nn.Module, plans: PlanCache, inputs: Tree, state: Tree, context: Tree, extent: Extent, *, reverse: bool
-) -> tuple[SequenceRun, str]:
-    """The run of a cell over what engines see of a batch, by a plan or by the reference; and its engine."""
+) -> SequenceRun:
+    """The run of a cell over what engines see of a batch, by a plan or by the reference."""
     by_reference = plans.engine == "reference"
     decision = None if by_reference else plans.look_up(cell, inputs, state, context, extent)
     plan = None if decision is None else decision.plan
@@ -204,7 +208,7 @@ def _cell_run(
         return reference.run(lambda t, *values: step(start + t, *values), inputs, state, part, reverse=reverse)
 
     engine = "reference" if decision is None else decision.engine
-    return SequenceRun(run, inputs, state, context, extent, reverse, cell, pure=plan is not None), engine
+    return SequenceRun(run, inputs, state, context, extent, reverse, cell, pure=plan is not None, engine=engine)
 
 
 def _flipped(steps: Tree, reverse: bool) -> Tree:
