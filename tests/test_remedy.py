@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import unrolled as ur
 
@@ -79,6 +80,35 @@ def test_every_layer_and_direction_is_set_and_models_are_searched() -> None:
     ur.remedy.orthogonal(stacked)
     weight = stacked.layers[0].cell.weight_hh.detach()
     assert torch.allclose(weight @ weight.T, torch.eye(4), atol=1e-6)
+
+
+@pytest.mark.parametrize(("make", "name"), [(ur.GRUCell, "weight_hh"), (ur.LSTM, "weight_hh_l0")])
+def test_a_weight_that_a_parametrization_makes_is_set_by_it_or_refused(make: Any, name: str) -> None:
+    rnn = parametrizations.weight_norm(make(3, 4), name)
+    blocks = getattr(rnn, name).shape[0] // 4
+    ur.remedy.identity(rnn, scale=0.5)
+    assert torch.allclose(getattr(rnn, name), 0.5 * torch.eye(4).repeat(blocks, 1))
+    ur.remedy.orthogonal(rnn)
+    for block in getattr(rnn, name).chunk(blocks):
+        assert torch.allclose(block @ block.T, torch.eye(4), atol=1e-5)
+
+    refusing = [parametrizations.spectral_norm(make(3, 4), name), parametrizations.orthogonal(make(3, 4), name)]
+    for number, rnn in enumerate(refusing):
+        both = nn.Sequential(ur.unroll(ur.RNNCell(3, 4)), rnn if make is ur.LSTM else ur.unroll(rnn))
+        before = {key: value.clone() for key, value in both.state_dict().items()}
+        what = "SpectralNorm" if number == 0 else "Orthogonal"
+        with pytest.raises(ur.OptionError, match=f"{name} .* is parametrised by {what}, .*remove_parametrizations"):
+            ur.remedy.orthogonal(both)
+        assert all(torch.equal(before[key], value) for key, value in both.state_dict().items())
+
+
+def test_a_weight_that_a_hook_computes_anew_is_not_set_in_silence() -> None:
+    cell = ur.RNNCell(3, 4)
+    prune.random_unstructured(cell, "weight_hh", amount=0.5)
+    with torch.no_grad():
+        cell(torch.ones(2, 3), cell.initial_state(2))
+    with pytest.raises(ur.OptionError, match="orthogonal sets square recurrent weights"):
+        ur.remedy.orthogonal(cell)
 
 
 class Own(nn.Module):

@@ -13,8 +13,10 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +104,17 @@ def identity(rnn: nn.Module, scale: float = 1.0) -> None:
 def can_set_keeping_bias(cell: nn.Module) -> bool:
     """Whether `forget_bias` and `chrono` have something to set in a cell."""
     gates = gates_of(cell)
-    return gates is not None and gates.layout.keeps is not None and bool(gates.biases(gates.layout.keeps))
+    return gates is not None and gates.layout.keeps is not None and any(map(gates.can_set, gates.biases))
 
 
-def settable_recurrent(cell: nn.Module) -> list[Tensor]:
-    """What `orthogonal` and `identity` set in a cell; nothing where nobody can tell which weights are recurrent."""
+def can_set_recurrent(cell: nn.Module) -> bool:
+    """Whether `orthogonal` and `identity` surely have something to set in a cell.
+
+    No where nobody can tell which weights are recurrent, or where only their parametrizations could tell.
+    """
     gates = gates_of(cell)
-    weights = [] if gates is None else [weight for _, weight in gates.recurrent_blocks()]
-    return [weight for weight in weights if weight.is_leaf or isinstance(weight._base, nn.Parameter)]
+    names = [] if gates is None else gates.recurrent
+    return gates is not None and any(gates.can_set(name) and not gates.is_parametrized(name) for name in names)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -138,35 +143,49 @@ def _cells_of(rnn: nn.Module, remedy: str) -> list[nn.Module]:
 @torch.no_grad()
 def _set_recurrent(rnn: nn.Module, remedy: str, made: Callable[[Tensor], Tensor]) -> None:
     cells = _cells_of(rnn, remedy)
-    weights = [weight for cell in cells for weight in settable_recurrent(cell)]
-    if not weights:
-        raise OptionError(
-            f"{remedy} sets square recurrent weights of cells that it knows, and {_names_of(cells)} has none; "
-            "set yours with torch.nn.init"
-        )
-    for weight in weights:
-        weight.copy_(made(weight))
+    with _all_or_none(cells):
+        known = [gates for cell in cells if (gates := gates_of(cell))]
+        weights = [(gates, name) for gates in known for name in gates.recurrent if gates.can_set(name)]
+        if not weights:
+            raise OptionError(
+                f"{remedy} sets square recurrent weights of cells that it knows, and {_names_of(cells)} has none; "
+                "set yours with torch.nn.init"
+            )
+        for gates, name in weights:
+            gates.set_blocks(name, {gate: made(block) for gate, block in gates.blocks(name).items()})
 
 
 @torch.no_grad()
 def _set_biases(rnn: nn.Module, remedy: str, drawn: Callable[[Tensor], Tensor]) -> None:
     """Set the bias of the gate that keeps the state; `chrono` also sets that of the gate that takes something new."""
     cells = _cells_of(rnn, remedy)
-    known = [gates for cell in cells if can_set_keeping_bias(cell) and (gates := gates_of(cell))]
-    if not known:
-        raise OptionError(
-            f"{remedy} sets the bias of the gate that keeps the state, and {_names_of(cells)} has none; "
-            "take a gated cell with biases: LSTMCell, GRUCell"
-        )
-    for gates in known:
-        keeps, takes = str(gates.layout.keeps), gates.layout.takes
-        value = drawn(gates.biases(keeps)[0]) * (1 if gates.layout.keeps_at == "high" else -1)
-        values = {keeps: value} if remedy != "chrono" or takes is None else {keeps: value, takes: -value}
-        for gate, wanted in values.items():
-            first, *others = gates.biases(gate)
-            first.copy_(wanted)
+    with _all_or_none(cells):
+        known = [gates for cell in cells if can_set_keeping_bias(cell) and (gates := gates_of(cell))]
+        if not known:
+            raise OptionError(
+                f"{remedy} sets the bias of the gate that keeps the state, and {_names_of(cells)} has none; "
+                "take a gated cell with biases: LSTMCell, GRUCell"
+            )
+        for gates in known:
+            keeps, takes = str(gates.layout.keeps), gates.layout.takes
+            first, *others = filter(gates.can_set, gates.biases)
+            value = drawn(gates.blocks(first)[keeps]) * (1 if gates.layout.keeps_at == "high" else -1)
+            values = {keeps: value} if remedy != "chrono" or takes is None else {keeps: value, takes: -value}
+            gates.set_blocks(first, values)
             for bias in others:
-                bias.zero_()
+                gates.set_blocks(bias, dict.fromkeys(values, torch.zeros_like(value)))
+
+
+@contextmanager
+def _all_or_none(cells: list[nn.Module]) -> Iterator[None]:
+    """If one parametrization refuses what is set, all cells stay as they were; one may change by being read alone."""
+    before = [copy.deepcopy(cell.state_dict()) for cell in cells]
+    try:
+        yield
+    except OptionError:
+        for cell, state in zip(cells, before, strict=True):
+            cell.load_state_dict(state)
+        raise
 
 
 def _names_of(cells: list[nn.Module]) -> str:

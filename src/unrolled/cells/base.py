@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from unrolled.errors import OptionError
 from unrolled.trees import Tree
 
 
@@ -161,21 +163,69 @@ class Gates:
     def __init__(self, cell: nn.Module, layout: GateLayout) -> None:
         self._cell, self.layout = cell, layout
 
-    def _parameters(self, names: Sequence[str]) -> list[tuple[str, Any]]:
-        """Those that exist, each by the last part of its name."""
-        found = [(name.rpartition(".")[2], attrgetter(name)(self._cell)) for name in names]
-        return [(name, tensor) for name, tensor in found if tensor is not None]
+    @property
+    def biases(self) -> list[str]:
+        """The biases that exist, by name."""
+        return [name for name in self.layout.biases if self._tensor(name) is not None]
 
-    def biases(self, gate: str) -> list[Tensor]:
-        """The part of each bias that is a gate's."""
-        blocks = self.layout.blocks
-        return [bias.chunk(len(blocks))[blocks.index(gate)] for _, bias in self._parameters(self.layout.biases)]
+    @property
+    def recurrent(self) -> list[str]:
+        """The recurrent weights that exist and whose blocks are square, by name."""
+        found, many = [(name, self._tensor(name)) for name in self.layout.recurrent], len(self.layout.blocks)
+        return [name for name, weight in found if weight is not None and weight.shape[0] == many * weight.shape[1]]
+
+    def blocks(self, name: str) -> dict[str, Tensor]:
+        """Each gate's block of a parameter."""
+        gates = self.layout.blocks
+        return dict(zip(gates, self._tensor(name).chunk(len(gates)), strict=True))
 
     def recurrent_blocks(self) -> list[tuple[str, Tensor]]:
         """The square matrices by which the state meets itself, one for each gate, by name: 'weight_hh (forget)'."""
-        found, blocks = list[tuple[str, Tensor]](), self.layout.blocks
-        for name, weight in self._parameters(self.layout.recurrent):
-            if weight.shape[0] == len(blocks) * weight.shape[1]:
-                names = [f"{name} ({gate})" for gate in blocks] if len(blocks) > 1 else [name]
-                found += zip(names, weight.chunk(len(blocks)), strict=True)
+        found = list[tuple[str, Tensor]]()
+        for name in self.recurrent:
+            short, blocks = name.rpartition(".")[2], self.blocks(name)
+            found += [(f"{short} ({gate})" if len(blocks) > 1 else short, block) for gate, block in blocks.items()]
         return found
+
+    def is_parametrized(self, name: str) -> bool:
+        """Whether a parametrization makes the parameter of others (weight norm, spectral norm)."""
+        return parametrize.is_parametrized(*self._place(name))
+
+    def can_set(self, name: str) -> bool:
+        """Whether the parameter can be set: a hook may compute it anew in every call, as that of pruning does."""
+        owner, tensor = self._place(name)[0], self._tensor(name)
+        kept = isinstance(tensor, nn.Parameter) or any(tensor is buffer for buffer in owner.buffers(recurse=False))
+        return kept or self.is_parametrized(name)
+
+    @torch.no_grad()
+    def set_blocks(self, name: str, blocks: Mapping[str, Tensor]) -> None:
+        """Set some gates' blocks of a parameter, in place or by its parametrization.
+
+        Raises:
+            OptionError: if the parametrization takes no such values, or makes others of them.
+        """
+        (owner, attribute), tensor = self._place(name), self._tensor(name)
+        if not self.is_parametrized(name):
+            for gate, block in blocks.items():
+                self.blocks(name)[gate].copy_(block)
+            return
+        wanted = torch.cat([blocks.get(gate, block) for gate, block in self.blocks(name).items()])
+        try:
+            setattr(owner, attribute, wanted)
+            fits = torch.allclose(getattr(owner, attribute), wanted, rtol=1e-3, atol=1e-5)
+        except (RuntimeError, ValueError, NotImplementedError):
+            fits = False
+        if not fits:
+            kinds = ", ".join(type(one).__name__.strip("_") for one in owner.parametrizations[attribute])
+            raise OptionError(
+                f"{attribute} {list(tensor.shape)} is parametrised by {kinds}, which does not make of it what is to be "
+                f"set; take it off first: torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
+            )
+
+    def _tensor(self, name: str) -> Any:
+        return attrgetter(name)(self._cell)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that a parameter belongs to, and its name there."""
+        path, _, attribute = name.rpartition(".")
+        return self._cell.get_submodule(path), attribute

@@ -196,7 +196,7 @@ class _Rules:
         ]
 
     def _orthogonal(self) -> Remedy | None:
-        if not remedy.settable_recurrent(self.cell):
+        if not remedy.can_set_recurrent(self.cell):
             return None
         text = "orthogonal recurrent weights: ur.remedy.orthogonal(rnn)"
         return Remedy(text, partial(remedy.orthogonal, self.cell))
