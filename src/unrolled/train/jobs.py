@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unrolled import cells
 from unrolled.bptt.memory_plan import MemoryPlan
+from unrolled.cells.gates import GatedCell
 from unrolled.diagnosis.results import Diagnosis
 from unrolled.networks.bounded import plan_memory
 from unrolled.networks.unroll import unroll
@@ -45,10 +46,8 @@ def plan_run(config: TrainConfig, run: Path | None, memory: str | None, steps: i
 
 def verify_cells() -> Iterator[tuple[str, Verification]]:
     """Every cell of this package, with sizes that fit no vector width."""
-    makers = (
-        cells.RNNCell, cells.LSTMCell, cells.GRUCell, cells.PeepholeLSTMCell, cells.LayerNormLSTMCell, cells.MinGRUCell,
-        cells.SLSTMCell,
-    )  # fmt: skip
+    exported = (getattr(cells, name) for name in cells.__all__)
+    makers = [found for found in exported if isinstance(found, type) and issubclass(found, GatedCell)]
     for make in makers:
         torch.manual_seed(0)
         yield make.__name__, verify(unroll(make(5, 19)), torch.randn(12, 3, 5))
