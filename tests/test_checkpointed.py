@@ -519,6 +519,15 @@ def test_rows_that_end_early_take_what_is_promised_at_most() -> None:
     assert noted.peak(without=[outputs]) <= 1.05 * promised
 
 
+@pytest.mark.parametrize("engine", ["reference", "eager"])
+def test_a_budget_can_be_planned_for_rows_that_end_early_and_start_afresh(engine: str) -> None:
+    rnn = ur.unroll(ur.GRUCell(3, 4), engine=engine, memory=1.0)
+    resets = torch.arange(16).view(8, 2) % 5 == 3
+    plan = ur.plan_memory(rnn, torch.randn(8, 2, 3), lengths=[8, 5], resets=resets)
+    assert plan.options[0].bytes > 0
+    assert rnn(torch.randn(8, 2, 3), lengths=[8, 5], resets=resets)[0].shape == (8, 2, 4)
+
+
 def test_an_expanded_gradient_is_not_made_for_all_steps() -> None:
     rnn = ur.unroll(ur.RNNCell(2, 64), checkpoint=lambda T: ur.segments(T, 50))
     inputs = torch.randn(2000, 4, 2)

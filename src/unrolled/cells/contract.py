@@ -178,12 +178,13 @@ class CheckedStep:
     Args:
         cell: the cell.
         context: what a cell with a third argument attends to, or None.
-        extent: how far the sequence reaches; None where all copies have the context's rows.
+        extent: how far its copies reach; None where all of them have the context's rows.
+        start: the first copy's t.
     """
 
-    def __init__(self, cell: nn.Module, context: Tree = None, extent: Extent | None = None) -> None:
+    def __init__(self, cell: nn.Module, context: Tree = None, extent: Extent | None = None, start: int = 0) -> None:
         self.cell = cell
-        self._context, self._extent = context, extent
+        self._context, self._extent, self._start = context, extent, start
 
     def rest(self, t: int) -> tuple[Tree, ...]:
         """What copy t receives after input and state: the rows of the context that are alive, if there is one."""
@@ -191,7 +192,7 @@ class CheckedStep:
             return ()
         if self._extent is None or not self._extent.ragged:
             return (self._context,)
-        alive = self._extent.sizes[t]
+        alive = self._extent.sizes[t - self._start]
         return (map_leaves(lambda leaf: leaf[:alive], self._context),)
 
     def __call__(self, t: int, input: Tree, state: Tree) -> tuple[Tree, Tree]:

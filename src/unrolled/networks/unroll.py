@@ -204,7 +204,7 @@ def _cell_run(
             mapped = run_mapped(plans, cell, _flipped(inputs, reverse), state, context)
             if mapped is not None:
                 return _flipped(mapped[0], reverse), mapped[1]
-        step = contract.CheckedStep(cell, context, extent)  # which counts the copies of all segments
+        step = contract.CheckedStep(cell, context, part, start)
         return reference.run(lambda t, *values: step(start + t, *values), inputs, state, part, reverse=reverse)
 
     engine = "reference" if decision is None else decision.engine
