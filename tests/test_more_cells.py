@@ -365,3 +365,23 @@ def test_a_cell_prints_the_options_that_differ():
     assert repr(LayerNormLSTMCell(3, 4, eps=0.1)) == "LayerNormLSTMCell(3, 4, eps=0.1)"
     assert repr(MinGRUCell(3, 4, learn_initial_state=True)) == "MinGRUCell(3, 4, learn_initial_state=True)"
     assert repr(SLSTMCell(3, 4, forget_gate="exponential")) == "SLSTMCell(3, 4, forget_gate=exponential)"
+
+
+class HeadedGRUCell(ur.GRUCell):
+    """A subclass whose output is not its hidden state, and which says so."""
+
+    def __init__(self) -> None:
+        super().__init__(I, H)
+        self.output_size = 2
+        self.head = torch.nn.Linear(H, 2)
+
+    def forward(self, input, state):
+        output, state = super().forward(input, state)
+        return self.head(output), state
+
+
+def test_a_subclass_may_say_that_its_output_has_another_size():
+    rnn = ur.stack([HeadedGRUCell(), ur.GRUCell(2, H)])
+    assert rnn(torch.randn(T, B, I))[0].shape == (T, B, H)
+    with pytest.raises(OptionError, match="gives out 2; make its input_size 2"):
+        ur.stack([HeadedGRUCell(), ur.GRUCell(H, H)])

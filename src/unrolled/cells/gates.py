@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +94,9 @@ class GatedCell(nn.Module):
                 self.register_parameter(f"initial_{name}", parameter(hidden_size))
         self.reset_parameters()
 
-    @property
+    @cached_property
     def output_size(self) -> int:
-        """H: the output is the hidden state."""
+        """H: the output is the hidden state. A subclass whose output is another assigns its own."""
         return self.hidden_size
 
     @property
