@@ -94,7 +94,7 @@ def generate(
         OptionError: for neither `until` nor `max_steps`, one that is no such thing, no mask from `until`, or a module
             of several cells.
         InputError: for a `first` or context that is no batch of B rows, or a `feed` that makes no input like `first`.
-        StateError: for a state that does not fit, or whose rows cannot end apart.
+        StateError: for a state that does not fit, or whose rows cannot end each on its own.
         CellError: if the cell breaks its contract or raises.
 
     Source: A. Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850 (2013).

@@ -54,7 +54,7 @@ class _RecordingStep(CheckedStep):
             state = rows_where(resets, map_leaves(lambda leaf: leaf[: len(resets)], run.fresh.tree), state)
         entered = run.tap.insert(input, state, list(run.weights.values()))
         self._aliases = dict(zip(run.paths.values(), entered[2].passed, strict=True))
-        # Behind nodes of its own: what asks for the state's gradient alone shall not pay for the weights'.
+        # A node of its own for each leaf: the gradient of the state alone then does not compute that of the weights.
         seen = map_leaves(lambda leaf: leaf.view_as(leaf), entered[1].tree)
         returned = super().__call__(t, entered[0].tree, seen)
         taps = CopyTaps(*entered, *run.tap.insert(*returned))

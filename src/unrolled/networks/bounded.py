@@ -57,12 +57,12 @@ class BoundedNetwork(Network):
 
     @property
     def memory(self) -> int | float | str | None:
-        """The memory budget, as it was given."""
+        """The memory budget, as the constructor received it."""
         return self.checkpointing.given if isinstance(self.checkpointing, Budget) else None
 
     @property
     def checkpoint(self) -> Schedule | Callable[[int], Schedule] | None:
-        """The schedule, as it was given."""
+        """The schedule, as the constructor received it."""
         return self.checkpointing.given if isinstance(self.checkpointing, FixedSchedule) else None
 
     def windows(
@@ -240,5 +240,5 @@ def plan_memory(
     mine = planner.option(schedule)
     outputs = round(costs.outputs * extent.rows / extent.batch)
     options = tuple(sorted({*planner.frontier(), mine}, key=lambda o: (-o.bytes, o.ratio)))
-    given = sum(leaf.nbytes for leaf in leaves(run.inputs))
-    return MemoryPlan(rnn._get_name(), extent.steps, extent.batch, options, mine, given, outputs)
+    inputs_bytes = sum(leaf.nbytes for leaf in leaves(run.inputs))
+    return MemoryPlan(rnn._get_name(), extent.steps, extent.batch, options, mine, inputs_bytes, outputs)

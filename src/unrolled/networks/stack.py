@@ -194,7 +194,7 @@ def _stack_run(call: Call, first: Tree, fresh: Sequence[Tree], network: Stack) -
     def run(inputs: Tree, state: Tree, context: Tree, extent: Extent, start: int) -> tuple[Tree, Tree]:
         (steps, resets), (around, restarts) = inputs, context
         by_network = dict(zip(network.networks, restarts, strict=False))
-        # Whether lengths can be had is asked of the first segment, which has all rows.
+        # The first segment, which has all rows, checks that the cells take lengths.
         layout = BatchLayout(extent, extent.batch, by_length=call.layout.by_length and not start)
         return Layered._run(network, Call(layout, steps, state, resets, around, by_network))
 

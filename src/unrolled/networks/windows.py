@@ -219,7 +219,7 @@ _NO_MORE: Any = object()
 
 
 class _Chunks:
-    """Chunks of any lengths, given out in the steps that are asked for; at most one chunk is held beyond these.
+    """Chunks of any lengths, cut anew into runs of the steps that `take` wants; at most one chunk is held beyond these.
 
     Args:
         source: an iterable of pytrees of `[t, B, ...]` (`[B, t, ...]` with `batch_first`).
