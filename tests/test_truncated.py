@@ -596,3 +596,40 @@ def test_a_compiler_cuts_nothing_else(cut: tuple[int, int]) -> None:
         seen = [network(x)[0].square().sum() for network in (rnn, torch.compile(rnn, backend="eager"))]
         wanted, found = (torch.autograd.grad(loss, list(rnn.parameters())) for loss in seen)
         assert_match(list(found), list(wanted))
+
+
+class Scaled(torch.autograd.Function):
+    """A Function that keeps a tensor under the name by which autograd's leaves are found."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        ctx.variable = by.detach().clone().requires_grad_()
+        return x * by
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad * ctx.variable, grad.new_zeros(ctx.variable.shape)
+
+
+@pytest.mark.parametrize("options", [{"horizon": 4, "stride": 2}, {"checkpoint": lambda T: ur.segments(T, 2)}])
+def test_a_function_with_a_variable_of_its_own_is_no_leaf(options: dict[str, Any]) -> None:
+    outer = torch.ones(H, requires_grad=True)
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ur.RNNCell(I, H)
+
+        def initial_state(self, batch_size: int, **kind: Any) -> Tensor:
+            return self.inner.initial_state(batch_size, **kind)
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            _, h = self.inner(x, h)
+            h = Scaled.apply(h, outer)
+            return h, h
+
+    cell = Cell()
+    rnn = ur.unroll(cell, engine="reference", **options)
+    outputs, _ = rnn(torch.randn(6, B, I))
+    reached = {id(node) for node, _ in outputs.grad_fn.next_functions if node is not None}
+    assert len(reached) == len([*cell.parameters(), outer])

@@ -18,7 +18,7 @@ def differentiable(tensor: Tensor) -> bool:
 def nodes_behind(
     tensors: Iterable[Tensor], *, known: Iterable[Tensor] = (), beyond: Callable[[Any], bool] = lambda _: True
 ) -> Iterator[Any]:
-    """The nodes of the graph that some tensors lead to, each once; a leaf's node has it as `variable`.
+    """The nodes of the graph that some tensors lead to, each once.
 
     Args:
         tensors: where the graph begins; those without a gradient lead nowhere.
@@ -37,8 +37,13 @@ def nodes_behind(
             ahead += [following for following, _ in node.next_functions]
 
 
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node adds up; None for any other node: a Function may have a `variable` of its own."""
+    return node.variable if node.name().endswith("AccumulateGrad") else None
+
+
 def leaves_behind(tensors: Iterable[Tensor], *, known: Iterable[Tensor] = ()) -> list[Tensor]:
-    """The leaves that some tensors depend on, beside those that are known and what only these depend on.
+    """The leaves that some tensors depend on, besides those that are known and what only these depend on.
 
     Example:
         >>> import torch
@@ -46,7 +51,7 @@ def leaves_behind(tensors: Iterable[Tensor], *, known: Iterable[Tensor] = ()) ->
         >>> [leaf.shape for leaf in leaves_behind([a.sum() * b], known=[a])]
         [torch.Size([3])]
     """
-    return [node.variable for node in nodes_behind(tensors, known=known) if hasattr(node, "variable")]
+    return [leaf for node in nodes_behind(tensors, known=known) if (leaf := leaf_of(node)) is not None]
 
 
 def vjp(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unrolled.autograd_graph import differentiable, leaves_behind, nodes_behind
+from unrolled.autograd_graph import differentiable, leaf_of, leaves_behind, nodes_behind
 from unrolled.errors import GradientError
 from unrolled.trees import Tree, flatten, unflatten
 
@@ -207,8 +207,8 @@ def ways_past(taps: Sequence[TappedTree], tensors: Sequence[Tensor]) -> tuple[se
     for node in nodes_behind(tensors, beyond=lambda node: _tap_at(node) is None):
         if _tap_at(node) is not None:
             others = others or id(node) not in known
-        elif hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+        elif (leaf := leaf_of(node)) is not None:
+            leaves.add(id(leaf))
     return leaves, others
 
 
