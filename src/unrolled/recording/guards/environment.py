@@ -47,8 +47,7 @@ class Environment:
         self._generators: dict[int, Any] = {}
         self._versions: list[tuple[int, list[Any]]] = []
         self._numbers = 0
-        self._entries: list[tuple[Callable[..., Any], Any, Any]] = []
-        self._others: list[tuple[Callable[[], Any], Any]] = []
+        self._look: tuple[list[tuple[Callable[..., Any], Any, Any]], list[tuple[Callable[[], Any], Any]]] = ([], [])
 
     @classmethod
     def of(cls, cell: nn.Module) -> Environment:
@@ -66,11 +65,12 @@ class Environment:
 
     def version(self) -> int:
         """A number that stands for the values in all places; the same one when they are again what they were."""
-        for get, name, value in self._entries:
+        entries, others = self._look
+        for get, name, value in entries:
             now = get(name, MISSING)
             if now is not value and not same(now, value):
                 return self._find_version()
-        for fetch, value in self._others:
+        for fetch, value in others:
             now = fetch()
             if now is not value and not same(now, value):
                 return self._find_version()
@@ -99,14 +99,15 @@ class Environment:
 
     def _prepare_look(self) -> None:
         """Write down what `version` compares at every call; most places are entries of dicts, which it reads itself."""
-        self._entries, self._others = [], []
+        entries, others = list[tuple[Callable[..., Any], Any, Any]](), list[tuple[Callable[[], Any], Any]]()
         for place, value in zip(self._places.values(), self._versions[-1][1], strict=True):
             if isinstance(place, Entry) and type(place.owner) is dict:
-                self._entries.append((place.owner.get, place.name, value))
+                entries.append((place.owner.get, place.name, value))
             elif isinstance(place, ClassEntry):
-                self._entries.append((vars(place.owner).get, place.name, value))
+                entries.append((vars(place.owner).get, place.name, value))
             else:
-                self._others.append((place.now, value))
+                others.append((place.now, value))
+        self._look = entries, others  # at once: another thread may be looking, without the lock
 
     def watch(self, twin: nn.Module, own: Sequence[Any], step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
         """Run a step on a twin of the cell, forward and backward, and learn from it.
