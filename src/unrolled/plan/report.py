@@ -51,7 +51,7 @@ class Plan(Result):
         operations: the step's operations, in order; none where the step could not be recorded.
         results: what leaves the step: its name ('output', 'next state[0]'), and the operation that made it, or the name
             of the tensor that it is.
-        loops: how many loops walk through time.
+        loops: how many loops run through time.
         kept_bytes: what a backward pass keeps of one step, in bytes.
         flops: floating-point operations of one step by place.
         schedule: under a memory budget what the call goes by: bytes promised, extra steps, the time expected.

@@ -89,8 +89,8 @@ class Op:
 
     @cached_property
     def base(self) -> str:
-        """The name without namespace and overload: `mm`."""
-        return self.name.removeprefix("aten.").partition(".")[0]
+        """The name without namespace and overload: `mm`. That of an operation that is not torch's own stays whole."""
+        return self.name.split(".")[1] if self.name.startswith("aten.") else self.name
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
