@@ -13,6 +13,8 @@ from torch import nn
 import unrolled as ur
 from problems import PROBLEMS
 from unrolled.execution import run as bptt_run
+from unrolled.plan.sums import summable
+from unrolled.recording.program import Op, Program, Ref, Value
 from unrolled.train.commands import run_command
 
 T, B, I, H = 6, 4, 3, 5
@@ -208,3 +210,10 @@ def test_planning_leaves_what_is_said_of_the_latest_call(options: dict[str, Any]
     assert rnn.ran == "reference"
     rnn(inputs)
     assert rnn.ran == "eager"
+
+
+@pytest.mark.parametrize(("fill", "early"), [((), {0, 1}), ((0.0,), {0, 1}), ((1.0,), {1})])
+def test_sums_over_the_steps_are_taken_before_a_padding_only_if_it_fills_in_zeros(fill, early):
+    values = tuple(Value((n,), torch.float32) for n in (3, 4))
+    pad = Op(torch.ops.aten.constant_pad_nd.default, (Ref(0), (1, 0), *fill), (), (1,))
+    assert summable(Program(values, (0,), (pad,), (1,)), [1], ()) == early

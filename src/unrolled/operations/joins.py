@@ -79,8 +79,7 @@ class Joins(Views):
                 pieces.append((self.compute("literal", fill, dims=part, dtype=view.dtype), run.start, run.step))
         return self.placed(dims, dim, pieces, view.dtype)
 
-    # Not linear: what it fills in would be there once in a sum over the steps, and not at every step.
-    @lowers("constant_pad_nd", Operation(Rows.pad))
+    @lowers("constant_pad_nd", Operation(Rows.pad, linear=Linear.JOINTLY, fill=2))
     def _constant_pad_nd(self, op: Op) -> list[View]:
         view, have = self.argument(op, 0), self.layout(op)
         sides, fill = op.args[1], self.argument(op, 2, 0)

@@ -61,6 +61,7 @@ class Operation:
         alike: whether all rows are alike that it makes of operands without rows.
         cost: see `Cost`.
         linear: in what it is linear, None if in nothing: sums over the steps may be taken before it.
+        fill: the position of a number that it writes besides, if it does: it is linear only where that is zero.
         contracts: of a product, the dimension of each factor over which it adds up.
         factors: of a product, the positions of its factors among the arguments.
         moves: whether it does no arithmetic, only moves entries or repeats them.
@@ -75,6 +76,7 @@ class Operation:
     alike: bool = False
     cost: Cost = Cost.HEAVY
     linear: Linear | None = None
+    fill: int | None = None
     contracts: tuple[int, int] | None = None
     factors: tuple[int, int] | None = None
     moves: bool = False

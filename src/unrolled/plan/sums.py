@@ -47,6 +47,8 @@ def summable(program: Program, wanted: Sequence[int], same: Collection[int]) -> 
 
 def _linear(op: Op, value: int, same: Collection[int]) -> bool:
     operation = operation_of(op)
+    if operation.fill is not None and any(op.args[operation.fill :]):
+        return False
     if operation.linear is Linear.EACH:
         return op.inputs.count(value) == 1 and all(v in same for v in op.inputs if v != value)
     if operation.expression:  # a factor, and adding a number at every step, are not worth the proof
