@@ -84,8 +84,11 @@ class TreeSpec(NamedTuple):
             TypeError: if a leaf is not a tensor.
         """
         tensors, structure = flatten(tree)
-        grads = [requires_grad and tensor.requires_grad for tensor in tensors]
-        specs = [TensorSpec.of(x, leading, requires_grad=grad) for x, grad in zip(tensors, grads, strict=True)]
+        # Spelt out, since every call of a network comes by here.
+        specs = [
+            TensorSpec(min(leading, x.dim()), x.shape[leading:], x.dtype, x.device, requires_grad and x.requires_grad)
+            for x in tensors
+        ]
         return cls(structure, tuple(specs))
 
 
