@@ -208,28 +208,18 @@ class TorchLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments that differ from the defaults."""
-        options = {
-            "num_layers": (self.num_layers, 1),
-            "bias": (self.bias, True),
-            "batch_first": (self.batch_first, False),
-            "dropout": (self.dropout, 0.0),
-            "bidirectional": (self.bidirectional, False),
-            "proj_size": (self.proj_size, 0),
-        }
-        changed = [f", {name}={value}" for name, (value, default) in options.items() if value != default]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        defaults["proj_size"] = 0
+        options = {name: getattr(self, name) for name in defaults}
+        changed = [f", {name}={value}" for name, value in options.items() if value != defaults[name]]
         return f"{self.input_size}, {self.hidden_size}" + "".join(changed)
 
 
 def networks_of(rnn: nn.Module, caller: str, remedy: str = "wrap its cell: ur.unroll(cell)") -> list[Unrolled]:
-    """The unrolled networks in what `unroll`, `stack`, `Bidirectional` or torch.nn's layers made.
-
-    Args:
-        rnn: what was made.
-        caller: the function that takes it, as a user calls it.
-        remedy: what to do about anything else.
+    """The unrolled networks in what `unroll`, `stack`, `Bidirectional`, `RNN`, `LSTM` or `GRU` made.
 
     Raises:
-        OptionError: for anything else.
+        OptionError: for anything else, naming the caller and the remedy.
     """
     network = rnn.network if isinstance(rnn, TorchLayer) else rnn
     if not isinstance(network, Unrolled | Layered):
