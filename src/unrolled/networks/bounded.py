@@ -167,10 +167,14 @@ class BoundedNetwork(Network):
         return self._meters.get(lambda: (engines, _kind(run)), Meter).costs(again, length)
 
     def _schedule_message(self, call: Call) -> str:
-        """What a call goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget."""
-        run, again = self._runs(call, self._first_state(call))
+        """What a call goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget.
+
+        Args:
+            call: the call, with the state that first copies receive.
+        """
         if self.checkpointing is None:
             return ""
+        run, again = self._runs(call, call.state)
         schedule = self._schedule(run, again)
         chosen = Planner(self._costs(run, again, schedule.length), run.extent).option(schedule)
         return (
