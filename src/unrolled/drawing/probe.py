@@ -20,7 +20,7 @@ from unrolled.networks.base import first_state
 from unrolled.networks.layered import Layered, run_parts
 from unrolled.networks.layout import Call
 from unrolled.networks.stack import Bidirectional
-from unrolled.networks.torch_layers import TorchLayer, network_call, networks_of
+from unrolled.networks.torch_layers import network_call, networks_of
 from unrolled.networks.unroll import Unrolled
 from unrolled.trees import Tree, flatten, leaves, map_leaves, paths
 from unrolled.unseen import OwnDraws
@@ -38,8 +38,7 @@ def sketches_of(rnn: nn.Module, inputs: Tree, state: Tree, context: Tree) -> tup
         CellError: as the call itself does.
     """
     networks_of(rnn, "draw")
-    if isinstance(rnn, TorchLayer):
-        rnn, inputs, state = network_call(rnn, inputs, state)
+    rnn, inputs, state = network_call(rnn, inputs, state)
     with OwnDraws(), torch.inference_mode(False), torch.no_grad():
         if isinstance(rnn, Layered):
             sequence.sizes(inputs, batch_first=rnn.batch_first)

@@ -181,13 +181,13 @@ def copies(
         True
     """
     networks_of(rnn, "copies")
-    network, layer_inputs = rnn, inputs
-    if isinstance(rnn, TorchLayer):
-        network, inputs, state = network_call(rnn, inputs, state)
-    call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context, batch_first=network.batch_first)
+    network, network_inputs, state = network_call(rnn, inputs, state)
+    call = Call.of(
+        network_inputs, state, lengths=lengths, resets=resets, context=context, batch_first=network.batch_first
+    )
     made, outputs, last = _record(network, call, GradientTap())
     if isinstance(rnn, TorchLayer) and isinstance(made, LayeredCopies):
-        made.outputs, made.state = layer_results(rnn, layer_inputs, call.layout.outputs(outputs), last)
+        made.outputs, made.state = layer_results(rnn, inputs, call.layout.outputs(outputs), last)
     return made
 
 

@@ -6,7 +6,7 @@ A user swaps `torch.nn.LSTM` for `unrolled.LSTM` and keeps the checkpoint.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -227,19 +227,21 @@ def networks_of(rnn: nn.Module, caller: str, remedy: str = "wrap its cell: ur.un
     return [network] if isinstance(network, Unrolled) else network.networks
 
 
-def network_call(layer: TorchLayer, input: Tensor, hx: Tree) -> tuple[Unrolled | Stack, Tensor, Tree]:
-    """The network that runs a layer, and the inputs and the state that it is to be called with.
+def network_call(rnn: nn.Module, input: Tree, hx: Tree) -> tuple[Any, Tree, Tree]:
+    """The network that runs a layer, and the inputs and the state that it is to be called with; any other as it is.
 
-    A sequence without a batch becomes a batch of one.
+    A layer's sequence without a batch becomes a batch of one.
 
     Raises:
         InputError: as the call of the layer does.
         StateError: as the call of the layer does.
     """
-    layer._check_input(input)
+    if not isinstance(rnn, TorchLayer):
+        return rnn, input, hx
+    rnn._check_input(input)
     batch = isinstance(input, PackedSequence) or input.dim() == 3
-    state = layer._cell_states(hx, batch=batch)
-    return layer.network, input if batch else input.unsqueeze(0 if layer.batch_first else 1), state
+    state = rnn._cell_states(hx, batch=batch)
+    return rnn.network, input if batch else input.unsqueeze(0 if rnn.batch_first else 1), state
 
 
 def layer_results(layer: TorchLayer, input: Tensor, outputs: Tensor, last: Tree) -> tuple[Tensor, Tree]:
@@ -349,32 +351,6 @@ class LSTM(TorchLayer):
     """
 
     _cell_type = LSTMCell
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device=device,
-            dtype=dtype,
-        )
 
     def step(self, suffix: str, input: Tensor, state: Tree) -> tuple[Tensor, Tree]:
         """One step of an LSTM cell."""
