@@ -48,6 +48,18 @@ def refuse_without_rows(cell: nn.Module, state: Tree, batch: int, what: str) -> 
             )
 
 
+def starting_state(cell: nn.Module, state: Tree, inputs: Tree, batch_size: int) -> Tree:
+    """The state that first copies receive: the one that was passed, checked, or for None the cell's own.
+
+    Raises:
+        StateError: as `check_state` and `make_state` do.
+    """
+    if state is None:
+        return make_state(cell, inputs, batch_size)
+    check_state(cell, state, inputs, batch_size)
+    return state
+
+
 def make_state(cell: nn.Module, inputs: Tree, batch_size: int) -> Tree:
     """The cell's own initial state for these inputs: on their device, in the dtype of its parameters.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.cells.adapted import as_cell
-from unrolled.cells.contract import check_context, check_state, make_state
+from unrolled.cells.contract import check_context, starting_state
 from unrolled.errors import InputError, OptionError
 from unrolled.generation.live_rows import (
     LeavingRows,
@@ -148,10 +148,7 @@ def stream(
     _check_ends(until, max_steps)
     B = _batch_size(first)
     check_context(cell, context, B)
-    if state is None:
-        state = make_state(cell, first, B)
-    else:
-        check_state(cell, state, first, B)
+    state = starting_state(cell, state, first, B)
     if until is not None:
         check_rows(cell, state, B)
     alone = until is None or B == 1 or rows_are_independent(cell, first, state, context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from unrolled import sequence
 from unrolled.bptt.checkpointing import Checkpointing
 from unrolled.bptt.truncation import Truncation
 from unrolled.lengths import Lengths
@@ -82,6 +83,10 @@ class Network(nn.Module):
         call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context, batch_first=self.batch_first)
         outputs, last = self._run(call)
         return call.layout.outputs(outputs), last
+
+    def _time_first(self, steps: Tree) -> Tree:
+        """Sequences in the caller's layout time-first, or back: the swap is its own inverse."""
+        return sequence.swap_time_and_batch(steps) if self.batch_first else steps
 
     def _traced(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
         """What a compiler sees of a call whose rows are of one length; None if it cannot look into it."""

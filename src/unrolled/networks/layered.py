@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from unrolled import sequence
 from unrolled.cells.adapted import context_use
-from unrolled.cells.contract import check_state, make_state, name_of
+from unrolled.cells.contract import name_of, starting_state
 from unrolled.errors import InputError, StateError
 from unrolled.networks.base import Network
 from unrolled.networks.layout import Call
@@ -46,9 +45,8 @@ class Layered(Network):
         def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
             return part(steps, state, context=context)
 
-        steps = sequence.swap_time_and_batch(inputs) if self.batch_first else inputs
-        outputs, last = run_parts(self, run, steps, state, context)
-        return sequence.swap_time_and_batch(outputs) if self.batch_first else outputs, last
+        outputs, last = run_parts(self, run, self._time_first(inputs), state, context)
+        return self._time_first(outputs), last
 
     def _run(self, call: Call) -> tuple[Tree, Tree]:
         def run(part: Network, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
@@ -106,10 +104,7 @@ def _first_state(part: nn.Module, call: Call) -> Tree:
     """Of an inner part: its cells' lengths and contexts are looked at when it runs, and reads what is there by then."""
     if isinstance(part, Layered):
         return part._first_state(call)
-    if call.state is None:
-        return make_state(part.cell, call.steps, call.layout.batch)
-    check_state(part.cell, call.state, call.steps, call.layout.batch)
-    return call.state
+    return starting_state(part.cell, call.state, call.steps, call.layout.batch)
 
 
 def _takes_context(part: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from unrolled import sequence
 from unrolled.bptt.costs import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SequenceRun
@@ -139,12 +138,9 @@ class Unrolled(BoundedNetwork):
         return self._run_from(call, first)
 
     def _first_state(self, call: Call) -> Tree:
-        cell, batch, state = self.cell, call.layout.batch, call.state
+        cell, batch = self.cell, call.layout.batch
         contract.check_context(cell, call.context, batch)
-        if state is None:
-            state = contract.make_state(cell, call.steps, batch)
-        else:
-            contract.check_state(cell, state, call.steps, batch)
+        state = contract.starting_state(cell, call.state, call.steps, batch)
         if call.layout.by_length:
             contract.refuse_without_rows(cell, state, batch, "lengths")
             rows = call.layout.rows(state), call.layout.rows(call.context)
@@ -180,10 +176,6 @@ class Unrolled(BoundedNetwork):
         if self._resetting is None or self._resetting[0].cell is not self.cell:
             self._resetting = ResettingCell(self.cell), PlanCache(self.engine, quiet=self._plans.quiet)
         return self._resetting
-
-    def _time_first(self, steps: Tree) -> Tree:
-        """Sequences in the caller's layout time-first, or back: the swap is its own inverse."""
-        return sequence.swap_time_and_batch(steps) if self.batch_first else steps
 
     def _get_name(self) -> str:
         return f"Unrolled[{contract.name_of(self.cell)}]"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unrolled.cells.contract import check_context, check_state, make_state
+from unrolled.cells.contract import check_context, starting_state
 from unrolled.trees import TensorSpec, Tree, TreeSpec, map_leaves, unflatten
 
 
@@ -33,10 +33,8 @@ class CallSpec(NamedTuple):
         inputs = unflatten(self.inputs.structure, [_sample_of(spec, 2, batch) for spec in self.inputs.leaves])
         state, context = (unflatten(tree.structure, [_sample_of(x, batch) for x in tree.leaves]) for tree in self[1:])
         check_context(cell, context, batch)
-        if state is None:
-            return inputs, map_leaves(Tensor.detach, make_state(cell, inputs, batch)), context
-        check_state(cell, state, inputs, batch)
-        return inputs, state, context
+        starting = starting_state(cell, state, inputs, batch)
+        return inputs, map_leaves(Tensor.detach, starting) if state is None else starting, context
 
 
 def _sample_of(spec: TensorSpec, *sizes: int) -> Tensor:
