@@ -8,13 +8,14 @@ from itertools import chain
 
 import torch
 
-from benchmarks import guarding, horizon, lengths, memory, networks, preparation, seeing
+from benchmarks import guarding, horizon, lengths, memory, networks, preparation, published, seeing
 from benchmarks.timing import refuse_busy_machine
 
 ROOMS = {
     "preparation": preparation,
     "guarding": guarding,
     "networks": networks,
+    "published": published,
     "lengths": lengths,
     "memory": memory,
     "horizon": horizon,

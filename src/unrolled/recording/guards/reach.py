@@ -275,6 +275,8 @@ class Reachable:
             self._class(kind, names, label, outside)
         if isinstance(thing, nn.Module):
             for name in ("_parameters", "_buffers", "_modules"):
+                if name not in held:  # a module that is being made has none yet
+                    continue
                 if outside:
                     self._outside[id(held[name])] = held[name]
                 self._follow(held[name], names, f"{label}.{name}", outside=outside)
