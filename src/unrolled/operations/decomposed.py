@@ -1,6 +1,6 @@
 """Decompositions: operations that a step backward has written down as simpler ones, so that engines need to know few.
 
-The formulas are torch's own. They live in a module that torch does not promise to keep: where one is missing, its
+The formulas are torch's own, but for that of attention. They live in a module that torch does not promise to keep: where one is missing, its
 operation is recorded as it is, and runs on torch operations.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from unrolled.internals import decomposition_table
+from unrolled.operations import attention
 from unrolled.operations.operation import OPERATIONS, Cost, Operation, declare
 from unrolled.operations.row_rules import Rows, along
 
@@ -47,7 +48,7 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
     names = [name for name, operation in OPERATIONS.items() if operation.decomposed]
     packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     overloads = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    return {overload: known[overload] for overload in overloads if overload in known}
+    return {overload: known[overload] for overload in overloads if overload in known} | attention.FORMULAS
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:

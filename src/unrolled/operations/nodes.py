@@ -2,7 +2,7 @@
 
 Every value is a `View` of some node's memory: an offset, and one stride for each dimension that is not the batch.
 Slices, splits, selections, permutations and expansions are views and cost nothing. What is left are the kinds of node:
-inputs, element-wise computations, products with a fixed matrix, reductions along dimensions of a row, and joins, whose
+inputs, element-wise computations, products with a fixed matrix, products of a row's own matrices, reductions along dimensions of a row, and joins, whose
 pieces are written side by side.
 """
 
@@ -110,6 +110,19 @@ class Product(Node):
     def views(self) -> Sequence[View]:
         """What it reads."""
         return [self.row]
+
+
+@dataclass(eq=False)
+class MatrixProduct(Node):
+    """A row's matrices `[..., N, K]` times others of it, or fixed ones, `[..., K, M]`."""
+
+    left: View = None  # type: ignore[assignment]
+    right: View = None  # type: ignore[assignment]
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.left, self.right]
 
 
 @dataclass(eq=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from unrolled.operations.layout import UnsupportedError
-from unrolled.operations.nodes import Compute, Input, Product, Scalar, View
+from unrolled.operations.nodes import Compute, Input, MatrixProduct, Product, Scalar, View
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.reductions import Reductions
 from unrolled.operations.row_rules import Rows
@@ -11,7 +13,7 @@ from unrolled.recording.program import Op
 
 
 class Products(Reductions):
-    """Products by the kernel where the matrix is fixed and of two dimensions; others entry by entry, added up."""
+    """Products by the kernel where the matrix is fixed and of two dimensions; others matrix by matrix."""
 
     @lowers("mm", Operation(Rows.mm, cost=Cost.MATRIX, linear=Linear.EACH, contracts=(1, 0), factors=(0, 1)))
     def _mm(self, op: Op) -> list[View]:
@@ -33,7 +35,8 @@ class Products(Reductions):
     def _mv(self, op: Op) -> list[View]:
         if self.layout(op, 0).place != 0 or self.layout(op, 1).place is not None:
             raise UnsupportedError("a product that is not of rows with a fixed vector")
-        return [self._contracted(self.argument(op, 0), self.argument(op, 1))]
+        row = self.argument(op, 0)
+        return [self.reshaped(self._multiplied(row.unsqueezed(0), self.argument(op, 1).unsqueezed(1)), row.dims[:-1])]
 
     def _added(self, op: Op, result: View) -> View:
         """What is added to a product. A factor of zero hides even NaN."""
@@ -67,15 +70,21 @@ class Products(Reductions):
             a = a.unsqueezed(len(a.dims) - 1)
         if other.place == 2 and other.many == 1:
             b = b.unsqueezed(len(b.dims))
-        turned = b.permuted([*range(len(b.dims) - 2), len(b.dims) - 1, len(b.dims) - 2])
-        result = self._contracted(a.unsqueezed(len(a.dims) - 1), turned.unsqueezed(len(turned.dims) - 2))
-        return self.reshaped(result, self.shape_of(op))
+        return self.reshaped(self._multiplied(a, b), self.shape_of(op))
 
-    def _contracted(self, a: View, b: View) -> View:
-        """Entries multiplied, and added up along the last dimension."""
-        terms = self.compute("mul", a, b)
-        result = self.reduced("sum", terms, [len(terms.dims) - 1])
-        return self.reshaped(result, terms.dims[:-1])
+    def _multiplied(self, a: View, b: View) -> View:
+        """Matrices `[..., n, k]` times `[..., k, m]`. One column is a row of the product turned around."""
+        many = tuple(torch.broadcast_shapes(a.dims[:-2], b.dims[:-2]))
+        if b.dims[-1] == 1:
+            a, b = _turned(b), _turned(a)
+        n, m = a.dims[-2], b.dims[-1]
+        a, b = (view.broadcast((*many, *view.dims[-2:])) for view in (a, b))
+        return self.add(MatrixProduct((*many, n, m), self.real, a, b))
+
+
+def _turned(view: View) -> View:
+    rank = len(view.dims)
+    return view.permuted([*range(rank - 2), rank - 1, rank - 2])
 
 
 def _readable(row: View) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from unrolled.operations.layout import UnsupportedError
 from unrolled.operations.nodes import Reduce, Scan, View, contiguous
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
-from unrolled.operations.row_rules import along
+from unrolled.operations.row_rules import Rows, along
 from unrolled.operations.views import Views
 from unrolled.recording.program import Op
 
@@ -94,9 +95,21 @@ class Reductions(Views):
     def _cumsum(self, op: Op) -> list[View]:
         view, (dim,) = self.argument(op, 0), self._dims(op, op.args[1])
         order = [*(d for d in range(len(view.dims)) if d != dim), dim]
-        turned = view.permuted(order)
-        scan = self.add(Scan(turned.dims, self.real, "cumsum", turned, view.dims[dim]))
-        return [scan.permuted([order.index(d) for d in range(len(order))])]
+        return [self._running_sum(view.permuted(order)).permuted([order.index(d) for d in range(len(order))])]
+
+    def _running_sum(self, view: View) -> View:
+        return self.add(Scan(view.dims, self.real, "cumsum", view, view.dims[-1]))
+
+    @lowers("tril triu", Operation(Rows.triangle))
+    def _triangle(self, op: Op) -> list[View]:
+        """Entries on one side of a diagonal, found by counting along both dimensions; zeros on the other."""
+        view, have = self.argument(op, 0), self.layout(op)
+        down, across = (
+            self._running_sum(self.compute("literal", 1.0, dims=(view.dims[have.dim(d)],))) for d in (-2, -1)
+        )
+        beyond = self.compute("sub", across, down.unsqueezed(1))
+        kept = self.compute("le" if op.base == "tril" else "ge", beyond, self.argument(op, 1, 0), dtype=torch.bool)
+        return [self.compute("where", kept, view, 0.0, dtype=view.dtype)]
 
     @lowers("_softmax", Operation(along(1, default=-1), cost=Cost.FUSED))
     def _softmax(self, op: Op) -> list[View]:
@@ -104,6 +117,17 @@ class Reductions(Views):
         dims = self._dims(op, op.args[1])
         powers = self.compute("exp", self.compute("sub", view, self.reduced("amax", view, dims)))
         return [self.compute("div", powers, self.reduced("sum", powers, dims))]
+
+    @lowers("_safe_softmax", Operation(along(1), cost=Cost.FUSED))
+    def _safe_softmax(self, op: Op) -> list[View]:
+        """Zeros where there is nothing but -inf."""
+        view = self.argument(op, 0)
+        dims = self._dims(op, op.args[1])
+        top = self.reduced("amax", view, dims)
+        blind = self.compute("eq", top, -math.inf, dtype=torch.bool)
+        powers = self.compute("exp", self.compute("sub", view, self.compute("masked_fill", top, blind, 0.0)))
+        total = self.compute("masked_fill", self.reduced("sum", powers, dims), blind, 1.0)
+        return [self.compute("div", powers, total)]
 
     @lowers("_softmax_backward_data", Operation(along(2), cost=Cost.FUSED))
     def _softmax_backward(self, op: Op) -> list[View]:

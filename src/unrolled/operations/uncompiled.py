@@ -19,7 +19,6 @@ declare(
         **dict.fromkeys(_ALONG_SOME.split(), Operation(along(1, 2))),
         **dict.fromkeys(_ALONG_ONE.split(), Operation(along(1, default=-1))),
         "topk": Operation(along(2, default=-1)),
-        **dict.fromkeys(("tril", "triu"), Operation(Rows.triangle)),
         "complex": Operation(Rows.pointwise),
     }
 )

@@ -129,7 +129,7 @@ class Tape(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._refuse_unrecordable(func)
+        self._refuse_unrecordable(func, args, kwargs)
         simpler = self.decomposition(func)
         if simpler is not None:
             with self:
@@ -232,8 +232,8 @@ class Tape(DispatchMode):
         raise UnrecordableError(f"{func} has no functional counterpart")
 
     @staticmethod
-    def _refuse_unrecordable(func: Any) -> None:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+    def _refuse_unrecordable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if draws(func, args, kwargs):
             raise UnrecordableError(
                 f"it draws random numbers ({func}); dropout over time is a wrapper: DropoutCell, ZoneoutCell"
             )
@@ -251,6 +251,15 @@ _FILLED = {
 
 # Where another engine ran the operation before, its result may lie in memory in another way.
 _ANY_LAYOUT = dict.fromkeys((_ATEN.view.default, _ATEN._unsafe_view.default), _ATEN.reshape.default)
+
+
+def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation draws random numbers: fused attention is tagged as if it did, with dropout or without."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    dropout = [argument for argument in func._schema.arguments if argument.name == "dropout_p"]
+    return not dropout or bool(given.get("dropout_p", dropout[0].default_value))
 
 
 def tangent_like(tensor: Tensor) -> Tensor:

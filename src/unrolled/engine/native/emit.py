@@ -16,6 +16,7 @@ from unrolled.operations.nodes import (
     Compute,
     Input,
     Lowered,
+    MatrixProduct,
     Node,
     Product,
     Reduce,
@@ -173,6 +174,8 @@ class _Emitter:
         first = nodes[0]
         if isinstance(first, Product):
             yield self._product(first)
+        elif isinstance(first, MatrixProduct):
+            yield from self._matrix_product(first)
         elif isinstance(first, Reduce):
             yield from self._reduce(first)
         else:
@@ -192,6 +195,20 @@ class _Emitter:
         self.weights += K * N
         out, matrix = f"{self.names[node]}, {N}", f"task->packed[{index}], {many} * rows, {K}, {N}"
         return f"queued_product(task->queue, {out}, {x}, {by_row}, {matrix});"
+
+    def _matrix_product(self, node: MatrixProduct) -> Iterator[str]:
+        (*many, N, M), (*_, K) = node.dims, node.left.dims
+        out = f"out + {_index(contiguous(node.dims)[:-2])}"
+        x, y = (
+            f"{name} + {_index(view.strides[:-2])}, {view.strides[-2]}, {view.strides[-1]}"
+            for name, view in (("x", node.left), ("y", node.right))
+        )
+        yield "for (int64_t b = 0; b < rows; ++b) {"
+        yield f"  const real *const x = {self.row_of(node.left)}, *const y = {self.row_of(node.right)};"
+        yield f"  real *const out = {self.names[node]} + b * {node.size};"
+        yield from _nest(many, [f"small_product({out}, {x}, {y}, {N}, {K}, {M});"])
+        yield "}"
+        self.flops += 2 * K * node.size
 
     def _total(self, number: int, view: View) -> str:
         (N,) = view.dims

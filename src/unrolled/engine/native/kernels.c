@@ -341,6 +341,47 @@ INLINE real sum_of(const real *x, int64_t n) {
   return total;
 }
 
+INLINE real dot(const real *x, const real *y, int64_t n) {
+  lanes s[2] = {{0}, {0}};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES)
+    _Pragma("GCC unroll 2") for (int j = 0; j < 2; ++j)
+      s[j] += *(const lanes *)(x + i + j * LANES) * *(const lanes *)(y + i + j * LANES);
+  for (; i + LANES <= n; i += LANES) s[0] += *(const lanes *)(x + i) * *(const lanes *)(y + i);
+  real total = sum_of_lanes(s[0] + s[1]);
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+/* A matrix [N, K] times another [K, M], each anywhere in memory: too small to be packed. */
+static __attribute__((noinline)) void small_product(real *restrict out, const real *x, int64_t x_by_n, int64_t x_by_k,
+                                                    const real *y, int64_t y_by_k, int64_t y_by_m, int64_t N,
+                                                    int64_t K, int64_t M) {
+  for (int64_t n = 0; n < N; ++n, x += x_by_n, out += M) {
+    int64_t m = 0;
+    if (y_by_m == 1) {
+      for (; m + PANEL <= M; m += PANEL) {
+        lanes s[2] = {{0}, {0}};
+        for (int64_t k = 0; k < K; ++k)
+          _Pragma("GCC unroll 2") for (int j = 0; j < 2; ++j)
+            s[j] += x[k * x_by_k] * *(const lanes *)(y + k * y_by_k + m + j * LANES);
+        memcpy(out + m, s, sizeof s);
+      }
+      for (int64_t j = m; j < M; ++j) out[j] = 0;
+      for (int64_t k = 0; k < K; ++k)
+        _Pragma("GCC ivdep") for (int64_t j = m; j < M; ++j) out[j] += x[k * x_by_k] * y[k * y_by_k + j];
+    } else if (x_by_k == 1 && y_by_k == 1) {
+      for (; m < M; ++m) out[m] = dot(x, y + m * y_by_m, K);
+    } else {
+      for (; m < M; ++m) {
+        real total = 0;
+        for (int64_t k = 0; k < K; ++k) total += x[k * x_by_k] * y[k * y_by_k + m * y_by_m];
+        out[m] = total;
+      }
+    }
+  }
+}
+
 /* NaN wins, as in torch. */
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }

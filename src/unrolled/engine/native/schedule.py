@@ -9,7 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from unrolled.operations.nodes import Compute, Input, Join, Lowered, Node, Product, Reduce, Scan, View, Write
+from unrolled.operations.nodes import (
+    Compute,
+    Input,
+    Join,
+    Lowered,
+    MatrixProduct,
+    Node,
+    Product,
+    Reduce,
+    Scan,
+    View,
+    Write,
+)
 
 
 class Kernels:
@@ -65,7 +77,7 @@ class Kernels:
         for node in self._nodes:
             if _added_on_the_way(node):
                 continue
-            if isinstance(node, Product | Reduce):
+            if isinstance(node, Product | MatrixProduct | Reduce):
                 kernels[self._levels[node], 0, id(node)] = [node]
             elif isinstance(node, Compute):
                 kernels.setdefault((self._levels[node], 1, node.dims), []).append(node)
@@ -74,7 +86,7 @@ class Kernels:
     def _read_from_memory(self) -> Iterator[Node]:
         """Nodes whose entries others read out of memory."""
         for node in self._nodes:
-            if isinstance(node, Product | Reduce | Join):
+            if isinstance(node, Product | MatrixProduct | Reduce | Join):
                 yield node
             for view in () if _added_on_the_way(node) else node.views:
                 if isinstance(view.node, Compute) and not self.in_register(view, node):

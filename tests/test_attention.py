@@ -1,0 +1,95 @@
+"""Attention in a step: torch's fused kernel, `nn.MultiheadAttention` and transformer layers, compiled, with lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matching import assert_match
+from random_cells import assert_as_reference, decision, unrolled
+from row_by_row import Batch, answers
+from unrolled.operations.attention import attention, attention_backward
+
+F64 = torch.float64
+HEADS, SLOTS, SIZE = 2, 3, 4
+LENGTHS, T = (2, 4, 0), 4
+
+attend = F.scaled_dot_product_attention
+BLIND = torch.tensor([[False, False, False], [True, False, True], [True, True, True]])
+
+KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": lambda x, blind: attend(x, x.flip(1), x),
+    "causal": lambda x, blind: attend(x, x, x, is_causal=True),
+    "scaled": lambda x, blind: attend(x, x[..., :2, :], x[..., 1:, :], scale=0.7),
+    "bool mask": lambda x, blind: attend(x, x, x, attn_mask=blind),
+    "float mask": lambda x, blind: attend(x, x, x, attn_mask=blind.to(x.dtype).log()),
+    "mask of rows": lambda x, blind: attend(x, x, x, attn_mask=x[:, :1, :, :1] > 0),
+    "mask with gradient": lambda x, blind: attend(x, x, x, attn_mask=x[..., :SLOTS]),
+    "few heads of keys": lambda x, blind: attend(x, x[:, :1], x[:, 1:], enable_gqa=True),
+    "one head": lambda x, blind: attend(x[:, 0], x[:, 1], x[:, 0], attn_mask=blind).unsqueeze(1),
+    "narrow values": lambda x, blind: attend(x, x, x[..., 1:], is_causal=True).repeat(1, 1, 1, 2)[..., 1:-1],
+}
+
+
+class KernelsCell(nn.Module):
+    """Slots that look at each other, `[B, heads, slots, size]`; the input drives them."""
+
+    def __init__(self, kernels: list[Callable[[Tensor, Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.kernels, self.linear = kernels, nn.Linear(SIZE, SIZE)
+        self.register_buffer("blind", BLIND)
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        count = HEADS * SLOTS * SIZE
+        slots = torch.linspace(-1, 1, count, device=device, dtype=dtype).view(HEADS, SLOTS, SIZE)
+        return slots.expand(batch_size, *slots.shape)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.linear(state) + input[:, None, None]
+        taken = sum(kernel(x, self.blind) for kernel in self.kernels)
+        state = torch.tanh(taken + x)
+        return state.flatten(1), state
+
+
+def _checked(cell: nn.Module, inputs: Tensor, state: Any = None, context: Any = None, *, resets: bool = True) -> None:
+    """Native, with the reference's numbers for the whole batch, and with those of each row on its own."""
+    found = decision(cell, inputs, "native", state, context)
+    assert found.engine == "native", found.why
+    net = unrolled(cell, "native")
+    assert_as_reference(cell, inputs, state, context=context, engine="native", rnn=net)
+    mask = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+    mask[1, 0] = mask[3, 1] = resets
+    for given in (None, mask) if resets else (None,):
+        batch = Batch(inputs, LENGTHS, state, given, context)
+        assert_match(answers(net, batch, "list"), answers(net, batch), "rows that end")
+        assert net.ran == "native"
+
+
+@pytest.mark.parametrize("names", [list(KERNELS)[::2], list(KERNELS)[1::2]], ids=", ".join)
+def test_every_form_of_torchs_attention_runs_as_c(names):
+    torch.manual_seed(0)
+    _checked(KernelsCell([KERNELS[name] for name in names]).double(), torch.randn(T, 3, SIZE, dtype=F64))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [None, torch.zeros(SLOTS, SLOTS, dtype=F64).masked_fill(~BLIND, -torch.inf)])
+def test_the_formula_gives_the_numbers_of_the_fused_kernel_and_its_derivative(mask, causal, heads):
+    torch.manual_seed(1)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    query = torch.randn(2, 2, SLOTS, SIZE, dtype=F64)
+    key, value, grad = torch.randn(3, 2, 2, SLOTS, SIZE, dtype=F64)
+    given = query, key[:, :heads], value[:, :heads]
+    taken, total = kernel(*given, 0.0, causal, attn_mask=mask)
+    taken_here, total_here = attention(*given, 0.0, causal, attn_mask=mask)
+    assert_match(taken_here, taken)
+    seen = total_here.isfinite()
+    assert_match(total_here[seen], total.to(F64)[seen])
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    want = backward(grad, *given, taken, total, 0.0, causal, attn_mask=mask)
+    assert_match(attention_backward(grad, *given, taken, total_here, 0.0, causal, attn_mask=mask), tuple(want))
