@@ -9,6 +9,8 @@ Source: T. Dao et al., "FlashAttention: fast and memory-efficient exact attentio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,7 @@ from unrolled.operations.row_rules import Place, Rows
 
 
 def _rows(first: int, count: int) -> Operation:
-    """The record of an operation whose arguments from the first one on, so many, have their rows in front, and all of
-    whose results do.
-    """
+    """The record of an operation that reads so many tensors from the first one on, and has all rows in front."""
 
     def rule(rows: Rows) -> list[Place]:
         mask = rows.keyword("attn_mask")
@@ -127,7 +127,7 @@ def _added_up(grad: Tensor, x: Tensor) -> Tensor:
     return grad if many == 1 else grad.reshape(B, heads, many, S, E).sum(2)
 
 
-FORMULAS = {
+FORMULAS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
 }

@@ -1,7 +1,7 @@
 """Decompositions: operations that a step backward has written down as simpler ones, so that engines need to know few.
 
-The formulas are torch's own, but for that of attention. They live in a module that torch does not promise to keep: where one is missing, its
-operation is recorded as it is, and runs on torch operations.
+The formulas are torch's own, but for that of attention. They live in a module that torch does not promise to keep:
+where one is missing, its operation is recorded as it is, and runs on torch operations.
 """
 
 from __future__ import annotations

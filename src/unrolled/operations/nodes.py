@@ -2,8 +2,8 @@
 
 Every value is a `View` of some node's memory: an offset, and one stride for each dimension that is not the batch.
 Slices, splits, selections, permutations and expansions are views and cost nothing. What is left are the kinds of node:
-inputs, element-wise computations, products with a fixed matrix, products of a row's own matrices, reductions along dimensions of a row, and joins, whose
-pieces are written side by side.
+inputs, element-wise computations, products with a fixed matrix and of a row's own matrices, reductions along dimensions
+of a row, and joins, whose pieces are written side by side.
 """
 
 from __future__ import annotations
