@@ -12,6 +12,8 @@ __all__ = ["BOUNDS", "assert_match"]
 BOUNDS = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
+    torch.complex128: 1e-10,
+    torch.complex64: 1e-5,
     torch.bfloat16: 4 * 2.0**-8,  # four units in the last place of a number near 1
 }
 """How far two answers may lie apart, relative to the largest entry of the right one. Integers must be equal."""
@@ -33,7 +35,7 @@ def _assert_leaf(got: Tensor, want: Tensor, what: str, bound: float | None) -> N
     if not want.numel():
         return
     bound = BOUNDS.get(want.dtype, 0.0) if bound is None else bound
-    wide = torch.float64 if want.dtype in BOUNDS else want.dtype
+    wide = torch.promote_types(torch.float64, want.dtype) if want.dtype in BOUNDS else want.dtype
     off = (got.to(wide) - want.to(wide)).abs()
     largest = want.to(wide).abs().max().item()
     # `not <=` also catches NaN, which compares false with everything.

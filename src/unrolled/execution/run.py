@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from unrolled.execution.batched import BatchedOps
@@ -13,6 +14,8 @@ from unrolled.execution.series import Entry, TimeSeries
 from unrolled.execution.stages import SegmentStages
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
+from unrolled.plan.reals import in_parts
+from unrolled.recording.program import Value
 from unrolled.trees import Tree, leaves, unflatten
 
 
@@ -42,13 +45,13 @@ def run_plan(
     Returns:
         The outputs, laid out as the inputs, and the last copy's state.
     """
-    recording = plan.recording
-    sequences = leaves(inputs)
+    recording = plan.reals
+    sequences = in_parts(leaves(inputs))
     fold = 0 if extent.ragged else None
     env: dict[int, Entry] = {
         v: TimeSeries(leaf, extent, fold) for v, leaf in zip(recording.inputs, sequences, strict=True)
     }
-    context_leaves = [] if context is None else leaves(context)
+    context_leaves = [] if context is None else in_parts(leaves(context))
     externals = [external.fetch(cell) for external in recording.externals]
     env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))
     batched = BatchedOps(recording.program, plan.rows, plan.coupled, extent, affine=runner.affine)
@@ -62,15 +65,22 @@ def run_plan(
         read=plan.read,
         reverse=reverse,
     )
-    first = leaves(state)
+    first = in_parts(leaves(state))
     last = stages.run(env, first)
     outputs = [batched.over_time(env[plan.copies.get(v, v)], plan.rows.get(v)) for v in recording.outputs]
-    read = [*sequences, *first, *context_leaves, *externals]
+    ends = [plan.recording.program.values[v] for v in plan.recording.program.outputs]
     copies = [v in plan.copies for v in recording.outputs] + [True] * len(last)
-    results = list(_owned_by_caller([*outputs, *last], copies, read))
-    return unflatten(recording.structures[3], results[: len(outputs)]), unflatten(
-        recording.structures[1], results[len(outputs) :]
-    )
+    tensors, own = zip(*_joined(zip([*outputs, *last], copies, strict=True), ends), strict=True)
+    results = list(_owned_by_caller(tensors, own, [*sequences, *first, *context_leaves, *externals]))
+    many = len(plan.recording.outputs)
+    return unflatten(recording.structures[3], results[:many]), unflatten(recording.structures[1], results[many:])
+
+
+def _joined(parts: Iterator[tuple[Tensor, bool]], ends: Sequence[Value]) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors of these values, two parts joined where one is complex; each with whether it is a copy."""
+    for value in ends:
+        tensor, copy = next(parts)
+        yield (torch.complex(tensor, next(parts)[0]), True) if value.dtype.is_complex else (tensor, copy)
 
 
 def _owned_by_caller(tensors: Sequence[Tensor], copies: Sequence[bool], read: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -6,6 +6,28 @@ operation of a recorded program; out go the facts by which the passes of `plan` 
 engine emits. See `operation.py` for how to add one.
 """
 
-from unrolled.operations import decomposed, elementwise, joins, products, reductions, uncompiled, views
+from unrolled.operations import (
+    decomposed,
+    elementwise,
+    joins,
+    pair_functions,
+    pair_transforms,
+    pairs,
+    products,
+    reductions,
+    uncompiled,
+    views,
+)
 
-__all__ = ["decomposed", "elementwise", "joins", "products", "reductions", "uncompiled", "views"]
+__all__ = [
+    "decomposed",
+    "elementwise",
+    "joins",
+    "pair_functions",
+    "pair_transforms",
+    "pairs",
+    "products",
+    "reductions",
+    "uncompiled",
+    "views",
+]

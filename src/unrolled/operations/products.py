@@ -31,7 +31,7 @@ class Products(Reductions):
     def _baddbmm(self, op: Op) -> list[View]:
         return [self._added(op, self._batched(op, 1, 2))]
 
-    @lowers("mv", Operation())
+    @lowers("mv", Operation(Rows.mm, linear=Linear.EACH))
     def _mv(self, op: Op) -> list[View]:
         if self.layout(op, 0).place != 0 or self.layout(op, 1).place is not None:
             raise UnsupportedError("a product that is not of rows with a fixed vector")

@@ -13,6 +13,7 @@ from unrolled.plan.backward import Backward, derive_backward, partition_backward
 from unrolled.plan.fuse import fused
 from unrolled.plan.loops import LoopProgram, cut_loop, without_copies
 from unrolled.plan.partition import Loop, Stage, partition, places_of, read_outside
+from unrolled.plan.reals import in_parts, inputs_in_parts, over_reals
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
 from unrolled.recording.interpret import all_values
@@ -55,7 +56,8 @@ class StepPlan:
     """A recorded and partitioned step.
 
     Attributes:
-        recording: the step as a program.
+        recording: the step as a program, as the cell does it.
+        reals: the same over real numbers, which is what runs: the recording itself, if nothing in it is complex.
         stages: the stages in which a segment is run, in order.
         loops: the program of each loop among them.
         planned: each loop with its way back.
@@ -65,10 +67,11 @@ class StepPlan:
         read: states that are read outside of the loop that passes them on.
         copies: for each output that a loop makes the number of its copy, which is the caller's alone.
         fused: operations that a loop does although it need not.
-        requires_grad: inputs and fixed values whose gradients are wanted.
+        requires_grad: inputs and fixed values of the recording whose gradients are wanted.
     """
 
     recording: Recording
+    reals: Recording
     stages: tuple[Stage, ...]
     loops: Mapping[Loop, LoopProgram]
     planned: dict[LoopProgram, PlannedLoop]
@@ -121,32 +124,34 @@ def plan_step(
     recording = record_step(cell, samples)
     externals = [external.fetch(cell) for external in recording.externals]
     wanted = [*requires_grad, *(tensor.requires_grad for tensor in externals)]
-    needed = [v for v, grad in zip((*recording.inputs, *recording.fixed), wanted, strict=True) if grad]
-    values = [
-        all_values(recording.program, [*leaves(sample), *externals], n) for sample, n in zip(samples, ROWS, strict=True)
-    ]
-    return _Planner(recording, values, frozenset(needed), batch_size if fuse else None).plan()
+    needed = frozenset(v for v, grad in zip((*recording.inputs, *recording.fixed), wanted, strict=True) if grad)
+    tensors = [[*leaves(sample), *externals] for sample in samples]
+    reals = over_reals(recording, tensors)
+    values = [all_values(reals.program, in_parts(x), n) for x, n in zip(tensors, ROWS, strict=True)]
+    return _Planner(recording, reals, values, needed, batch_size if fuse else None).plan()
 
 
 class _Planner:
     """Makes the plan of a recorded step.
 
     Args:
-        recording: the step.
-        values: every value of the step, on two samples of `ROWS` rows.
-        requires_grad: inputs and fixed values whose gradients are wanted.
+        recorded: the step, as the cell does it.
+        recording: the same over real numbers.
+        values: every value of the latter, on two samples of `ROWS` rows.
+        requires_grad: inputs and fixed values of the former whose gradients are wanted.
         batch_size: B, if loops are fused with other work.
     """
 
     def __init__(
         self,
+        recorded: Recording,
         recording: Recording,
         values: Sequence[Mapping[int, Tensor]],
         requires_grad: frozenset[int],
         batch_size: int | None,
     ) -> None:
         program, state = recording.program, recording.state
-        self.recording, self.values, self.batch_size = recording, values, batch_size
+        self.recorded, self.recording, self.values, self.batch_size = recorded, recording, values, batch_size
         self.requires_grad = requires_grad
         self.fixed = program.made_of(recording.fixed)
         self.rows, self.coupled = find_rows(program, rows_in_front(program))
@@ -168,7 +173,8 @@ class _Planner:
             for stage, values in wanted.items()
         }
         return StepPlan(
-            recording=self.recording,
+            recording=self.recorded,
+            reals=self.recording,
             stages=tuple(self.stages),
             loops=loops,
             planned={loop: self.planned(loop, wanted[stage]) for stage, loop in loops.items()},
@@ -201,7 +207,9 @@ class _Planner:
 
     def planned(self, loop: LoopProgram, wanted: set[int]) -> PlannedLoop:
         """A loop with its way back."""
-        requires_grad = self.recording.program.dependents({*self.requires_grad, *self.recording.state})
+        parts = inputs_in_parts(self.recorded, self.recording)
+        wanted_of_step = {part for v in self.requires_grad for part in parts[v]}
+        requires_grad = self.recording.program.dependents({*wanted_of_step, *self.recording.state})
         forward, widened, step = derive_backward(loop, wanted, requires_grad, self.values, ROWS)
         inputs = zip(widened.program.inputs, loop.program.inputs, strict=True)
         forward_rows, _ = find_rows(widened.program, {v: self.rows[known] for v, known in inputs if known in self.rows})

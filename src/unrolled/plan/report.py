@@ -12,7 +12,7 @@ from typing import Any
 from unrolled.operations.operation import operation_of
 from unrolled.plan.partition import Counter, Loop
 from unrolled.plan.plan import StepPlan
-from unrolled.recording.program import Op, Ref
+from unrolled.recording.program import Op, Ref, Value
 from unrolled.results import Result, aligned
 from unrolled.trees import paths
 
@@ -115,11 +115,15 @@ class _Reporter:
 
     def __init__(self, plan: StepPlan, rows: int, state_names: Sequence[str]) -> None:
         self.plan, self.rows = plan, rows
-        self.recording, self.program = plan.recording, plan.recording.program
+        self.recording, self.program = plan.reals, plan.reals.program
         inputs, state, context, _ = self.recording.structures
         leaves = paths(state, "state")
-        self.state = list(state_names) if len(state_names) == len(leaves) else leaves
-        names = [*paths(inputs, "input"), *self.state, *paths(context, "context")]
+        leaves = list(state_names) if len(state_names) == len(leaves) else leaves
+        whole, values = plan.recording, plan.recording.program.values
+        taken = [values[v] for v in whole.program.inputs]
+        names = _by_part([*paths(inputs, "input"), *leaves, *paths(context, "context")], taken)
+        a, b, _ = self.recording.counts
+        self.state = names[a : a + b]
         names += [external.name for external in self.recording.externals]
         # For each value the operation that makes it, or the name of what it is in the step's arguments and weights.
         self.sources: dict[int, int | str] = {
@@ -160,7 +164,9 @@ class _Reporter:
 
     def results(self) -> tuple[tuple[str, int | str], ...]:
         """What leaves the step, by name, and where it comes from."""
-        names = [*paths(self.recording.structures[3], "output"), *(f"next {name}" for name in self.state)]
+        outputs = [self.plan.recording.program.values[v] for v in self.plan.recording.outputs]
+        names = _by_part(paths(self.recording.structures[3], "output"), outputs)
+        names += [f"next {name}" for name in self.state]
         values = (*self.recording.outputs, *self.recording.next_state)
         return tuple((name, self.sources[v]) for name, v in zip(names, values, strict=True) if v in self.sources)
 
@@ -187,3 +193,9 @@ class _Reporter:
             if isinstance(left, Ref):
                 return 2 * made * values[left.value].sizes(self.rows)[-1]
         return made
+
+
+def _by_part(names: Sequence[str], values: Sequence[Value]) -> list[str]:
+    """Names of values, and of a complex one both of its parts'."""
+    parts = [(".real", ".imag") if value.dtype.is_complex else ("",) for value in values]
+    return [name + part for name, both in zip(names, parts, strict=False) for part in both]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from unrolled.autograd_graph import differentiable
 from unrolled.internals import has_memory, watching
 from unrolled.recording.functions import RawProgram, fold_functions
 from unrolled.recording.merge import merge
@@ -23,20 +24,32 @@ ROWS = (3, 5)
 
 @dataclass(frozen=True)
 class External:
-    """A tensor that the step reads and is not an argument of it: where in the cell it is found at every call."""
+    """A tensor that the step reads and is not an argument of it: where in the cell it is found at every call.
+
+    Attributes:
+        module: the path of the module that holds it.
+        attribute: under which name.
+        part: of a complex one 'real' or 'imag' for that part alone.
+    """
 
     module: str
     attribute: str
+    part: str = ""
 
     def fetch(self, cell: nn.Module) -> Tensor:
         """The tensor as it is now."""
         tensor: Tensor = getattr(cell.get_submodule(self.module), self.attribute)
-        return tensor
+        return getattr(tensor, self.part).resolve_neg() if self.part else tensor
 
     @property
     def name(self) -> str:
         """Its path, as in `named_parameters`."""
-        return f"{self.module}.{self.attribute}".lstrip(".")
+        return ".".join(filter(None, (self.module, self.attribute, self.part)))
+
+    @property
+    def parts(self) -> list[External]:
+        """The two parts of a complex one."""
+        return [replace(self, part="real"), replace(self, part="imag")]
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ def samples_of(trees: tuple[Tree, Tree, Tree], batch_size: int) -> list[tuple[Tr
         picked = tensor.detach()
         if tensor.dim() > 0 and len(tensor) == batch_size:
             picked = picked[(torch.arange(rows) % batch_size).to(tensor.device)]
-        return picked.clone().requires_grad_(tensor.is_floating_point())
+        return picked.clone().requires_grad_(differentiable(tensor))
 
     return [map_leaves(lambda x, rows=rows: sampled(x, rows), trees) for rows in ROWS]
 

@@ -39,25 +39,27 @@ class Event(Op):
 
 
 class _Region(NamedTuple):
-    """Where a tensor lies in memory."""
+    """Where a tensor lies in memory, and how it is read: as conjugates or negatives, where torch puts that off."""
 
     storage: int
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    turned: tuple[bool, bool]
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Region:
-        storage = tensor.untyped_storage().data_ptr()
-        return cls(storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        storage, turned = tensor.untyped_storage().data_ptr(), (tensor.is_conj(), tensor.is_neg())
+        return cls(storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, turned)
 
     def elements(self) -> set[int]:
-        """Its entries, by their places in the storage."""
+        """Its bytes, by their places in the storage: a complex number and its parts share some."""
         found = torch.tensor([self.offset])
         for size, stride in zip(self.shape, self.strides, strict=True):
             found = (found.unsqueeze(1) + torch.arange(size) * stride).flatten()
-        return set(found.tolist())
+        width = self.dtype.itemsize
+        return set((found.unsqueeze(1) * width + torch.arange(width)).flatten().tolist())
 
 
 class NumbersStayUnread(TorchFunctionMode):

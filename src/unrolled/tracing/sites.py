@@ -119,9 +119,9 @@ class Site:
     @property
     def folds(self) -> bool:
         """Whether all that goes in and comes out has rows, and no operation couples them."""
-        recording = self.plan.recording
-        values = recording.program.values
-        ends = (*recording.program.inputs[: self.arguments], *recording.program.outputs)
+        program, counts = self.plan.reals.program, self.plan.reals.counts
+        values = program.values
+        ends = (*program.inputs[: sum(counts)], *program.outputs)
         rows = all(self.plan.rows.get(v) == 0 and values[v].shape[:1] == (Size(1, 0),) for v in ends)
         return rows and not self.plan.coupled
 
