@@ -98,7 +98,7 @@ class BatchedOps:
 
     def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         results = zip(op.outputs, self._on_folded(op, entries), strict=False)
-        return [TimeSeries(result, self.extent, self.rows[v]) if v >= 0 else result for v, result in results]
+        return [TimeSeries(result, self.extent, self.rows[v]) if v in self.rows else result for v, result in results]
 
     def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation for each step, by vmap; Functions with a backward of their own one after the other."""

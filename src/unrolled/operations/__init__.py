@@ -7,6 +7,7 @@ engine emits. See `operation.py` for how to add one.
 """
 
 from unrolled.operations import (
+    attention,
     decomposed,
     elementwise,
     joins,
@@ -15,11 +16,13 @@ from unrolled.operations import (
     pairs,
     products,
     reductions,
+    spatial,
     uncompiled,
     views,
 )
 
 __all__ = [
+    "attention",
     "decomposed",
     "elementwise",
     "joins",
@@ -28,6 +31,7 @@ __all__ = [
     "pairs",
     "products",
     "reductions",
+    "spatial",
     "uncompiled",
     "views",
 ]

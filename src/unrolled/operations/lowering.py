@@ -87,7 +87,8 @@ class Lowering:
         if not isinstance(arg, Ref):
             return arg
         view, have = self.views[arg.value], RowLayout.of(self.values[arg.value])
-        assert out.place is not None
+        if out.place is None:
+            return view
         where = out.place - (len(out.shape) - len(have.shape))
         if have.place is not None:
             if (have.place, have.many) != (where, out.many):
@@ -121,8 +122,6 @@ class Lowering:
         """Lower an operation that is one expression for each entry; `done` keywords have chosen the expression."""
         out, keywords = self.layout_of(op), {key: value for key, value in op.kwargs if key not in done}
         operation = OPERATIONS[name]
-        if out.place is None:
-            raise UnsupportedError(f"{name} of values without a batch inside of a loop")
         dtype = self._result(op, name)
         arguments = [self.aligned(arg, out) for arg in op.args]
         if keywords.get("alpha", 1) != 1:

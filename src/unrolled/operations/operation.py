@@ -62,7 +62,7 @@ class Operation:
         cost: see `Cost`.
         linear: in what it is linear, None if in nothing: sums over the steps may be taken before it.
         fill: the position of a number that it writes besides, if it does: it is linear only where that is zero.
-        contracts: of a product, the dimension of each factor over which it adds up.
+        contracts: of a product, the dimension of each operand over which it adds up; None for one that has none.
         factors: of a product, the positions of its factors among the arguments.
         moves: whether it does no arithmetic, only moves entries or repeats them.
         decomposed: whether a step backward is recorded with torch's formula of simpler operations in its place.
@@ -77,7 +77,7 @@ class Operation:
     cost: Cost = Cost.HEAVY
     linear: Linear | None = None
     fill: int | None = None
-    contracts: tuple[int, int] | None = None
+    contracts: tuple[Place, ...] | None = None
     factors: tuple[int, int] | None = None
     moves: bool = False
     decomposed: bool = False

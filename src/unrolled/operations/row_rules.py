@@ -94,7 +94,7 @@ class Rows:
         sized = [d for d, n in enumerate(shape) if isinstance(n, Size)]
         if not sized:
             return None
-        if len(sized) > 1 or shape[sized[0]] != ROW or not alike:
+        if len(sized) > 1 or shape[sized[0]].constant or not alike:  # type: ignore[union-attr]
             raise self.refusal("makes a tensor whose shape depends on the batch size")
         return sized[0]
 

@@ -52,7 +52,7 @@ class Views(Lowering):
         view = self.aligned(op.args[0], out) if out.place is not None else self.argument(op, 0)
         return [view.broadcast(out.dims)]
 
-    @lowers("repeat", Operation(Rows.repeat))
+    @lowers("repeat", Operation(Rows.repeat, alike=True))
     def _repeat(self, op: Op) -> list[View]:
         out, times = self.layout_of(op), op.args[1]
         if out.place is None or times[out.place] != 1 or out.many != 1:

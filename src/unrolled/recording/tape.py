@@ -79,7 +79,8 @@ class Tape(DispatchMode):
     """Notes every operation that runs while it is active.
 
     Args:
-        decomposition: for an operation what computes the same by simpler ones, to be written down in its place. Only
+        decomposition: for an operation what computes the same by simpler ones, to be written down in its place; that
+            may return NotImplemented for arguments that it leaves as they are. Only
             under autograd that has seen the operation itself: its derivative is not everywhere that of the formula.
 
     Attributes:
@@ -135,7 +136,9 @@ class Tape(DispatchMode):
         simpler = self.decomposition(func)
         if simpler is not None:
             with self:
-                return simpler(*args, **kwargs)
+                result = simpler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         recorded, named = self._numbered(args), {name: self._numbered(arg) for name, arg in kwargs.items()}
         if func._schema.is_mutable:
             self._refuse_foreign_write(func, recorded)
