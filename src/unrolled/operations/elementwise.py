@@ -105,9 +105,6 @@ declare(
         "heaviside": _c("({0} == 0 ? {1} : (real)({0} > 0))"),
         "maximum": _c("(({0} > {1}) | ({0} != {0}) ? {0} : {1})", Cost.LIGHT),
         "minimum": _c("(({0} < {1}) | ({0} != {0}) ? {0} : {1})", Cost.LIGHT),
-        "clamp": Operation(
-            expression="ur_clamp({0}, {1}, {2})", cost=Cost.LIGHT, keywords=(("min", None), ("max", None))
-        ),
         "clamp_min": _c("({0} < {1} ? {1} : {0})", Cost.LIGHT),
         "clamp_max": _c("({0} > {1} ? {1} : {0})", Cost.LIGHT),
         "where": Operation(Rows.pointwise, expression="({0} ? {1} : {2})", cost=Cost.LIGHT, condition=0),
@@ -135,6 +132,22 @@ class Arithmetic(Lowering):
     @lowers("add", _c("({0} + {1})", Cost.REGISTER, Linear.JOINTLY))
     def _add(self, op: Op) -> list[View]:
         return [self.elementwise(op, "logical_or" if self.values[op.outputs[0]].dtype == torch.bool else "add")]
+
+    @lowers(
+        "clamp",
+        Operation(expression="ur_clamp({0}, {1}, {2})", cost=Cost.LIGHT, keywords=(("min", None), ("max", None))),
+    )
+    def _clamp(self, op: Op) -> list[View]:
+        """Bounds that are not there are NaN, which integers have not."""
+        keywords, dtype = dict(op.kwargs), self.values[op.outputs[0]].dtype
+        if dtype == self.real:
+            return [self.elementwise(op, "clamp")]
+        view, out = self.argument(op, 0), self.layout_of(op)
+        for number, bound in ((1, "min"), (2, "max")):
+            limit = self.aligned(op.args[number] if len(op.args) > number else keywords.get(bound), out)
+            if limit is not None:
+                view = self.compute(f"clamp_{bound}", view, limit, dims=out.dims, dtype=self.checked(dtype))
+        return [view]
 
     @lowers("div", _c("({0} / {1})", Cost.LIGHT))
     @lowers("true_divide", Operation())

@@ -15,7 +15,7 @@ from unrolled.operations.nodes import Compute, Input, Node, Scalar, View, contig
 from unrolled.operations.operation import OPERATIONS, operation_of
 from unrolled.recording.program import Op, Ref, Value
 
-_COUNT = torch.int64
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Lowering:
@@ -37,8 +37,6 @@ class Lowering:
         """Make a value an input."""
         known = self.values[value]
         layout = RowLayout.of(known)
-        if layout.place is None and kind != "fixed":
-            raise UnsupportedError(f"a {kind} without a batch, {known}")
         self.views[value] = self.add(
             Input(layout.dims, self.checked(known.dtype), kind, position, layout.place is not None)
         )
@@ -52,15 +50,15 @@ class Lowering:
         operation = operation_of(op)
         if operation.lower is not None:
             results = operation.lower(self, op)
-        elif operation.expression:
+        elif operation.expression or operation.integers:
             results = [self.elementwise(op, op.base)]
         else:
             raise UnsupportedError(op.name.removeprefix("aten."))
         self.views |= {value: view for value, view in zip(op.outputs, results, strict=False) if value >= 0}
 
     def checked(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype, if this engine has it. Integers are counts: they are read, and made of bools, no more."""
-        if dtype not in (self.real, torch.bool, _COUNT):
+        """The dtype, if this engine has it."""
+        if dtype not in (self.real, torch.bool, *_INTEGERS):
             raise UnsupportedError(f"values of {dtype} beside {self.real}")
         return dtype
 
@@ -114,20 +112,16 @@ class Lowering:
             return view
         if dtype == torch.bool:
             return self.compute("ne", view, 0, dtype=dtype)
-        if dtype == _COUNT and view.dtype != torch.bool:
-            raise UnsupportedError(f"{view.dtype} made integers")
         return self.compute("cast", view, dtype=self.checked(dtype))
 
     def elementwise(self, op: Op, name: str, done: Sequence[str] = ()) -> View:
         """Lower an operation that is one expression for each entry; `done` keywords have chosen the expression."""
         out, keywords = self.layout_of(op), {key: value for key, value in op.kwargs if key not in done}
         operation = OPERATIONS[name]
-        dtype = self._result(op, name)
-        arguments = [self.aligned(arg, out) for arg in op.args]
+        dtype = self.checked(self.values[op.outputs[0]].dtype)
+        arguments = self._numbers(name, [self.aligned(arg, out) for arg in op.args], dtype)
         if keywords.get("alpha", 1) != 1:
-            arguments[1] = self.compute("mul", arguments[1], keywords["alpha"])
-        if dtype == self.real:
-            arguments = [self._number(arg, index == operation.condition) for index, arg in enumerate(arguments)]
+            arguments[1] = self.compute("mul", arguments[1], keywords["alpha"], dtype=dtype)
         arguments += [keywords.get(keyword, default) for keyword, default in operation.keywords]
         harmless = ("alpha", "dtype", "layout", "device", "pin_memory", "memory_format")
         unknown = set(keywords).difference(harmless, dict(operation.keywords))
@@ -135,17 +129,34 @@ class Lowering:
             raise UnsupportedError(f"{op.name} with {', '.join(sorted(unknown))}")
         return self.compute(name, *arguments, dims=out.dims, dtype=dtype)
 
-    def _number(self, arg: Any, condition: bool) -> Any:
-        """An argument of arithmetic: C would divide bools as integers."""
-        return self.cast(arg, self.real) if isinstance(arg, View) and not condition else arg
-
-    def _result(self, op: Op, name: str) -> torch.dtype:
-        """The dtype of an element-wise result; arithmetic of integers alone is not that of floating numbers."""
-        found = self.checked(self.values[op.outputs[0]].dtype)
-        read = {self.checked(self.values[value].dtype) for value in op.inputs}
-        if found == _COUNT or read == {_COUNT}:
+    def _numbers(self, name: str, arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """Arguments of one kind, as torch promotes them: C would divide bools as integers."""
+        operation = OPERATIONS[name]
+        if not self.among_integers(arguments, dtype):
+            return [self._number(x, dtype) if i != operation.condition else x for i, x in enumerate(arguments)]
+        if not operation.integers:
             raise UnsupportedError(f"{name} of integers")
-        return found
+        return [int(x) if isinstance(x, float) else x for x in arguments]
+
+    def among_integers(self, arguments: Sequence[Any], dtype: torch.dtype) -> bool:
+        """Whether what makes this dtype of some arguments is arithmetic of integers.
+
+        Raises:
+            UnsupportedError: if integers are compared with a number as numbers of another dtype than the loop's.
+        """
+        kinds = {x.dtype for x in arguments if isinstance(x, View)} | {dtype}
+        if self.real in kinds or kinds == {torch.bool}:
+            return False
+        if dtype == torch.bool and any(isinstance(x, float) for x in arguments):
+            if self.real != torch.get_default_dtype():
+                raise UnsupportedError("integers beside a floating-point number")
+            return False
+        return True
+
+    def _number(self, arg: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(arg, View) or (arg.dtype == torch.bool and dtype != self.real):
+            return arg
+        return self.cast(arg, self.real)
 
     def in_memory(self, row: View) -> View:
         """A view of entries that lie one after the other."""

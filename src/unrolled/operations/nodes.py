@@ -3,7 +3,7 @@
 Every value is a `View` of some node's memory: an offset, and one stride for each dimension that is not the batch.
 Slices, splits, selections, permutations and expansions are views and cost nothing. What is left are the kinds of node:
 inputs, element-wise computations, products with a fixed matrix and of a row's own matrices, reductions along dimensions
-of a row, and joins, whose pieces are written side by side.
+of a row, joins, whose pieces are written side by side, and what reads, writes or finds entries at computed places.
 """
 
 from __future__ import annotations
@@ -98,6 +98,12 @@ class Compute(Node):
         """What it reads."""
         return [argument for argument in self.arguments if isinstance(argument, View)]
 
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether it is arithmetic of integers: if it reads some and no others, or makes them of nothing."""
+        read = {view.dtype for view in self.views} or {self.dtype}
+        return not any(dtype.is_floating_point for dtype in read) and read != {torch.bool}
+
 
 @dataclass(eq=False)
 class Product(Node):
@@ -142,6 +148,80 @@ class Reduce(Node):
 @dataclass(eq=False)
 class Scan(Reduce):
     """A running sum along the last dimension of a view, entry by entry: its dimensions are the view's."""
+
+
+@dataclass(frozen=True)
+class At:
+    """A place along a dimension that an index names.
+
+    Attributes:
+        index: the indices, in the shape of what is read or written.
+        stride: of the dimension, in the memory that is read or written.
+        size: how long it is.
+        from_end: whether negative indices count from its end.
+    """
+
+    index: View
+    stride: int
+    size: int
+    from_end: bool
+
+
+@dataclass(eq=False)
+class Take(Node):
+    """Entries of a view, which has stride 0 in its dimensions, read at computed places."""
+
+    source: View = None  # type: ignore[assignment]
+    at: tuple[At, ...] = ()
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.source, *(at.index for at in self.at)]
+
+
+@dataclass(eq=False)
+class Put(Node):
+    """A view's entries, some of them replaced by others at computed places, or added to; one after the other.
+
+    Attributes:
+        base: the view.
+        source: what is written.
+        strides: where, but for the computed places: one for each dimension of the source.
+        at: the computed places.
+        added: whether what is written is added to what is there.
+    """
+
+    base: View = None  # type: ignore[assignment]
+    source: View = None  # type: ignore[assignment]
+    strides: tuple[int, ...] = ()
+    at: tuple[At, ...] = ()
+    added: bool = False
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.base, self.source, *(at.index for at in self.at)]
+
+
+@dataclass(eq=False)
+class Find(Node):
+    """Places of entries along the last dimension of a view, found by a function of C: `name` in `places.c`.
+
+    Attributes:
+        name: the function.
+        source: what is looked through, `[..., n]`; the node is `[..., m]`.
+        wanted: what is looked for, if that is more than the function's name says: `[..., m]`.
+    """
+
+    name: str = ""
+    source: View = None  # type: ignore[assignment]
+    wanted: View | None = None
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.source] if self.wanted is None else [self.source, self.wanted]
 
 
 @dataclass(eq=False)

@@ -4,8 +4,9 @@ To add an operation, declare it in the file of its family, under torch's name wi
 
 - An element-wise one is a row of the table in `elementwise.py`: the C of one entry, and its cost. Torch's own tag says
   that it acts row by row.
-- Any other is a method of a family (`views`, `joins`, `reductions`, `products`) under the decorator `lowers`, with its
-  `Operation`. The method writes the operation in nodes; `rows` names the rule by which time is folded into the batch.
+- Any other is a method of a family (`views`, `joins`, `reductions`, `products`, `indexing`, `ordering`) under the
+  decorator `lowers`, with its `Operation`. The method writes the operation in nodes; `rows` names the rule by which
+  time is folded into the batch.
 - One that no compiled loop does is a row in `uncompiled.py`, with its rule for the rows.
 - A new family is a file that `__init__.py` imports, and a base of the class in `engine/native/lower.py`.
 
@@ -67,6 +68,7 @@ class Operation:
         moves: whether it does no arithmetic, only moves entries or repeats them.
         decomposed: whether a step backward is recorded with torch's formula of simpler operations in its place.
         expression: of an element-wise operation, the C of one entry, with `{0}`, `{1}`, ... for the arguments.
+        integers: likewise where all that it reads are integers; empty where it is not for them.
         keywords: keyword arguments that follow the positional ones in the expression, with their defaults.
         condition: which of its arguments is a bool that chooses, rather than a number.
         lower: writes it in nodes, where that takes more than the expression: `(lowering, op)` to the results' views.
@@ -82,6 +84,7 @@ class Operation:
     moves: bool = False
     decomposed: bool = False
     expression: str = ""
+    integers: str = ""
     keywords: tuple[tuple[str, Any], ...] = ()
     condition: int | None = None
     lower: Callable[[Any, Op], list[View]] | None = None

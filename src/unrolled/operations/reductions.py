@@ -21,17 +21,25 @@ class Reductions(Views):
     """Sums, extremes, moments and softmax along dimensions of a row."""
 
     def reduced(self, name: str, view: View, dims: Sequence[int]) -> View:
-        """A reduction that keeps its dimensions, with length 1."""
+        """A reduction that keeps its dimensions, with length 1; of integers it is one of 64 bits."""
+        view = self.addable(view)
         kept = [d for d in range(len(view.dims)) if d not in dims]
         ordered = view.permuted([*kept, *dims])
-        node = Reduce(tuple(view.dims[d] for d in kept), self.real, name, ordered, prod(view.dims[d] for d in dims))
+        node = Reduce(tuple(view.dims[d] for d in kept), view.dtype, name, ordered, prod(view.dims[d] for d in dims))
         result = self.add(node)
         shape = tuple(1 if d in dims else n for d, n in enumerate(view.dims))
         return View(result.node, shape, contiguous(shape))
 
+    def addable(self, view: View) -> View:
+        """A view's entries as reductions take them: floating-point numbers, which bools become too, or integers."""
+        whole = view.dtype not in (self.real, torch.bool)
+        return self.cast(view, torch.int64 if whole else self.real)
+
     def _dims(self, op: Op, named: Any, index: int = 0) -> list[int]:
         have = self.layout(op, index)
-        if named is None or named == () or have.place is None:
+        if (named is None or named == ()) and have.place is None:
+            named = tuple(range(len(have.shape)))
+        if named is None or named == ():
             raise UnsupportedError("a reduction along the batch")
         return sorted(have.dim(d, "a reduction") for d in (named if isinstance(named, tuple) else (named,)))
 
@@ -40,7 +48,7 @@ class Reductions(Views):
     @lowers("prod", Operation(along(1, 2)))
     def _reduction(self, op: Op) -> list[View]:
         dims = self._dims(op, self.argument(op, 1, dict(op.kwargs).get("dim")))
-        view = self.cast(self.argument(op, 0), self.real)
+        view = self.argument(op, 0)
         result = self.reduced("sum" if op.base == "mean" else op.base, view, dims)
         if op.base == "mean":
             result = self.compute("mul", result, 1.0 / prod(view.dims[d] for d in dims))
@@ -55,16 +63,9 @@ class Reductions(Views):
         return [self.compute("ne", self._shaped(op, 0, result), 0, dtype=torch.bool)]
 
     def _counted(self, op: Op, result: View) -> View:
-        """A whole node as the operation gives it: in its shape, a count of bools as integers."""
+        """A whole node as the operation gives it: in its shape and its dtype."""
         result, dtype = self._shaped(op, 0, result), self.checked(self.values[op.outputs[0]].dtype)
-        return result if dtype == self.real else self.compute("cast", result, dtype=dtype)
-
-    @lowers("max", Operation(along(1, 2)))
-    def _max(self, op: Op) -> list[View]:
-        if len(op.outputs) != 2 or op.outputs[1] >= 0:
-            raise UnsupportedError("the place of a maximum")
-        view = self.argument(op, 0)
-        return [self._shaped(op, 0, self.reduced("amax", view, self._dims(op, op.args[1])))]
+        return self.cast(result, dtype)
 
     def _shaped(self, op: Op, output: int, view: View) -> View:
         """A whole node in the shape that the operation gives it, if it gives it."""
@@ -91,25 +92,35 @@ class Reductions(Views):
         results = (moment, mean)[: len(op.outputs)]
         return [self._shaped(op, output, view) for output, view in enumerate(results)]
 
-    @lowers("cumsum", Operation(along(1, default=-1)))
-    def _cumsum(self, op: Op) -> list[View]:
-        view, (dim,) = self.argument(op, 0), self._dims(op, op.args[1])
-        order = [*(d for d in range(len(view.dims)) if d != dim), dim]
-        return [self._running_sum(view.permuted(order)).permuted([order.index(d) for d in range(len(order))])]
+    @lowers("count_nonzero", Operation(along(1, 2)))
+    def _count_nonzero(self, op: Op) -> list[View]:
+        there = self.compute("ne", self.argument(op, 0), 0, dtype=torch.bool)
+        return [self._counted(op, self.reduced("sum", there, self._dims(op, self.argument(op, 1))))]
 
-    def _running_sum(self, view: View) -> View:
-        return self.add(Scan(view.dims, self.real, "cumsum", view, view.dims[-1]))
+    @lowers("cumsum cumprod logcumsumexp", Operation(along(1, default=-1)))
+    def _running(self, op: Op) -> list[View]:
+        view, (dim,) = self.argument(op, 0), self._dims(op, op.args[1])
+        whole = self.values[op.outputs[0]].dtype != self.real
+        view = self.cast(view, torch.int64 if whole else self.real)
+        order = [*(d for d in range(len(view.dims)) if d != dim), dim]
+        running = self._running_total(op.base, view.permuted(order))
+        result = running.permuted([order.index(d) for d in range(len(order))])
+        return [self.cast(result, self.checked(self.values[op.outputs[0]].dtype))]
+
+    def _running_total(self, name: str, view: View) -> View:
+        return self.add(Scan(view.dims, view.dtype, name, view, view.dims[-1]))
 
     @lowers("tril triu", Operation(Rows.triangle))
     def _triangle(self, op: Op) -> list[View]:
         """Entries on one side of a diagonal, found by counting along both dimensions; zeros on the other."""
         view, have = self.argument(op, 0), self.layout(op)
         down, across = (
-            self._running_sum(self.compute("literal", 1.0, dims=(view.dims[have.dim(d)],))) for d in (-2, -1)
+            self._running_total("cumsum", self.compute("literal", 1.0, dims=(view.dims[have.dim(d)],)))
+            for d in (-2, -1)
         )
         beyond = self.compute("sub", across, down.unsqueezed(1))
         kept = self.compute("le" if op.base == "tril" else "ge", beyond, self.argument(op, 1, 0), dtype=torch.bool)
-        return [self.compute("where", kept, view, 0.0, dtype=view.dtype)]
+        return [self.compute("where", kept, view, 0, dtype=view.dtype)]
 
     @lowers("_softmax", Operation(along(1, default=-1), cost=Cost.FUSED))
     def _softmax(self, op: Op) -> list[View]:

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from unrolled.autograd_graph import differentiable
 from unrolled.internals import has_memory, watching
 from unrolled.recording.functions import RawProgram, fold_functions
+from unrolled.recording.indexing import FixedShapes
 from unrolled.recording.merge import merge
 from unrolled.recording.program import Program
 from unrolled.recording.tape import NumbersStayUnread, Tape, UnrecordableError
@@ -141,7 +142,7 @@ def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> 
 def _recorded(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProgram, tuple[External, ...], Structure]:
     tape = Tape()
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
-    with silent(), torch.enable_grad(), NumbersStayUnread(), tape:
+    with silent(), torch.enable_grad(), NumbersStayUnread(), FixedShapes(), tape:
         output, state = cell(*arguments_of(*sample))
     tensors, structure = flatten(output)
     outputs = [tape.number(leaf) for leaf in (*tensors, *leaves(state))]

@@ -242,7 +242,8 @@ class Tape(DispatchMode):
             raise UnrecordableError(
                 f"it draws random numbers ({func}); dropout over time is a wrapper: DropoutCell, ZoneoutCell"
             )
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and not _by_index(func, args)
+        if torch.Tag.data_dependent_output in func.tags or dynamic:
             raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")
 
 
@@ -265,6 +266,13 @@ def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     dropout = [argument for argument in func._schema.arguments if argument.name == "dropout_p"]
     return not dropout or bool(given.get("dropout_p", dropout[0].default_value))
+
+
+def _by_index(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation picks entries by indices: only by a mask their number depends on what is in it."""
+    masks = (torch.bool, torch.uint8)
+    by_index = func in (_ATEN.index.Tensor, _ATEN._unsafe_index.Tensor)
+    return by_index and not any(index is not None and index.dtype in masks for index in args[1])
 
 
 def tangent_like(tensor: Tensor) -> Tensor:

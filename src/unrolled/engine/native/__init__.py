@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from unrolled.engine.native.bind import NativeLoop, built
+from unrolled.engine.native.bind import DeclinedError, NativeLoop, built
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.products import affine, worthwhile
@@ -19,7 +19,7 @@ from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.operations.layout import UnsupportedError
 from unrolled.plan.loops import LoopProgram
 
-__all__ = ["BuildError", "affine", "prepare", "run_compiled", "worthwhile"]
+__all__ = ["BuildError", "DeclinedError", "affine", "prepare", "run_compiled", "worthwhile"]
 
 _LOOPS: dict[LoopProgram, NativeLoop] = {}
 
@@ -53,5 +53,9 @@ def prepare(loops: Iterable[LoopProgram]) -> dict[LoopProgram, str]:
 
 
 def run_compiled(loop: LoopProgram, inputs: LoopInputs) -> LoopResult:
-    """Run all steps in C; see `execution.protocol.LoopRunner`. The loop was prepared before."""
+    """Run all steps in C; see `execution.protocol.LoopRunner`. The loop was prepared before.
+
+    Raises:
+        DeclinedError: if torch has to run them, on these numbers.
+    """
     return _LOOPS[loop](inputs)

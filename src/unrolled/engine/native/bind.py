@@ -49,6 +49,10 @@ def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop
     }
 
 
+class DeclinedError(Exception):
+    """Numbers that an emitted loop has no answer for: an index out of range, a division by zero, ties in a sort."""
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """What is known of a run over so many steps and rows before it is made.
@@ -152,7 +156,11 @@ class NativeLoop:
         self._seconds_per_row = 1e-9 * max(self.source.flops, 1)
 
     def __call__(self, inputs: LoopInputs) -> LoopResult:
-        """Run all steps; see `execution.protocol.LoopRunner`."""
+        """Run all steps; see `execution.protocol.LoopRunner`.
+
+        Raises:
+            DeclinedError: if torch has to run them, on these numbers.
+        """
         extent, tensors = inputs.extent, [materialized(tensor) for tensor in inputs.tensors]
         sizes = self._sizes(extent.steps, extent.batch, extent.rows, extent.ragged)
         sizes.check(tensors)
@@ -162,22 +170,30 @@ class NativeLoop:
         for buffer, state in zip(states, inputs.states, strict=True):
             buffer.begin(state)
         self._run(memory, extent, threads, reverse=inputs.reverse)
-        last = [buffer.last() for buffer in states]
+        last = [self._of_state(n, buffer.last(), 0) for n, buffer in enumerate(states)]
         totals = [total.sum(0) if threads.owners > 1 else total[0] for total in memory.totals]
         emitted = self._emitted(memory.buffers, states, extent)
-        return LoopResult(emitted, last, lambda state: states[state].received(), totals)
+
+        def received(state: int) -> Tensor:
+            return self._of_state(state, states[state].received(), 1)
+
+        return LoopResult(emitted, last, received, totals)
 
     # -- before a run
 
     def _sizes_for(self, steps: int, batch: int, rows: int, ragged: bool) -> _Sizes:
         loop, values = self.loop, self.loop.program.values
-        shapes = [values[v].sizes(rows) if ragged else (steps, *values[v].sizes(batch)) for v in loop.sequences]
+        folded = [ragged and layout.place is not None for layout in self._input_layouts]
+        shapes = [
+            values[v].sizes(rows) if one_after_the_other else (steps, *values[v].sizes(batch))
+            for v, one_after_the_other in zip(loop.sequences, folded, strict=False)
+        ]
         shapes += [values[v].sizes(batch) for v in (*loop.fixed, *loop.states)]
         dtypes = [values[v].dtype for v in loop.program.inputs]
         by_row = [0 if layout.place is None else prod(layout.dims) for layout in self._input_layouts]
         by_step = [0] * len(shapes)
-        if not ragged:
-            for i, layout in enumerate(self._input_layouts[: len(loop.sequences)]):
+        for i, layout in enumerate(self._input_layouts[: len(loop.sequences)]):
+            if not folded[i]:
                 by_step[i] = prod(layout.dims) * (1 if layout.place is None else batch)
         stored = [*loop.emitted, *(v for v, n in self._states() if n >= len(loop.emitted))]
         steps_first = (rows,) if ragged else (steps, batch)
@@ -219,6 +235,9 @@ class NativeLoop:
         a, b, _ = self.loop.counts
         inputs, by_step, by_row = list(tensors), list(sizes.by_step), list(sizes.by_row)
         for i, layout in enumerate(self._input_layouts[: a + b]):
+            if i < a and layout.place is None:  # an entry a step for all rows
+                inputs[i] = tensors[i].contiguous()
+                continue
             timed = i < a and not extent.ragged
             rows = extent.rows if i < a and extent.ragged else extent.batch
             tensor = layout.rows_first(tensors[i], 1 if timed else 0, rows)
@@ -258,7 +277,8 @@ class NativeLoop:
             many = max(1, int(0.25 / (self._seconds_per_row * extent.batch)))
             until = min(steps, done + many)
             started = time.perf_counter()
-            self._entry(*arguments, done, until, int(threads.queued), threads.count, team())
+            if self._entry(*arguments, done, until, int(threads.queued), threads.count, team()):
+                raise DeclinedError
             rows = (until - done) * extent.rows / steps
             self._seconds_per_row = max((time.perf_counter() - started) / rows, 1e-10)
             done = until
@@ -270,7 +290,19 @@ class NativeLoop:
             if number < len(made):
                 made[number] = state.passed_on()
         leading = 0 if extent.ragged else 1
-        return [layout.as_torch_has_it(x, leading) for layout, x in zip(self._emitted_layouts, made, strict=True)]
+        layouts = self._emitted_layouts
+        first_rows = torch.tensor(extent.offsets[: extent.steps]) if extent.ragged else None
+        return [_as_torch_has_it(layout, x, leading, first_rows) for layout, x in zip(layouts, made, strict=True)]
+
+    def _of_state(self, state: int, tensor: Tensor, leading: int) -> Tensor:
+        return _as_torch_has_it(self._input_layouts[state - len(self._state_buffers)], tensor, leading)
+
+
+def _as_torch_has_it(layout: RowLayout, tensor: Tensor, leading: int, first_rows: Tensor | None = None) -> Tensor:
+    """A tensor `[..., B, *dims]` in torch's shape; of what has no batch all rows of a step are alike."""
+    if layout.place is not None:
+        return layout.as_torch_has_it(tensor, leading)
+    return tensor.select(leading, 0) if first_rows is None else tensor.index_select(0, first_rows)
 
 
 def _adjacent(tensor: Tensor, leading: int) -> Tensor:

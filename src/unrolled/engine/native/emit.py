@@ -11,17 +11,22 @@ import torch
 
 from unrolled.engine.native.build import c_text
 from unrolled.engine.native.lower import lower, state_buffers
+from unrolled.engine.native.placed import placed
 from unrolled.engine.native.schedule import Kernels
+from unrolled.engine.native.text import c_type, index, literal, nest
 from unrolled.operations.nodes import (
     Compute,
+    Find,
     Input,
     Lowered,
     MatrixProduct,
     Node,
     Product,
+    Put,
     Reduce,
     Scalar,
     Scan,
+    Take,
     View,
     Write,
     contiguous,
@@ -76,7 +81,7 @@ def one_file(sources: Sequence[Source]) -> str:
     """
     (real,) = {source.real for source in sources}
     functions = [source.function(f"ur_loop_{number}") for number, source in enumerate(sources)]
-    return "".join([c_text(real, "kernels.c", "loops.c"), *functions])
+    return "".join([c_text(real, "kernels.c", "loops.c", "places.c", "ordering.c", "ordering.c"), *functions])
 
 
 _FUNCTION = """
@@ -88,6 +93,7 @@ void %(name)s(const loop_task *task, int64_t number) {
     const int64_t t = task->reverse ? task->steps - 1 - i : i;
     const int64_t alive = (offsets ? offsets[t + 1] - offsets[t] : batch) - begin, rows = alive < most ? alive : most;
     if (rows <= 0) continue;
+    if (__atomic_load_n(task->declined, __ATOMIC_RELAXED)) break;
     const int64_t at = offsets ? offsets[t] : t * batch, skipped = offsets ? at : 0;
     /* The buffer of a state has one step more: what a step receives lies before what it passes on, or after it. */
     const int64_t early = t ? batch + (offsets ? offsets[t - 1] : at - batch) : 0, late = batch + at;
@@ -128,7 +134,7 @@ class _Emitter:
         setup: list[str] = []
         step: list[str] = []
         for node in self.lowered.nodes:
-            name, kind = self.names[node], _c_type(node)
+            name, kind = self.names[node], c_type(node)
             if isinstance(node, Input):
                 self._input(node, setup, step)
             elif node in self.kernels.stored:
@@ -144,7 +150,7 @@ class _Emitter:
 
     def _input(self, node: Input, setup: list[str], step: list[str]) -> None:
         a, b, _ = self.loop.counts
-        name, kind = self.names[node], _c_type(node)
+        name, kind = self.names[node], c_type(node)
         place = {"sequence": 0, "fixed": a, "state": a + b}[node.kind] + node.position
         base, rows = f"(const {kind} *)task->inputs[{place}]", f"task->by_row[{place}]"
         if node.kind == "fixed":
@@ -168,6 +174,14 @@ class _Emitter:
         """Where row b of a view begins."""
         return f"{self.names[view.node]} + b * {self.row_stride(view.node)} + {view.offset}"
 
+    def pointer(self, node: Node, *, written: bool = False) -> str:
+        """The name of a node's memory."""
+        return self.names[node]
+
+    def declined(self) -> str:
+        """Where it is noted that the numbers are declined."""
+        return "task->declined"
+
     # -- kernels
 
     def _kernel(self, nodes: Sequence[Node]) -> Iterator[str]:
@@ -178,6 +192,11 @@ class _Emitter:
             yield from self._matrix_product(first)
         elif isinstance(first, Reduce):
             yield from self._reduce(first)
+        elif isinstance(first, Take | Put | Find):
+            yield "for (int64_t b = 0; b < rows; ++b) {"
+            yield from ("  " + line for line in placed(first, self))
+            yield "}"
+            self.flops += first.size
         else:
             computations = [node for node in nodes if isinstance(node, Compute)]
             yield from _EntryLoop(self, computations).lines()
@@ -198,15 +217,15 @@ class _Emitter:
 
     def _matrix_product(self, node: MatrixProduct) -> Iterator[str]:
         (*many, N, M), (*_, K) = node.dims, node.left.dims
-        out = f"out + {_index(contiguous(node.dims)[:-2])}"
+        out = f"out + {index(contiguous(node.dims)[:-2])}"
         x, y = (
-            f"{name} + {_index(view.strides[:-2])}, {view.strides[-2]}, {view.strides[-1]}"
+            f"{name} + {index(view.strides[:-2])}, {view.strides[-2]}, {view.strides[-1]}"
             for name, view in (("x", node.left), ("y", node.right))
         )
         yield "for (int64_t b = 0; b < rows; ++b) {"
         yield f"  const real *const x = {self.row_of(node.left)}, *const y = {self.row_of(node.right)};"
         yield f"  real *const out = {self.names[node]} + b * {node.size};"
-        yield from _nest(many, [f"small_product({out}, {x}, {y}, {N}, {K}, {M});"])
+        yield from nest(many, [f"small_product({out}, {x}, {y}, {N}, {K}, {M});"])
         yield "}"
         self.flops += 2 * K * node.size
 
@@ -216,13 +235,14 @@ class _Emitter:
         return f"add_rows(task->totals[{number}] + number * {N}, {x}, {self.row_stride(view.node)}, rows, {N});"
 
     def _reduce(self, node: Reduce) -> Iterator[str]:
-        view = node.source
+        view, kind = node.source, c_type(node)
         kept = len(node.dims) - 1 if isinstance(node, Scan) else len(node.dims)
-        reduction = _reduction(node, view.dims[kept:], view.strides[kept:], _index(view.strides[:kept]))
+        reduced = _scanned if isinstance(node, Scan) else _reduced
+        reduction = reduced(node, view.dims[kept:], view.strides[kept:], index(view.strides[:kept]))
         yield "for (int64_t b = 0; b < rows; ++b) {"
-        yield f"  const real *x = {self.row_of(view)};"
-        yield f"  real *y = {self.names[node]} + b * {node.size};"
-        yield from _nest(node.dims[:kept], reduction)
+        yield f"  const {kind} *x = {self.row_of(view)};"
+        yield f"  {kind} *y = {self.names[node]} + b * {node.size};"
+        yield from nest(node.dims[:kept], reduction)
         yield "}"
         self.flops += view.node.size
 
@@ -266,7 +286,7 @@ class _EntryLoop:
         shape = (math.prod(self.dims),) if self.flat else self.dims
         yield "for (int64_t b = 0; b < rows; ++b) {"
         yield from ("  " + line for line in self.before)
-        yield from ("  " + line for line in _nest(shape, self.inside, sums=[f"{name}_sum" for name in totals]))
+        yield from ("  " + line for line in nest(shape, self.inside, sums=[f"{name}_sum" for name in totals]))
         yield from (f"  {name}[b] = {name}_sum;" for name in totals)
         yield "}"
 
@@ -277,10 +297,10 @@ class _EntryLoop:
         return not any(strides) or all(have == want for have, want, n in adjacent if n != 1)
 
     def _at(self, strides: Sequence[int]) -> str:
-        return "i0" if self.flat else _index(strides)
+        return "i0" if self.flat else index(strides)
 
     def _read(self, view: View, name: str) -> None:
-        kind, row, strides = _c_type(view.node), self.emitter.row_of(view), view.broadcast(self.dims).strides
+        kind, row, strides = c_type(view.node), self.emitter.row_of(view), view.broadcast(self.dims).strides
         if not any(strides):
             self.before.append(f"const {kind} {name} = *({row});")
             return
@@ -289,15 +309,17 @@ class _EntryLoop:
 
     def _argument(self, argument: View | Scalar, node: Compute) -> str:
         if not isinstance(argument, View):
-            return _literal(argument)
+            return literal(argument, whole=node.whole_numbers)
         if self.kernels.in_register(argument, node):
             return f"{self.emitter.names[argument.node]}_v"
         return self.reads[argument]
 
     def _compute(self, node: Compute) -> None:
-        name, kind = self.emitter.names[node], _c_type(node)
+        name, kind = self.emitter.names[node], c_type(node)
         arguments = [self._argument(argument, node) for argument in node.arguments]
-        expression = OPERATIONS[node.name].expression.format(*arguments, type=kind)
+        operation = OPERATIONS[node.name]
+        expression = operation.integers if node.whole_numbers else operation.expression
+        expression = expression.format(*arguments, type=kind, declined=self.emitter.declined())
         register = "int" if node.dtype == torch.bool else kind
         self.inside.append(f"const {register} {name}_v = {expression};")
         if isinstance(node, Write):
@@ -310,61 +332,46 @@ class _EntryLoop:
         self.inside.append(f"{name}_to[{self._at(strides)}] = ({kind}){name}_v;")
 
 
-def _reduction(node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], index: str) -> list[str]:
-    """The C that reduces the entries `x[index + ...]`, of some dimensions, to an entry of `y`."""
-    if isinstance(node, Scan):
-        step = f"y[{_index(contiguous(node.dims)[:-1])} + j0] = total += x[{index} + {_index(strides, 'j')}];"
-        return ["double total = 0;", *_nest(dims, [step], "j")]
-    out = f"y[{_index(contiguous(node.dims))}]"
-    if node.name == "sum" and strides == contiguous(dims):
-        return [f"{out} = sum_of(x + {index}, {math.prod(dims)});"]
-    x = f"x[{index} + {_index(strides, 'j')}]"
-    start, step = {
+def _scanned(node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], start: str) -> list[str]:
+    """The C that adds up, or multiplies, entries one after the other; in double precision, as torch does."""
+    total = "int64_t" if node.dtype == torch.int64 else "double"
+    x = f"x[{start} + {index(strides, 'j')}]"
+    first, following = {
+        "cumsum": ("0", f"total + {x}"),
+        "cumprod": ("1", f"total * {x}"),
+        "logcumsumexp": ("-INFINITY", f"log_of_sum(total, {x})"),
+    }[node.name]
+    if node.dtype == torch.int64:
+        following = _of_integers(node.name.removeprefix("cum"), x)
+    step = f"y[{index(contiguous(node.dims)[:-1])} + j0] = total = {following};"
+    return [f"{total} total = {first};", *nest(dims, [step], "j")]
+
+
+def _reduced(node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], start: str) -> list[str]:
+    """The C that reduces the entries `x[start + ...]`, of some dimensions, to an entry of `y`."""
+    out, whole = f"y[{index(contiguous(node.dims))}]", node.dtype == torch.int64
+    if node.name == "sum" and strides == contiguous(dims) and not whole:
+        return [f"{out} = sum_of(x + {start}, {math.prod(dims)});"]
+    x = f"x[{start} + {index(strides, 'j')}]"
+    first, step = {
         "sum": ("0", f"total + {x}"),
         "prod": ("1", f"total * {x}"),
-        "amax": ("-INFINITY", f"larger(total, {x})"),
-        "amin": ("INFINITY", f"smaller(total, {x})"),
+        "amax": ("INT64_MIN" if whole else "-INFINITY", f"larger(total, {x})"),
+        "amin": ("INT64_MAX" if whole else "INFINITY", f"smaller(total, {x})"),
     }[node.name]
-    return [f"real total = {start};", *_nest(dims, [f"total = {step};"], "j"), f"{out} = total;"]
+    step = _of_integers(node.name, x) if whole else step
+    return [f"{c_type(node)} total = {first};", *nest(dims, [f"total = {step};"], "j"), f"{out} = total;"]
 
 
-def _c_type(node: Node) -> str:
-    return {torch.bool: "unsigned char", torch.int64: "int64_t"}.get(node.dtype, "real")
-
-
-def _index(strides: Sequence[int], letter: str = "i") -> str:
-    terms = [f"{letter}{d} * {s}" if s != 1 else f"{letter}{d}" for d, s in enumerate(strides) if s]
-    return " + ".join(terms) or "0"
-
-
-def _nest(dims: Sequence[int], body: Sequence[str], letter: str = "i", sums: Sequence[str] = ()) -> list[str]:
-    """Nested loops around some lines, which may add to some sums."""
-    if not dims:
-        return ["{", *("  " + line for line in body), "}"]
-    lines: list[str] = []
-    for d, n in enumerate(dims):
-        if d == len(dims) - 1 and letter == "i":
-            # Sums of floating-point numbers are put in another order only where that is asked for.
-            lines.append(
-                "  " * d + (f"#pragma omp simd reduction(+:{','.join(sums)})" if sums else "#pragma GCC ivdep")
-            )
-        lines.append("  " * d + f"for (int64_t {letter}{d} = 0; {letter}{d} < {n}; ++{letter}{d}) {{")
-    lines += ["  " * len(dims) + line for line in body]
-    return lines + ["  " * d + "}" for d in reversed(range(len(dims)))]
+def _of_integers(name: str, x: str) -> str:
+    """What a total of integers becomes with one more."""
+    return {
+        "sum": f"int_add(total, {x})",
+        "prod": f"int_mul(total, {x})",
+        "amax": f"total > {x} ? total : {x}",
+        "amin": f"total < {x} ? total : {x}",
+    }[name]
 
 
 def _indented(lines: Sequence[str], depth: int) -> str:
     return "\n".join("  " * depth + line for line in lines)
-
-
-def _literal(number: Scalar) -> str:
-    """A number as C, exactly; a bound that is not there is NaN."""
-    if number is None:
-        return "NAN"
-    if isinstance(number, bool | int):
-        return f"((real){int(number)})"
-    if math.isnan(number):
-        return "((real)NAN)"
-    if math.isinf(number):
-        return f"((real){'-' if number < 0 else ''}INFINITY)"
-    return f"((real){number.hex()})"

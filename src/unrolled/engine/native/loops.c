@@ -75,6 +75,7 @@ typedef struct {
   const int64_t *offsets; /* how many rows the steps before each have, if rows end at different times */
   work_queue *queue;      /* if the first thread owns all rows */
   int64_t steps, batch, reverse, first, last, begin, end;
+  int64_t *declined;      /* set where a row has numbers that the loop has no answer for */
 } loop_task;
 
 typedef void (*loop_function)(const loop_task *, int64_t);
@@ -95,16 +96,19 @@ static void run_or_serve(void *argument, int64_t number) {
   if (task->queue) __atomic_store_n(&task->queue->posted, -1, __ATOMIC_RELEASE);
 }
 
-/* bounds: threads + 1 numbers, the rows of thread n are those from bounds[n] up to bounds[n + 1]. */
+/* Returns whether the numbers were declined. bounds: threads + 1 numbers, the rows of thread n are those from bounds[n]
+   up to bounds[n + 1]. */
 int ur_loop(loop_function loop, void *const *inputs, const int64_t *by_step, const int64_t *by_row,
             void *const *buffers, real *const *totals, const real *const *packed, char *scratch,
             const int64_t *offsets, const int64_t *bounds, int64_t scratch_per_row, int64_t steps, int64_t batch,
             int64_t reverse, int64_t first, int64_t last, int64_t queued, int64_t threads, team run) {
   loop_task tasks[MOST_PARTS];
   work_queue queue = {0};
+  int64_t declined = 0;
   for (int64_t n = 0; n < threads; ++n)
     tasks[n] = (loop_task){inputs, by_step, by_row, buffers, totals, packed, scratch + bounds[n] * scratch_per_row,
-                           offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1]};
+                           offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1],
+                           &declined};
   share(run, run_or_serve, &(loop_run){loop, tasks}, threads);
-  return 0;
+  return (int)declined;
 }

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from unrolled.operations.elementwise import Arithmetic
 from unrolled.operations.joins import Joins
 from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import Lowered
+from unrolled.operations.ordering import Ordering
 from unrolled.operations.products import Products
 from unrolled.plan.loops import LoopProgram
 
 
-class _Lowering(Arithmetic, Joins, Products):
+class _Lowering(Arithmetic, Joins, Products, Ordering):
     """Lowering by the rules of all families."""
 
 
@@ -49,9 +52,9 @@ def lower(loop: LoopProgram) -> Lowered:
     for value in loop.emitted:
         known = values[value]
         layout = RowLayout.of(known)
-        if layout.place is None or (views[value].dtype, views[value].dims) != (known.dtype, layout.dims):
+        if (views[value].dtype, views[value].dims) != (known.dtype, layout.dims):
             raise UnsupportedError(f"to keep a {known} of every step")
-    if not all(RowLayout.of(values[value]).first for value in (*loop.states, *loop.next_states)):
+    if not all(RowLayout.of(values[value]).plain for value in (*loop.states, *loop.next_states)):
         raise UnsupportedError("a state whose batch is not its first dimension")
     totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
     emitted, next_states = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
@@ -61,9 +64,15 @@ def lower(loop: LoopProgram) -> Lowered:
 
 
 def _real(loop: LoopProgram) -> torch.dtype:
-    """The dtype of all floating-point numbers that a loop reads."""
-    dtypes = {loop.program.values[v].dtype for v in loop.program.inputs}
-    found = {dtype for dtype in dtypes if dtype.is_floating_point}
+    """The dtype of all floating-point numbers that a loop reads; any if it reads and makes integers alone."""
+    made = [v for op in loop.program.ops for v in op.outputs if v >= 0]
+    read, written = _floating(loop, loop.program.inputs), _floating(loop, made)
+    found = read or written or {torch.float32}
     if len(found) != 1 or not found <= {torch.float32, torch.float64}:
-        raise UnsupportedError(f"values of {', '.join(sorted(map(str, found))) or 'no floating dtype'}")
+        raise UnsupportedError(f"values of {', '.join(sorted(map(str, found)))}")
     return found.pop()
+
+
+def _floating(loop: LoopProgram, values: Iterable[int]) -> set[torch.dtype]:
+    dtypes = {loop.program.values[v].dtype for v in values}
+    return {dtype for dtype in dtypes if dtype.is_floating_point}

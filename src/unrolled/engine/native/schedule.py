@@ -1,8 +1,9 @@
 """Scheduling: which nodes are computed together in one pass over a row, and which of them need memory.
 
-A kernel is a product, a reduction, or all element-wise computations of one shape at one level. A computation may be
-used by another of the same kernel without being stored, if that reads it entry by entry; its sum over the row is added
-up on the way. Levels are taken as late as possible, so that what is computed is used while it is at hand.
+A kernel is a product, a reduction, an access to computed places, or all element-wise computations of one shape at one
+level. A computation may be used by another of the same kernel without being stored, if that reads it entry by entry;
+its sum over the row is added up on the way. Levels are taken as late as possible, so that what is computed is used
+while it is at hand.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from collections.abc import Iterator, Sequence
 
 from unrolled.operations.nodes import (
     Compute,
+    Find,
     Input,
     Join,
     Lowered,
     MatrixProduct,
     Node,
     Product,
+    Put,
     Reduce,
     Scan,
+    Take,
     View,
     Write,
 )
+
+_ALONE = Product | MatrixProduct | Reduce | Take | Put | Find
 
 
 class Kernels:
@@ -30,7 +36,7 @@ class Kernels:
     Emitted views that are no node's whole memory become computations of their own first.
 
     Attributes:
-        order: for each kernel its nodes: one product, one reduction, or computations of one shape.
+        order: for each kernel its nodes: one that is alone in it, or computations of one shape.
         stored: for each node that needs memory the number of the buffer that it is, or None for scratch memory.
         sums: sums over a whole row, added up while it is computed: by what they are sums of.
     """
@@ -77,7 +83,7 @@ class Kernels:
         for node in self._nodes:
             if _added_on_the_way(node):
                 continue
-            if isinstance(node, Product | MatrixProduct | Reduce):
+            if isinstance(node, _ALONE):
                 kernels[self._levels[node], 0, id(node)] = [node]
             elif isinstance(node, Compute):
                 kernels.setdefault((self._levels[node], 1, node.dims), []).append(node)
@@ -86,7 +92,7 @@ class Kernels:
     def _read_from_memory(self) -> Iterator[Node]:
         """Nodes whose entries others read out of memory."""
         for node in self._nodes:
-            if isinstance(node, Product | MatrixProduct | Reduce | Join):
+            if isinstance(node, _ALONE | Join):
                 yield node
             for view in () if _added_on_the_way(node) else node.views:
                 if isinstance(view.node, Compute) and not self.in_register(view, node):
@@ -107,6 +113,8 @@ def _levels_between(view: View, reader: Node) -> int:
 def _added_on_the_way(node: Node) -> bool:
     """Whether a node is the sum over a whole row of an element-wise computation."""
     if not isinstance(node, Reduce) or isinstance(node, Scan) or node.name != "sum" or node.size != 1:
+        return False
+    if not node.dtype.is_floating_point:
         return False
     source = node.source.node
     return node.source.whole and type(source) is Compute and source.dtype == node.dtype

@@ -1,0 +1,178 @@
+"""Indices, sorting and integers in a step: compiled, with lengths, and with torch's own errors where an index fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matching import assert_match
+from random_cells import ENGINES, assert_as_reference, decision, unrolled
+from row_by_row import Batch, answers
+
+F64 = torch.float64
+T, B, H, SLOTS = 5, 3, 4, 3
+LENGTHS = (2, 5, 0)
+
+
+class Cell(nn.Module):
+    """A recurrent layer of H units, and shapes for whatever else the state has."""
+
+    kinds: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.read = nn.Linear(2 * H, H), nn.Linear(H, H)
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> tuple[Tensor, ...]:
+        made = [torch.zeros(batch_size, *shape, dtype=kind or dtype) for shape, kind in self.kinds]
+        return torch.full((batch_size, H), 0.1, dtype=dtype), *made
+
+    def updated(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.inner(torch.cat([x, h], -1)))
+
+
+class RingBuffer(Cell):
+    """The last hidden vectors, each written where a pointer of its row stands."""
+
+    kinds = (((SLOTS, H), None), ((), torch.int64))  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, memory, pointer = state
+        oldest = memory[torch.arange(len(x)), (pointer + 1) % SLOTS]
+        h = self.updated(x, h + self.read(oldest))
+        memory = memory.clone()
+        memory[torch.arange(len(x)), pointer] = h
+        return h, (h, memory, (pointer + (h[:, 0] > 0) + 1) % SLOTS)
+
+
+class SharedPointer(Cell):
+    """A ring whose pointer is one for all rows, a number without a batch, read and written by index."""
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Any:
+        zeros = torch.zeros(batch_size, SLOTS, H, dtype=dtype)
+        return torch.full((batch_size, H), 0.1, dtype=dtype), zeros, torch.zeros((), dtype=torch.int64)
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, memory, pointer = state
+        h = self.updated(x, h + memory[:, (pointer - 1) % SLOTS] + memory[:, -1])
+        memory = memory.index_copy(1, pointer.reshape(1), h.unsqueeze(1))
+        return h, (h, memory, (pointer * 3 + 1) % SLOTS)
+
+
+class Nearest(Cell):
+    """A memory of slots, of which the two nearest are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(SLOTS + 2, H))
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        (h,) = state
+        likeness, places = (h @ self.keys.T).topk(2, -1)
+        read = (self.keys[places] * likeness.softmax(-1).unsqueeze(-1)).sum(1)
+        h = self.updated(x, h + self.read(read))
+        return h, (h,)
+
+
+class Allocation(Cell):
+    """Slots by how free they are, as a differentiable neural computer allocates them."""
+
+    kinds = (((SLOTS,), None), ((SLOTS, H), None))  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, usage, memory = state
+        usage = usage + (1 - usage) * torch.sigmoid(self.read(h)[:, :SLOTS] + x[:, :SLOTS])
+        ordered, places = torch.sort(usage, dim=-1, stable=True)
+        free = (1 - ordered) * F.pad(ordered, (1, -1), value=1.0).cumprod(-1)
+        weights = torch.zeros_like(usage).scatter(1, places, free)
+        memory = memory + weights.unsqueeze(-1) * h.unsqueeze(1)
+        h = self.updated(x, h + memory.index_select(1, torch.arange(1)).squeeze(1))
+        return h, (h, 0.9 * usage, memory)
+
+
+class SparseGraph(Cell):
+    """Nodes that pass messages along the edges of a list; a permutation of features; a mask that starts rows anew."""
+
+    kinds = (((5, H), None),)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("source", torch.tensor([0, 1, 1, 4, 3, 2]))
+        self.register_buffer("target", torch.tensor([1, 2, 0, 4, 4, 1]))
+        self.register_buffer("order", torch.tensor([2, 0, 3, 1]))
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, nodes = state
+        messages = torch.zeros_like(nodes).index_add(1, self.target, nodes[:, self.source] * h.unsqueeze(1))
+        nodes = torch.tanh(nodes[..., self.order] + messages[..., [1, 2, 3, 0]] + x.unsqueeze(1))
+        h = self.updated(x, h + nodes[:, self.target[:2], self.order[:2]].sum(-1, keepdim=True)).clone()
+        h[x[:, 0] > 0.5] = 0
+        h[h > 0.6] = 0.25
+        return h, (h, nodes)
+
+
+class Quantised(Cell):
+    """A state that is the nearest of a codebook, straight through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(6, H)
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        (h,) = state
+        h = self.updated(x, h)
+        place = (h.unsqueeze(1) - self.codes.weight).square().sum(-1).argmin(-1)
+        code = self.codes(place)
+        return place, (h + (code - h).detach() + 0.1 * code,)
+
+
+class Feedback(Cell):
+    """Each word that it says is looked up and fed back; words are hashed into buckets that are counted."""
+
+    kinds = (((), torch.int64), ((4,), torch.int32))  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.logits = nn.Parameter(torch.randn(7, H)), nn.Linear(H, 7)
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, word, counts = state
+        h = self.updated(x, h + self.words[word])
+        logits = self.logits(h)
+        best, word = logits.max(-1)
+        bucket = ((word * 2654435761 + 9007199254740993) >> 3) % 4
+        counts = counts.scatter_add(1, bucket.unsqueeze(-1), torch.ones_like(counts[:, :1]))
+        rare = counts.gather(1, bucket.unsqueeze(-1)) < 2
+        one_hot = (word.unsqueeze(-1) == torch.arange(7)).to(h.dtype)
+        return (best, word, one_hot @ self.words * rare), (h, word, counts)
+
+
+CELLS = {kind.__name__: kind for kind in (Nearest, Allocation, SparseGraph, Quantised, Feedback)}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_that_index_are_compiled_and_take_lengths(name, engine):
+    torch.manual_seed(1)
+    cell, inputs = CELLS[name]().double(), torch.randn(T, B, H, dtype=F64)
+    found = decision(cell, inputs, engine)
+    assert found.engine == engine, found.why
+    rnn = unrolled(cell, engine)
+    assert_as_reference(cell, inputs, engine=engine, rnn=rnn)
+    batch = Batch(inputs, LENGTHS)
+    assert_match(answers(rnn, batch, "list"), answers(rnn, batch))
+    assert rnn.ran == engine
+    resets = torch.rand(T, B) < 0.3
+    assert_match(answers(rnn, batch._replace(resets=resets), "list"), answers(rnn, batch._replace(resets=resets)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_state_without_a_batch(engine):
+    cell, inputs = SharedPointer().double(), torch.randn(T, B, H, dtype=F64)
+    found = decision(cell, inputs, engine)
+    assert found.engine == engine, found.why
+    assert_as_reference(cell, inputs, engine=engine)
