@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import unrolled as ur
 from matching import assert_match
 from random_cells import assert_as_reference, decision, unrolled
 from row_by_row import Batch, answers
@@ -93,3 +94,55 @@ def test_the_formula_gives_the_numbers_of_the_fused_kernel_and_its_derivative(ma
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     want = backward(grad, *given, taken, total, 0.0, causal, attn_mask=mask)
     assert_match(attention_backward(grad, *given, taken, total_here, 0.0, causal, attn_mask=mask), tuple(want))
+
+
+class GrowingCell(nn.Module):
+    """Keys and values of all steps so far, as one writes a decoder: a state that no loop can hand on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(SIZE, 3 * SIZE)
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Any:
+        return {name: torch.zeros(batch_size, 0, SIZE, dtype=dtype) for name in ("keys", "values")}
+
+    def forward(self, input: Tensor, state: Any) -> tuple[Tensor, Any]:
+        query, key, value = self.qkv(input).unsqueeze(1).chunk(3, -1)
+        state = {"keys": torch.cat([state["keys"], key], 1), "values": torch.cat([state["values"], value], 1)}
+        return attend(query, state["keys"], state["values"]).squeeze(1), state
+
+
+class RingCell(GrowingCell):
+    """The same with the two lines that the refusal names."""
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Any:
+        cache = torch.zeros(batch_size, T, 2 * SIZE, dtype=dtype)
+        return cache, torch.zeros(batch_size, dtype=torch.int64)
+
+    def forward(self, input: Tensor, state: Any) -> tuple[Tensor, Any]:
+        (cache, count), N = state, T
+        query, new = self.qkv(input).unsqueeze(1).split([SIZE, 2 * SIZE], -1)
+        cache, count = torch.cat([cache[:, 1:], new], 1), count + 1
+        seen = torch.arange(N) >= N - count.unsqueeze(1)
+        keys, values = cache.chunk(2, -1)
+        return attend(query, keys, values, attn_mask=seen.unsqueeze(1)).squeeze(1), (cache, count)
+
+
+def test_a_state_that_grows_is_refused_by_name_and_the_remedy_runs_as_c():
+    torch.manual_seed(3)
+    growing, ring, inputs = GrowingCell().double(), RingCell().double(), torch.randn(T, 3, SIZE, dtype=F64)
+    with pytest.raises(ur.CellError) as refusal:
+        ur.unroll(growing)(inputs)
+    for told in (
+        "state['keys'] grew from [3, 0, 4] to [3, 1, 4]",
+        "torch.cat([cache[:, 1:], new], 1), count + 1",
+        "seen = torch.arange(N) >= N - count.unsqueeze(1)",
+    ):
+        assert told in str(refusal.value)
+    ring.load_state_dict(growing.state_dict())
+    _checked(ring, inputs, resets=False)
+    state, outputs = growing.initial_state(3, dtype=F64), []
+    for input in inputs:
+        output, state = growing(input, state)
+        outputs.append(output)
+    assert_match(ur.unroll(ring)(inputs)[0], torch.stack(outputs))

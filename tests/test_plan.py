@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import unrolled as ur
 from problems import PROBLEMS
@@ -217,3 +218,45 @@ def test_sums_over_the_steps_are_taken_before_a_padding_only_if_it_fills_in_zero
     values = tuple(Value((n,), torch.float32) for n in (3, 4))
     pad = Op(torch.ops.aten.constant_pad_nd.default, (Ref(0), (1, 0), *fill), (), (1,))
     assert summable(Program(values, (0,), (pad,), (1,)), [1], ()) == early
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 5]])
+def test_a_plan_is_made_for_resets_as_the_call_takes_them(lengths):
+    rnn, inputs = ur.unroll(ur.GRUCell(3, 4), engine="eager", batch_first=True), torch.randn(2, 5, 3)
+    resets = torch.zeros(2, 5, dtype=torch.bool)
+    plan = rnn.plan(inputs, lengths=lengths, resets=resets)
+    assert plan.engine == "eager"
+    assert "aten.where.self" in [op.name for op in plan.operations]
+    rnn(inputs, lengths=lengths, resets=resets)
+    assert rnn.ran == "eager"
+    with pytest.raises(ur.InputError, match="resets must be a bool tensor"):
+        rnn.plan(inputs, resets=resets[:, :2])
+
+
+def test_a_stack_has_a_plan_for_each_of_its_networks():
+    both = ur.Bidirectional(ur.GRUCell(3, 4), ur.GRUCell(3, 4), engine="eager")
+    stack = ur.stack([ur.LSTMCell(3, 5), ur.GRUCell(5, 4)], engine="eager")
+    resets, drawn = torch.zeros(5, 2, dtype=torch.bool), torch.get_rng_state()
+    for network, names in ((both, ["GRUCell", "GRUCell"]), (stack, ["LSTMCell", "GRUCell"])):
+        plans = network.plan(torch.ones(5, 2, 3), lengths=[3, 5], resets=resets)
+        assert [(plan.cell, plan.engine, plan.T) for plan in plans] == [(name, "eager", 5) for name in names]
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_lengths_that_take_a_cell_off_its_engine_say_so_once():
+    class MixedCell(nn.Module):
+        """Row by row, which its recording does not prove: rows are turned around, and back."""
+
+        def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+            return torch.zeros(batch_size, 3, dtype=dtype)
+
+        def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            state = torch.tanh(state + input).flip(0).sin().flip(0)
+            return state, state
+
+    rnn, inputs = ur.unroll(MixedCell()), torch.randn(5, 2, 3)
+    with pytest.warns(UserWarning, match="with lengths this cell runs on 'reference', without them on .*aten.flip"):
+        assert rnn.plan(inputs, lengths=[3, 5]).engine == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnn(inputs, lengths=[3, 5])

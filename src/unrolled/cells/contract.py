@@ -13,7 +13,7 @@ from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.cells.base import StandInCell
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
 from unrolled.lengths import Extent
-from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, named_leaves
+from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, named_leaves, paths
 from unrolled.unseen import OwnDraws
 
 
@@ -272,6 +272,9 @@ class CheckedStep:
 
     def _changed(self, t: int, before: Tree, after: Tree) -> CellError:
         old, new = flatten(before), flatten(after)
+        grown = _grown(old, new)
+        if grown:
+            return CellError(f"a state has one size for all copies, but in copy {t} of {name_of(self.cell)} {grown}")
         devices = [", ".join(dict.fromkeys(str(leaf.device) for leaf in tensors)) for tensors, _ in (old, new)]
         moved = old[1] == new[1] and devices[0] != devices[1]
         old_devices, new_devices = (f" on {device}" if moved else "" for device in devices)
@@ -289,3 +292,23 @@ class CheckedStep:
             raise CellError(
                 f"the {what} that copy {t} of {name_of(self.cell)} returned must be a pytree of tensors: {error}"
             ) from error
+
+
+def _grown(old: tuple[list[Tensor], Structure], new: tuple[list[Tensor], Structure]) -> str:
+    """Which leaf of a state has become longer, and how it is written with one length; empty if none has."""
+    if old[1] != new[1]:
+        return ""
+    for path, before, after in zip(paths(old[1], "state"), old[0], new[0], strict=True):
+        longer = [d for d, (m, n) in enumerate(zip(before.shape, after.shape, strict=False)) if m != n]
+        if before.dim() != after.dim() or len(longer) != 1 or longer == [0] or after.numel() < before.numel():
+            continue
+        (dim,) = longer
+        more = after.shape[dim] - before.shape[dim]
+        newest = f"[{':, ' * dim}{more}:]"
+        return (
+            f"{path} grew from {list(before.shape)} to {list(after.shape)}. Begin with N entries of zeros, as many as "
+            f"are ever looked at, let the oldest go, and count what is there in a state [B] of its own:\n"
+            f"    cache, count = torch.cat([cache{newest}, new], {dim}), count + {more}\n"
+            "    seen = torch.arange(N) >= N - count.unsqueeze(1)  # [B, N], the mask of what is read"
+        )
+    return ""

@@ -123,8 +123,16 @@ class PlanCache:
         decision = self._witnessed(call)
         if call.extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
             why = f"rows of different lengths need steps that act row by row: {decision.plan.why_not_ragged}"
-            decision = self._announce_once(Decision(None, "reference", why))
+            decision = self._left_for_lengths(Decision(None, "reference", why), decision.engine)
         return decision
+
+    def _left_for_lengths(self, decision: Decision, engine: str) -> Decision:
+        """The decision for rows of different lengths where they alone are why; who did not ask is told once, too."""
+        if self.engine == "auto" and not self.quiet and decision not in self._announced:
+            warn_caller(
+                f"with lengths this cell runs on {decision.engine!r}, without them on {engine!r}: {decision.why}"
+            )
+        return self._announce_once(decision)
 
     def _witnessed(self, call: CellCall) -> Decision:
         """The decision for a call; if it is this call's turn, one that was held against the cell itself."""

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from unrolled.cells.adapted import context_use
 from unrolled.cells.contract import name_of, starting_state
 from unrolled.errors import InputError, StateError
+from unrolled.lengths import Lengths
 from unrolled.networks.base import Network
 from unrolled.networks.layout import Call
 from unrolled.networks.unroll import Unrolled
+from unrolled.plan.report import Plan
 from unrolled.trees import Tree, describe
+from unrolled.unseen import OwnDraws
 
 PartRun: TypeAlias = Callable[[Any, Tree, Tree, Tree], tuple[Tree, Tree]]
 """How one part is run: `(part, steps, state, context) -> (outputs, last state)`."""
@@ -53,6 +56,39 @@ class Layered(Network):
             return part._run(replace(call, steps=steps, state=state, context=context))
 
         return run_parts(self, run, call.steps, call.state, call.context)
+
+    def plan(
+        self,
+        inputs: Tree,
+        state: Tree = None,
+        *,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        context: Tree = None,
+    ) -> tuple[Plan, ...]:
+        """How a call with these arguments will be run: the plan of each of the networks.
+
+        Takes what the call takes, and raises what it raises. The call is made: a layer's plan is for what it reads.
+
+        Example:
+            >>> import torch, unrolled as ur
+            >>> rnn = ur.stack([ur.GRUCell(3, 4), ur.GRUCell(4, 5)], engine="eager")
+            >>> [plan.engine for plan in rnn.plan(torch.randn(10, 2, 3))]
+            ['eager', 'eager']
+        """
+        call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context, batch_first=self.batch_first)
+        plans: list[Plan] = []
+
+        def run(part: nn.Module, steps: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree]:
+            if isinstance(part, Layered):
+                return run_parts(part, run, steps, state, context)
+            own = replace(call, steps=steps, state=state, context=context)
+            plans.append(part._plan(own))
+            return part._run(own)
+
+        with OwnDraws():
+            run_parts(self, run, call.steps, call.state, call.context)
+        return tuple(plans)
 
     def _first_state(self, call: Call) -> tuple[Tree, ...]:
         return tuple(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unrolled.bptt.costs import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
@@ -89,7 +89,15 @@ class Unrolled(BoundedNetwork):
     def engine(self, engine: str) -> None:
         self.run_by(engine, quiet=self._plans.quiet)
 
-    def plan(self, inputs: Tree, state: Tree = None, *, lengths: Lengths = None, context: Tree = None) -> Plan:
+    def plan(
+        self,
+        inputs: Tree,
+        state: Tree = None,
+        *,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        context: Tree = None,
+    ) -> Plan:
         """How a call with these arguments will be run: what runs where, and why; bytes and FLOPs.
 
         Takes what the call takes, and raises what it raises. The plan is made if there is none yet.
@@ -100,10 +108,15 @@ class Unrolled(BoundedNetwork):
             >>> plan.engine, plan.loops
             ('eager', 1)
         """
-        call = Call.of(inputs, state, lengths=lengths, context=context, batch_first=self.batch_first)
+        call = Call.of(inputs, state, lengths=lengths, resets=resets, context=context, batch_first=self.batch_first)
+        return self._plan(call)
+
+    def _plan(self, call: Call) -> Plan:
         # Where the initial state is drawn at random, planning must not use up random numbers.
         with OwnDraws():
-            call = replace(call, state=self._first_state(call))
+            first = self._first_state(call)
+            fresh = {} if call.resets is None else {self: fresh_state(self, call, first)}
+            call = replace(call, state=first, fresh={**call.fresh, **fresh})
         cut = "" if self.truncation is None else f", horizon {self.horizon}, stride {self.stride}"
         title = contract.name_of(self.cell) + cut, call.extent.steps, call.extent.batch
         if not call.extent.rows:
@@ -111,8 +124,8 @@ class Unrolled(BoundedNetwork):
         schedule = self._schedule_message(call)
         if self.engine == "reference":
             return Plan(*title, "reference", "it was asked for", schedule=schedule)
-        rows = call.layout.rows(call.state), call.layout.rows(call.context)
-        decision = self._plans.look_up(self.cell, call.steps, *rows, call.extent)
+        plans, *values = self._taken(call, call.state)
+        decision = plans.look_up(*values)
         if decision.plan is None:
             return Plan(*title, decision.engine, decision.why, schedule=schedule)
         witnessed = f"; every call has a witness, since {decision.open}" if decision.open else ""
@@ -155,6 +168,12 @@ class Unrolled(BoundedNetwork):
     def _runs(self, call: Call, first: Tree) -> tuple[SequenceRun, Callable[[], SequenceRun]]:
         if self.checkpointing is not None:
             self.checkpointing.check(call.layout.steps)
+        plans, cell, *values = self._taken(call, first)
+        run = _cell_run(plans, cell, *values, reverse=self.reverse)
+        return run, lambda: _cell_run(plans, copy_sharing_tensors(cell), *values, reverse=self.reverse)
+
+    def _taken(self, call: Call, first: Tree) -> tuple[PlanCache, nn.Module, Tree, Tree, Tree, Extent]:
+        """What a call takes: the plans, the cell, its inputs, first state and context as engines see them, how far."""
         cell, plans, inputs, context = self.cell, self._plans, call.steps, call.layout.rows(call.context)
         if call.resets is not None:
             fresh = fresh_state(self, call, first)
@@ -163,9 +182,7 @@ class Unrolled(BoundedNetwork):
                 (inputs, call.layout.restarts(call.resets, reverse=self.reverse)),
                 (context, call.layout.rows(fresh)),
             )
-        values = inputs, call.layout.rows(first), context, call.extent
-        run = _cell_run(cell, plans, *values, reverse=self.reverse)
-        return run, lambda: _cell_run(copy_sharing_tensors(cell), plans, *values, reverse=self.reverse)
+        return plans, cell, inputs, call.layout.rows(first), context, call.extent
 
     def _run_bounded(self, run: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
         self.ran = run.engine
@@ -182,7 +199,7 @@ class Unrolled(BoundedNetwork):
 
 
 def _cell_run(
-    cell: nn.Module, plans: PlanCache, inputs: Tree, state: Tree, context: Tree, extent: Extent, *, reverse: bool
+    plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent, *, reverse: bool
 ) -> SequenceRun:
     """The run of a cell over what engines see of a batch, by a plan or by the reference."""
     by_reference = plans.engine == "reference"
