@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -38,8 +39,17 @@ def silent() -> Iterator[None]:
         yield
 
 
+class _Own(threading.local):
+    drawing = False
+
+
+_own = _Own()
+
+
 class OwnDraws(DispatchMode):
     """A context in which torch's random numbers come from generators of its own, the same ones each time.
+
+    So do those of generators that are passed by hand.
 
     Setting torch's generator back afterwards would let other threads draw numbers again that they have drawn meanwhile.
 
@@ -66,12 +76,16 @@ class OwnDraws(DispatchMode):
     ) -> Any:
         """Run an operation, with a generator where it draws and was given none."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+        if torch.Tag.nondeterministic_seeded not in func.tags or _own.drawing:
             return func(*args, **kwargs)
-        drawing = _with_generator(func)
-        if drawing is None:
-            return self._by_torchs_own(func, args, kwargs)
-        return drawing(*args, **{**kwargs, "generator": self._generator(_device(args, kwargs))})
+        _own.drawing = True  # torch does not tell one generator from another here: contexts around this one let it be
+        try:
+            drawing = _with_generator(func)
+            if drawing is None:
+                return self._by_torchs_own(func, args, kwargs)
+            return drawing(*args, **{**kwargs, "generator": self._generator(_device(args, kwargs))})
+        finally:
+            _own.drawing = False
 
     def _generator(self, device: torch.device) -> Generator:
         if device not in self._generators:

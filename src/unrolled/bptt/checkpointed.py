@@ -25,6 +25,7 @@ from unrolled.errors import GradientError
 from unrolled.execution.memory import allocate
 from unrolled.execution.unchanged import unchanged
 from unrolled.internals import has_memory
+from unrolled.recording.guards.environment import generators_around
 from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 
 
@@ -74,7 +75,7 @@ class _CheckpointedRun(DifferentiableRun):
         self.constants = VersionCheck(self.aliases.constants)
         self.unlisted: list[Tensor] = []
         self.segments = run.segments([*range(0, schedule.T, schedule.length), schedule.T])
-        self.ambient = AmbientState([*leaves(run.inputs), *leaves(run.state)])
+        self.ambient = AmbientState([*leaves(run.inputs), *leaves(run.state)], generators_around(run.module))
         self.checksums: list[Checksum | None] = [None] * len(self.segments)
         self._restart()
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from unrolled.errors import GradientError
 from unrolled.trees import Structure, Tree, flatten, leaves, unflatten
 
 RandomState: TypeAlias = tuple[Tensor, ...]
-"""The state of torch's default generators, the CPU's first."""
+"""The state of torch's default generators, the CPU's first, and of those that are passed by hand."""
 
 
 class AmbientState:
@@ -23,9 +23,11 @@ class AmbientState:
 
     Args:
         tensors: what is computed with.
+        generators: from which steps draw besides the default ones.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], generators: Sequence[Generator] = ()) -> None:
+        self._by_hand = generators
         devices = {tensor.device for tensor in tensors}
         self._cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
         self._autocast = [
@@ -37,7 +39,11 @@ class AmbientState:
 
     def random(self) -> RandomState:
         """The generators as they are; states that are equal share their memory."""
-        found = (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda))
+        found = (
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(device) for device in self._cuda),
+            *(generator.get_state() for generator in self._by_hand),
+        )
         if len(self._latest) != len(found) or not all(map(torch.equal, self._latest, found)):
             self._latest = found
         return self._latest
@@ -45,14 +51,20 @@ class AmbientState:
     def seed(self, random: RandomState) -> None:
         """Set the generators back."""
         torch.set_rng_state(random[0])
-        for device, state in zip(self._cuda, random[1:], strict=True):
+        for device, state in zip(self._cuda, random[1:], strict=False):
             torch.cuda.set_rng_state(state, device)
+        self._set_by_hand(random[1 + len(self._cuda) :])
+
+    def _set_by_hand(self, states: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._by_hand, states, strict=True):
+            generator.set_state(state)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """A context with autocast as it was; random numbers drawn inside leave the generators as they were."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=self._cuda))
+            stack.callback(self._set_by_hand, [generator.get_state() for generator in self._by_hand])
             for kind, dtype, enabled, cached in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
             yield

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unrolled import sequence
@@ -21,6 +22,7 @@ from unrolled.lru import LRUCache
 from unrolled.plan.independence import couples_rows
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
+from unrolled.recording.generators import generators_of
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
@@ -261,6 +263,9 @@ def _plan(call: CellCall, *, fuse: bool) -> StepPlan:
         read = {external.attribute for external in plan.recording.externals}
         if again.recording != plan.recording or read.intersection(scratch):
             raise UnrecordableError(f"its step reads {scratch[0]}, which the step before it left")
+    outside = [g for g in generators_of(plan.recording.program) if isinstance(g, torch.Generator)]
+    if any(all(g is not known for known in Environment.of(call.cell).generators) for g in outside):
+        raise UnrecordableError("it draws from a torch.Generator that is found in no attribute of the cell")
     return plan
 
 

@@ -25,7 +25,7 @@ from unrolled.plan.plan import StepPlan
 from unrolled.recording.guards.twin import scratch_of, twin_of
 from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, leaves, map_leaves
-from unrolled.unseen import silent
+from unrolled.unseen import OwnDraws, silent
 
 _LIKE_NOISE = 3
 """How many times the movement under noise in the last digit passes for rounding; a cell that spikes moves by far."""
@@ -94,9 +94,10 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
         inputs = map_leaves(lambda x: _new_leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
         start, extent = map_leaves(_new_leaf, call.state), Extent(2, call.extent.batch)
         sample = replace(call, cell=twin, inputs=inputs, state=start, extent=extent)
-        ours = _results(run_plan(plan, twin, inputs, start, call.context, runner, extent), sample)
+        with OwnDraws():
+            ours = _results(run_plan(plan, twin, inputs, start, call.context, runner, extent), sample)
         theirs = _by_the_cell(sample)
-    with torch.no_grad():
+    with torch.no_grad(), OwnDraws():
         inferred = leaves(run_plan(plan, twin, inputs, start, call.context, runner, extent))
     ours += inferred
     theirs += theirs[: len(inferred)]
@@ -110,7 +111,7 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
 
 
 def _by_the_cell(call: CellCall) -> list[Tensor | None]:
-    with silent():
+    with silent(), OwnDraws():  # each run draws the same random numbers
         return _results(reference.run(CheckedStep(call.cell, call.context), call.inputs, call.state, call.extent), call)
 
 

@@ -143,7 +143,7 @@ class BatchedOps:
 
     def _step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation for each step on the rows that are alive, where steps differ in how many that are."""
-        columns = {v: self._each(v, entry) for v, entry in entries.items()}
+        columns = {v: self.each(v, entry) for v, entry in entries.items()}
         results = (
             run_op(op, {v: column[t] for v, column in columns.items()}, n) for t, n in enumerate(self.extent.sizes)
         )
@@ -155,7 +155,7 @@ class BatchedOps:
             for v, column in zip(op.outputs, made, strict=False)
         ]
 
-    def _each(self, value: int, entry: Entry) -> Sequence[Tensor]:
+    def each(self, value: int, entry: Entry) -> Sequence[Tensor]:
         """An entry at step 0, 1, 2, ...; of what is the same at every step, the rows that are alive."""
         if isinstance(entry, TimeSeries):
             return entry.each()

@@ -15,6 +15,7 @@ from unrolled.execution.stages import SegmentStages
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.plan.reals import in_parts
+from unrolled.recording.generators import bound
 from unrolled.recording.program import Value
 from unrolled.trees import Tree, leaves, unflatten
 
@@ -54,7 +55,7 @@ def run_plan(
     context_leaves = [] if context is None else in_parts(leaves(context))
     externals = [external.fetch(cell) for external in recording.externals]
     env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))
-    batched = BatchedOps(recording.program, plan.rows, plan.coupled, extent, affine=runner.affine)
+    batched = BatchedOps(bound(recording.program, cell), plan.rows, plan.coupled, extent, affine=runner.affine)
     stages = SegmentStages(
         stages=plan.stages,
         loops=plan.loops,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from unrolled.execution.batched import BatchedOps
+from unrolled.execution.draws import draw
 from unrolled.execution.protocol import LoopInputs, LoopRunner
 from unrolled.execution.series import Entry, TimeSeries, Total
 from unrolled.plan.loops import LoopProgram
-from unrolled.plan.partition import Counter, Held, Loop, Stage, Steps
+from unrolled.plan.partition import Counter, Draws, Held, Loop, Stage, Steps
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class SegmentStages:
         for stage in self.stages:
             if isinstance(stage, Steps):
                 self.batched.run(stage.ops, env)
+            elif isinstance(stage, Draws):
+                draw(self.batched, stage.ops, env, reverse=self.reverse)
             elif isinstance(stage, Loop):
                 final |= self._run_loop(stage, self.loops[stage], env, initial)
             else:

@@ -137,9 +137,9 @@ def rows_of_results(rows: Rows) -> list[Place]:
     """
     operation = operation_of(rows.op)
     if not any(v in rows.places for v in rows.op.inputs):
-        return rows.created(alike=operation.alike)
+        return rows.created(alike=operation.alike or rows.op.draws)
     if operation.rows is not None:
         return operation.rows(rows)
-    if torch.Tag.pointwise in rows.op.target.tags:  # type: ignore[attr-defined]
+    if torch.Tag.pointwise in getattr(rows.op.target, "tags", ()):
         return rows.pointwise()
     raise CouplesRowsError(f"{rows.op.name} is not known to act row by row")

@@ -15,5 +15,7 @@ declare(
         **dict.fromkeys(_ALONG_SOME.split(), Operation(along(1, 2))),
         "embedding_dense_backward": Operation(contracts=(0, 0)),
         "complex": Operation(Rows.pointwise),
+        **dict.fromkeys(("poisson", "binomial", "_standard_gamma"), Operation(Rows.pointwise)),
+        **dict.fromkeys(("multinomial", "_sample_dirichlet"), Operation(along(-1, default=-1))),
     }
 )

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from unrolled.operations.operation import Cost, operation_of
-from unrolled.plan.partition import Loop, Stage, Steps
+from unrolled.plan.partition import Draws, Loop, Stage, Steps
 from unrolled.recording.program import Op, Program, Size
 
 _NUMBERS = (torch.float32, torch.float64, torch.bool)
@@ -80,7 +80,7 @@ class _Fusing:
 
     def there(self, before: Sequence[Stage], received_later: Collection[int]) -> set[int]:
         """What a loop can read: not a state that is known only after it, as what it made a step before."""
-        steps = [n for earlier in before if isinstance(earlier, Steps) for n in earlier.ops]
+        steps = [n for earlier in before if isinstance(earlier, Steps | Draws) for n in earlier.ops]
         made = {v for n in steps for v in self.program.ops[n].outputs}
         return made.union(self.program.inputs, self.fixed).difference(received_later)
 

@@ -62,7 +62,9 @@ def _is_proved(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool
         with unseen(), Environment.of(cell).kept():
             program = record_step(twin, samples).program
             rows, coupled = find_rows(program, rows_in_front(program))
-            return not scratch_of(cell, twin) and not coupled and all(rows.get(value) == 0 for value in program.outputs)
+            # Which numbers a row draws depends on how many rows there are.
+            alone = not coupled and not any(op.draws for op in program.ops)
+            return alone and not scratch_of(cell, twin) and all(rows.get(value) == 0 for value in program.outputs)
     except Exception:  # a step that fails with other rows than it was given depends on them
         return False
 

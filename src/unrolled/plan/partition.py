@@ -5,7 +5,8 @@ reads; a leaf, as the next copy receives it, depends on the operation that compu
 recurrence, which has to be run step by step: a *loop*. All else is run for many copies at once: *once* per sequence
 what depends on no input and no state, and the rest *before* or *after* the loops. If there are several loops, none
 needs what a later one makes; what lies between two of them is run for all copies after the one and before the other. A
-cycle that only counts is no loop: what every copy receives of it is known beforehand.
+cycle that only counts is no loop: what every copy receives of it is known beforehand. Random numbers are drawn before
+the first loop, copy after copy as they would be in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from unrolled.recording.program import Program, Ref
+from unrolled.recording.tape import UnrecordableError
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Steps(Stage):
     """Operations that are run for all copies of a segment at once (once per sequence, if `once`)."""
 
     once: bool = False
+
+
+@dataclass(frozen=True)
+class Draws(Stage):
+    """All operations that draw random numbers, and those between them: run copy by copy, in the loop's own order."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,17 @@ def partition(program: Program, state: Sequence[int], next_state: Sequence[int],
         state: the values of the state's leaves.
         next_state: the values that replace them.
         inputs: other values that differ from step to step.
+
+    Raises:
+        UnrecordableError: if random numbers are drawn from a distribution that depends on the state.
     """
     graph = _DependencyGraph(program, state, next_state)
-    changing = program.dependents({*inputs, *state})
-    once = [n for n, op in enumerate(program.ops) if not changing.intersection(op.outputs)]
+    drawn = {v for op in program.ops if op.draws for v in op.outputs if v >= 0}
+    changing = program.dependents({*inputs, *state, *drawn})
+    once = [n for n, op in enumerate(program.ops) if not op.draws and not changing.intersection(op.outputs)]
     stages: list[Stage] = [Steps(tuple(once), once=True)] if once else []
-    done = set(once)
+    stages += _drawing(program, state, drawn, once)
+    done = {n for stage in stages for n in stage.ops}
     components = list(graph.components())
     waiting = [c for c in components if not done.issuperset(c)]
     while waiting:
@@ -91,6 +103,24 @@ def partition(program: Program, state: Sequence[int], next_state: Sequence[int],
         done.update(component)
         stages.append(graph.stage(component))
     return stages
+
+
+def _drawing(program: Program, state: Sequence[int], drawn: Collection[int], once: Collection[int]) -> Iterator[Stage]:
+    """What draws read and is the same whatever they draw; then the draws with what lies between them."""
+    by_chance, by_state = program.dependents(drawn), program.dependents(state)
+    needed: set[int] = set()
+    ahead, drawing = list[int](), list[int]()
+    for n, op in reversed(list(enumerate(program.ops))):
+        if n in once or not (op.draws or needed.intersection(op.outputs)):
+            continue
+        if op.draws and by_state.intersection(op.inputs):
+            raise UnrecordableError(f"it draws random numbers whose distribution depends on the state ({op.name})")
+        needed.update(op.inputs)
+        (drawing if op.draws or by_chance.intersection(op.inputs) else ahead).append(n)
+    if ahead:
+        yield Steps(tuple(reversed(ahead)))
+    if drawing:
+        yield Draws(tuple(reversed(drawing)))
 
 
 def read_outside(program: Program, stages: Sequence[Stage], state: Sequence[int]) -> frozenset[int]:
@@ -135,7 +165,7 @@ def places_of(program: Program, stages: Sequence[Stage]) -> list[str]:
                 found[n] = "through"
             elif isinstance(stage, Steps) and stage.once:
                 found[n] = "once"
-            elif needed.intersection(op.outputs):
+            elif isinstance(stage, Draws) or needed.intersection(op.outputs):
                 found[n] = "before"
                 needed.update(op.inputs)
     return found

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from unrolled.plan.backward import Backward, derive_backward, partition_backward
 from unrolled.plan.fuse import fused
 from unrolled.plan.loops import LoopProgram, cut_loop, without_copies
-from unrolled.plan.partition import Loop, Stage, partition, places_of, read_outside
+from unrolled.plan.partition import Draws, Loop, Stage, partition, places_of, read_outside
 from unrolled.plan.reals import in_parts, inputs_in_parts, over_reals
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
+from unrolled.recording.generators import bound
 from unrolled.recording.interpret import all_values
 from unrolled.recording.record import ROWS, Recording, record_step, samples_of
 from unrolled.trees import Tree, leaves
@@ -83,6 +84,11 @@ class StepPlan:
     fused: frozenset[int]
     requires_grad: frozenset[int]
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn in each step."""
+        return any(isinstance(stage, Draws) for stage in self.stages)
+
     @cached_property
     def why_not_ragged(self) -> str | None:
         """Why rows may not end at different times: an operation, forward or backward, that is not proved row-wise."""
@@ -127,7 +133,8 @@ def plan_step(
     needed = frozenset(v for v, grad in zip((*recording.inputs, *recording.fixed), wanted, strict=True) if grad)
     tensors = [[*leaves(sample), *externals] for sample in samples]
     reals = over_reals(recording, tensors)
-    values = [all_values(reals.program, in_parts(x), n) for x, n in zip(tensors, ROWS, strict=True)]
+    program = bound(reals.program, cell)
+    values = [all_values(program, in_parts(x), n) for x, n in zip(tensors, ROWS, strict=True)]
     return _Planner(recording, reals, values, needed, batch_size if fuse else None).plan()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unrolled.operations.pairs import Pair, formula_of
 from unrolled.recording.functions import RawProgram
+from unrolled.recording.generators import generators_of
 from unrolled.recording.interpret import run_op
 from unrolled.recording.merge import merge
 from unrolled.recording.program import Custom, Op, Program, resolved
@@ -46,6 +47,8 @@ def over_reals(recording: Recording, samples: Sequence[Sequence[Tensor]]) -> Rec
     program = recording.program
     if not any(value.dtype.is_complex for value in program.values):
         return recording
+    if generators_of(program):
+        raise UnrecordableError("it computes with complex numbers, and draws from a generator that it was given")
     first, second = (_OnPairs(program, rows).record(sample) for sample, rows in zip(samples, ROWS, strict=True))
     sizes = [1 + program.values[v].dtype.is_complex for v in program.inputs]
     a, b, c = recording.counts

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from unrolled.operations.operation import operation_of
-from unrolled.plan.partition import Counter, Loop
+from unrolled.plan.partition import Counter, Draws, Loop
 from unrolled.plan.plan import StepPlan
 from unrolled.recording.program import Op, Ref, Value
 from unrolled.results import Result, aligned
@@ -153,6 +153,8 @@ class _Reporter:
         mapped = f"; step by step, as {plan.coupled[number]}" if number in plan.coupled else ""
         if place == "once":
             return "depends on parameters and context only"
+        if any(number in stage.ops for stage in plan.stages if isinstance(stage, Draws)):
+            return "random numbers, drawn step by step in the order of the loop"
         if place == "before":
             return f"feeds a loop, but depends on no state of it{mapped}"
         if place == "after":

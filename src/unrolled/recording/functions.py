@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from unrolled.recording.program import Ref, live_in
+from unrolled.recording.program import Draw, Ref, live_in
 from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like
 
 
@@ -60,6 +60,9 @@ def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     inputs += [value for value in saved if value not in made and value not in inputs]
     forward = RawProgram(tape.tensors, inputs, inside, outputs + kept)
     by_input = [grads.get(value, -1) for value in inputs]
+    if any(isinstance(event.target, Draw) for event in (*inside, *backward)):
+        name = type(node).__name__.removesuffix("Backward")
+        raise UnrecordableError(f"{name} draws random numbers backwards, or from a distribution that it computes")
     custom = RawCustom(
         type(node).__name__.removesuffix("Backward"),
         forward,

@@ -97,7 +97,7 @@ class _Merger:
         target, named, other = first.target, dict(first.kwargs), dict(second.kwargs)
         if isinstance(target, RawCustom) and isinstance(second.target, RawCustom):
             target = self.custom(target, second.target)
-        elif target is not second.target or named.keys() != other.keys():
+        elif target != second.target or named.keys() != other.keys():
             raise UnrecordableError(f"it runs {first.target} at one batch size and {second.target} at another")
         args = self.argument(first.args, second.args)
         kwargs = tuple((name, self.argument(arg, other[name])) for name, arg in named.items())

@@ -83,7 +83,7 @@ class Op:
     @cached_property
     def name(self) -> str:
         """The operation as torch calls it: `aten.mm`."""
-        if isinstance(self.target, Custom):
+        if isinstance(self.target, Custom | Draw):
             return self.target.name
         return str(self.target).removesuffix(".default")
 
@@ -92,10 +92,48 @@ class Op:
         """The name without namespace and overload: `mm`. That of an operation that is not torch's own stays whole."""
         return self.name.split(".")[1] if self.name.startswith("aten.") else self.name
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return isinstance(self.target, Draw)
+
     @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values that it reads, in order."""
         return tuple(refs_of((self.args, self.kwargs)))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An operation that draws random numbers: operations are never left out, merged or put in another order if it is.
+
+    Some fill a tensor, or make one like it. Which numbers stand where depends on how it lies in memory, so its sizes
+    and strides are the first two arguments.
+
+    Attributes:
+        operation: torch's.
+        filled: dtype and device of the tensor that it fills; None if it has none.
+        generator: where its generator is found, for one that was passed by hand; or that generator.
+    """
+
+    operation: Callable[..., Any]
+    filled: tuple[torch.dtype, torch.device] | None = None
+    generator: Any = None
+
+    @property
+    def name(self) -> str:
+        """The operation as torch calls it: `aten.bernoulli_.float`."""
+        return str(self.operation).removesuffix(".default")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw."""
+        if self.generator is not None:
+            kwargs["generator"] = self.generator
+        if self.filled is None:
+            return self.operation(*args, **kwargs)
+        dtype, device = self.filled
+        sizes, strides, *rest = args
+        return self.operation(torch.empty_strided(sizes, strides, dtype=dtype, device=device), *rest, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -140,10 +178,10 @@ class Program:
         return self._hash
 
     def pruned(self) -> Program:
-        """Without the operations that no output depends on."""
+        """Without the operations that no output depends on; draws stay, for those after them."""
         needed, kept = {v for v in self.outputs if v >= 0}, []
         for op in reversed(self.ops):
-            if needed.intersection(op.outputs):
+            if op.draws or needed.intersection(op.outputs):
                 needed.update(op.inputs)
                 kept.append(op)
         return Program(self.values, self.inputs, tuple(reversed(kept)), self.outputs)
@@ -161,10 +199,10 @@ class Program:
         return found
 
     def made_of(self, values: Iterable[int]) -> set[int]:
-        """These values and all that depend on no others."""
+        """These values and all that depend on no others, nor on chance."""
         found = set(values)
         for op in self.ops:
-            if found.issuperset(op.inputs):
+            if not op.draws and found.issuperset(op.inputs):
                 found.update(op.outputs)
         return found
 

@@ -12,10 +12,11 @@ from torch.autograd import forward_ad
 from unrolled.autograd_graph import differentiable
 from unrolled.internals import has_memory, watching
 from unrolled.recording.functions import RawProgram, fold_functions
+from unrolled.recording.generators import named
 from unrolled.recording.indexing import FixedShapes
 from unrolled.recording.merge import merge
-from unrolled.recording.program import Program
-from unrolled.recording.tape import NumbersStayUnread, Tape, UnrecordableError
+from unrolled.recording.program import Draw, Program
+from unrolled.recording.tape import GivenGenerators, NumbersStayUnread, Tape, UnrecordableError
 from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves
 from unrolled.unseen import silent
 
@@ -142,10 +143,14 @@ def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> 
 def _recorded(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProgram, tuple[External, ...], Structure]:
     tape = Tape()
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
-    with silent(), torch.enable_grad(), NumbersStayUnread(), FixedShapes(), tape:
+    with silent(), torch.enable_grad(), NumbersStayUnread(), FixedShapes(), GivenGenerators(tape), tape:
         output, state = cell(*arguments_of(*sample))
     tensors, structure = flatten(output)
     outputs = [tape.number(leaf) for leaf in (*tensors, *leaves(state))]
+    tape.events[:] = [
+        replace(event, target=named(event.target, cell)) if isinstance(event.target, Draw) else event
+        for event in tape.events
+    ]
     fold_functions(tape)
     if any(not event.differentiable for event in tape.events):
         raise UnrecordableError("it turns gradients off for a part of its step")

@@ -8,15 +8,16 @@ autograd was off meanwhile and its result has a Python node for its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
-from unrolled.recording.program import Op, Ref, refs_of
+from unrolled.recording.draws import draws, fills, formula
+from unrolled.recording.program import Draw, Op, Ref, refs_of
 
 
 class UnrecordableError(Exception):
@@ -75,6 +76,27 @@ class NumbersStayUnread(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class GivenGenerators(TorchFunctionMode):
+    """Tells a tape which generator is passed by hand: below autograd torch shows another object for it.
+
+    Args:
+        tape: the tape.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before, self._tape.given = self._tape.given, (kwargs or {}).get("generator", self._tape.given)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._tape.given = before
+
+
 class Tape(DispatchMode):
     """Notes every operation that runs while it is active.
 
@@ -89,6 +111,7 @@ class Tape(DispatchMode):
         externals: values that came from nowhere: parameters, buffers, attributes, constants.
         nodes: values that an `autograd.Function` made, each with that Function's node.
         fresh: externals that the step made itself out of Python numbers.
+        given: the generator that is passed by hand to what runs now.
     """
 
     def __init__(self, decomposition: Callable[[Any], Callable[..., Any] | None] = lambda func: None) -> None:
@@ -105,6 +128,8 @@ class Tape(DispatchMode):
         self._detached_at: dict[_Region, int] = {}
         self._stale: set[_Region] = set()
         self._tracked: set[int] = set()
+        self.given: Generator | None = None
+        self._formula: Any = None  # what is being written down in the place of an operation
 
     def add(self, tensor: Tensor) -> int:
         """Give a tensor a number of its own: an input."""
@@ -132,13 +157,21 @@ class Tape(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._refuse_unrecordable(func, args, kwargs)
-        simpler = self.decomposition(func)
-        if simpler is not None:
-            with self:
-                result = simpler(*args, **kwargs)
+        self._refuse_unrecordable(func, args)
+        by_chance = draws(func, args, kwargs)
+        simpler = formula(func, args) if by_chance else self.decomposition(func)
+        if simpler is not None and simpler is not self._formula:
+            before, self._formula = self._formula, simpler
+            try:
+                with self:
+                    result = simpler(*args, **kwargs)
+            finally:
+                self._formula = before
             if result is not NotImplemented:
-                return result
+                in_place = by_chance and func._schema.is_mutable
+                return self._become(func, args[0], result) if in_place else result
+        if by_chance:
+            return self._draw(func, args, kwargs)
         recorded, named = self._numbered(args), {name: self._numbered(arg) for name, arg in kwargs.items()}
         if func._schema.is_mutable:
             self._refuse_foreign_write(func, recorded)
@@ -155,6 +188,30 @@ class Tape(DispatchMode):
             self._write_in_place(func, recorded, named, args)
         else:
             self._write(func, recorded, named, result)
+        return result
+
+    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note an operation that draws; of a tensor that it only fills, how that lies in memory."""
+        by_hand, place = kwargs.get("generator") is not None, args[0] if fills(func) else None
+        if by_hand and self.given is None:
+            raise UnrecordableError(f"it draws from a generator that cannot be told from others ({func})")
+        draw, named = Draw(func, None, self.given if by_hand else None), {**kwargs}
+        named.pop("generator", None)
+        if func._schema.is_mutable:
+            if place is None:
+                raise UnrecordableError(f"how much it draws at random depends on the numbers in its tensors ({func})")
+            self._refuse_others_tensor(func, self._numbered(place))
+        if place is None:
+            recorded = self._numbered(args)
+        else:
+            draw = replace(draw, filled=(place.dtype, place.device))
+            recorded = (tuple(place.shape), place.stride(), *self._numbered(args[1:]))
+        named = {name: self._numbered(arg) for name, arg in named.items()}
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._overwrite(draw, recorded, named, place)
+        else:
+            self._write(draw, recorded, named, result)
         return result
 
     def _numbered(self, tree: Any) -> Any:
@@ -195,25 +252,44 @@ class Tape(DispatchMode):
         self._append(func, args, kwargs, tuple(outputs))
 
     def _append(self, func: Any, args: Any, kwargs: dict[str, Any], outputs: tuple[int, ...]) -> None:
-        self.events.append(Event(func, args, tuple(kwargs.items()), outputs, torch.is_grad_enabled()))
+        # What reads nothing is no part of what an `autograd.Function` computes, nor of a region without gradients.
+        apart = isinstance(func, Draw) or func in _EMPTY
+        differentiable = torch.is_grad_enabled() or (apart and not any(refs_of((args, kwargs))))
+        self.events.append(Event(func, args, tuple(kwargs.items()), outputs, differentiable))
 
     def _refuse_foreign_write(self, func: Any, args: Any) -> None:
         """Before it is run: what the step did not make is not the recording's to change."""
         target = args[0] if args else None
         if not isinstance(target, Ref) or any(argument.is_out for argument in func._schema.arguments):
             raise UnrecordableError(f"{func} writes into a tensor in a way that has no functional counterpart")
-        if not any(target.value in event.outputs for event in self.events):
-            raise UnrecordableError(f"{func} writes in place into a tensor that the step did not make")
+        self._refuse_others_tensor(func, target)
         self._functional(func)
 
+    def _refuse_others_tensor(self, func: Any, target: Ref) -> None:
+        if not any(target.value in event.outputs for event in self.events):
+            raise UnrecordableError(f"{func} writes in place into a tensor that the step did not make")
+
     def _write_in_place(self, func: Any, args: Any, kwargs: dict[str, Any], given: tuple[Any, ...]) -> None:
-        tensor = given[0]
+        self._overwrite(self._functional(func), args, kwargs, given[0])
+
+    def _overwrite(self, func: Any, args: Any, kwargs: dict[str, Any], tensor: Tensor) -> None:
+        """A tensor becomes what an operation returns."""
         value = self._new(tensor)
-        self._append(self._functional(func), args, kwargs, (value,))
+        self._append(func, args, kwargs, (value,))
         region = _Region.of(tensor)
         self._outdate(tensor)
         self._at[region] = value
         self._stale.discard(region)
+
+    def _become(self, func: Any, tensor: Tensor, result: Tensor) -> Tensor:
+        """A tensor becomes what was written down in place of an operation that writes into it."""
+        self._refuse_others_tensor(func, self._numbered(tensor))
+        tensor.copy_(result)
+        self._outdate(tensor)
+        region = _Region.of(tensor)
+        self._at[region] = self.number(result)
+        self._stale.discard(region)
+        return tensor
 
     def _outdate(self, tensor: Tensor) -> None:
         """Whatever shares elements with a tensor that was written to is no longer what was recorded."""
@@ -237,17 +313,14 @@ class Tape(DispatchMode):
         raise UnrecordableError(f"{func} has no functional counterpart")
 
     @staticmethod
-    def _refuse_unrecordable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if draws(func, args, kwargs):
-            raise UnrecordableError(
-                f"it draws random numbers ({func}); dropout over time is a wrapper: DropoutCell, ZoneoutCell"
-            )
+    def _refuse_unrecordable(func: Any, args: tuple[Any, ...]) -> None:
         dynamic = torch.Tag.dynamic_output_shape in func.tags and not _by_index(func, args)
         if torch.Tag.data_dependent_output in func.tags or dynamic:
             raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")
 
 
 _ATEN = torch.ops.aten
+_EMPTY = (_ATEN.empty.memory_format, _ATEN.empty_strided.default)
 # By what number the operation fills a tensor; None if by its last argument.
 _FILLED = {
     **dict.fromkeys((_ATEN.new_zeros.default, _ATEN.zeros_like.default, _ATEN.zeros.default), 0),
@@ -257,15 +330,6 @@ _FILLED = {
 
 # Where another engine ran the operation before, its result may lie in memory in another way.
 _ANY_LAYOUT = dict.fromkeys((_ATEN.view.default, _ATEN._unsafe_view.default), _ATEN.reshape.default)
-
-
-def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation draws random numbers: fused attention is tagged as if it did, with dropout or without."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    dropout = [argument for argument in func._schema.arguments if argument.name == "dropout_p"]
-    return not dropout or bool(given.get("dropout_p", dropout[0].default_value))
 
 
 def _by_index(func: Any, args: tuple[Any, ...]) -> bool:

@@ -94,7 +94,7 @@ class Site:
     def _make(cls, plans: PlanCache, cell: nn.Module, spec: CallSpec, batch: int) -> Site:
         tensors = [with_numbers(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors_in(cell)]
         plan = call_with_tensors(cell, tensors, lambda: plans.look_up(cell, *spec.sample(cell, batch)).plan)
-        if plan is None:
+        if plan is None or plan.draws:  # a trace keeps the generators of random numbers to itself
             raise OptionError("no plan")
         site = cls(next(cls._numbers), (weakref.ref(plans), weakref.ref(cell)), plan, spec, batch)
         call_with_tensors(cell, tensors, lambda: site._refuse_other_tensors(cell, tensors))

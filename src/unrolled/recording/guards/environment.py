@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
+from unrolled.recording.generators import held_generators
 from unrolled.recording.guards.generators import set_state, state_of, whose
 from unrolled.recording.guards.kinds import is_common
 from unrolled.recording.guards.places import MISSING, ClassEntry, Entry, Place, same
@@ -56,12 +58,17 @@ class Environment:
         It goes when nobody keeps it: what is around a cell may lead back to the cell, which must be able to go.
         """
         with cls._lock:
-            known = cls._known.get(cell)
-            environment = known() if known is not None else None
+            environment = cls.known(cell)
             if environment is None:
                 environment = cls()
                 cls._known[cell] = weakref.ref(environment)
             return environment
+
+    @classmethod
+    def known(cls, cell: nn.Module) -> Environment | None:
+        """The environment of a cell if there is one."""
+        known = cls._known.get(cell)
+        return known() if known is not None else None
 
     def version(self) -> int:
         """A number that stands for the values in all places; the same one when they are again what they were."""
@@ -157,6 +164,11 @@ class Environment:
                     self._add_version(values)
                 self._prepare_look()
 
+    @property
+    def generators(self) -> list[Any]:
+        """The generators of random numbers that steps can reach."""
+        return list(self._generators.values())
+
     def snapshot(self) -> Callable[[], str]:
         """What sets all places and generators to what they are now, and says what was changed meanwhile, if anything.
 
@@ -183,6 +195,19 @@ class Environment:
         why = put_back()
         if why:
             raise UnrecordableError(why)
+
+
+def generators_around(module: nn.Module) -> list[torch.Generator]:
+    """The generators from which steps of a network's cells may draw, besides torch's default ones.
+
+    They stand in attributes, or steps that were watched could reach them.
+    """
+    found = {id(generator): generator for _, generator in held_generators(module)}
+    for cell in module.modules():
+        reached = Environment.known(cell)
+        own = [] if reached is None else reached.generators
+        found |= {id(g): g for g in own if isinstance(g, torch.Generator) and g is not torch.default_generator}
+    return list(found.values())
 
 
 def _put_back(places: Iterable[Place], generators: Iterable[tuple[Any, Any]]) -> str:

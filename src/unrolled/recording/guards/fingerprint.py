@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from unrolled.internals import modules_are_patched
 from unrolled.recording.guards.environment import Environment
@@ -90,6 +90,8 @@ class _Freezer:
             return (type(value), repr(value)) if isinstance(value, float | int | complex) else value
         if isinstance(value, Tensor):
             return ("a tensor", self.tensors.setdefault(id(value), len(self.tensors)))
+        if isinstance(value, Generator):  # what it draws next is none of a program's business
+            return ("a generator", value.device, self.tensors.setdefault(id(value), len(self.tensors)))
         if isinstance(value, types.FunctionType):
             return value
         if isinstance(value, np.ndarray | np.generic) and is_small(value):

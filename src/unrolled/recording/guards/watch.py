@@ -68,6 +68,7 @@ class WatchedStep(_Profiled):
         self._dispatch = _codes_of_dispatch() | {_NoWrites.__torch_dispatch__.__code__}
         self._dispatching: types.FrameType | None = None
         self._refusal: UnrecordableError | None = None
+        self._backwards = False
 
     def __enter__(self) -> None:
         # Who asks to be called at collections would be called in the middle of the step.
@@ -94,8 +95,10 @@ class WatchedStep(_Profiled):
             results = step()
         ends = [x for x in leaves(results) if x.requires_grad]
         if ends and by:
+            self._backwards = True  # checkpoints set a generator back, and in the end forward again
             with no_writes, self:
                 _go_back(ends, by)
+            self._backwards = False
 
     def _event(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if self._dispatching is not None:
@@ -113,6 +116,8 @@ class WatchedStep(_Profiled):
             elif event == "return" and frame.f_back is not None and argument is not None:
                 self._reach.pass_on(argument, names_in(frame.f_back.f_code))
             elif event == "c_call":
+                if not self._backwards and _sets_generator(argument):
+                    raise UnrecordableError("its step sets a torch.Generator, from which others draw as well")
                 self._reach.call(argument)
         except UnrecordableError as refusal:
             self._refusal = self._refusal or refusal
@@ -160,6 +165,13 @@ class _NoWrites(DispatchMode):
         label = self._memory.get(tensor.untyped_storage().data_ptr())
         if label is not None:
             raise IrreversibleError(f"its step changes {label}, outside of the cell, for the next one")
+
+
+def _sets_generator(function: Any) -> bool:
+    """Whether a function written in C is one by which a generator comes to draw other numbers."""
+    setting = ("manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset")
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, torch.Generator) and getattr(function, "__name__", "") in setting
 
 
 def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
