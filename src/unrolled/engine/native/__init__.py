@@ -2,7 +2,7 @@
 
 A loop's program is lowered to nodes (`lower`), these are put into kernels (`schedule`) and written as C (`emit`); the C
 is compiled or found in a cache on disk (`build`), and torch's tensors are bound to the compiled function (`bind`). What
-each operation becomes is said in `unrolled.operations`; what all loops share is in `kernels.c` and `loops.c`.
+each operation becomes is said in `unrolled.operations`; what runs all loops is compiled once (`runtime`).
 """
 
 from __future__ import annotations

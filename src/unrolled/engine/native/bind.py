@@ -15,7 +15,8 @@ from torch import Tensor
 from unrolled.engine.native.build import library
 from unrolled.engine.native.emit import Source, one_file
 from unrolled.engine.native.lower import state_buffers
-from unrolled.engine.native.products import packed_matrix, product_library
+from unrolled.engine.native.products import packed_matrix
+from unrolled.engine.native.runtime import runtime
 from unrolled.engine.native.state_buffer import StateBuffer
 from unrolled.engine.native.threads import shares, team
 from unrolled.execution.memory import allocate, materialized
@@ -37,14 +38,11 @@ def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop
     Raises:
         BuildError: if there is no compiler, or it fails.
     """
-    loaded = library(one_file(list(sources.values())))
-    loaded.ur_loop.argtypes = [c_void_p] * 10 + [c_int64] * 8 + [c_void_p]
-    for source in sources.values():
-        if source.matrices:
-            product_library(source.real)  # a compiler that fails is to be found out now
-    functions = [cast(loaded[f"ur_loop_{number}"], c_void_p) for number in range(len(sources))]
+    (real,) = {source.real for source in sources.values()}
+    loaded, entry = library(one_file(list(sources.values()))), runtime(real).ur_loop
+    functions = [cast(loaded[f"loop_{number}"], c_void_p) for number in range(len(sources))]
     return {
-        loop: NativeLoop(loop, source, partial(loaded.ur_loop, function))
+        loop: NativeLoop(loop, source, partial(entry, function))
         for (loop, source), function in zip(sources.items(), functions, strict=True)
     }
 
@@ -208,7 +206,7 @@ class NativeLoop:
         return list(zip(self.loop.next_states, self._state_buffers, strict=True))
 
     def _threads(self, extent: Extent) -> _Threads:
-        most = min(torch.get_num_threads(), 64)  # MOST_PARTS in kernels.c
+        most = min(torch.get_num_threads(), 64)  # MOST_PARTS in threads.c
         read = self.source.weights * self.source.real.itemsize
         if most > 1 and any(extent.batch <= rows and read >= least for rows, least in _WORTH_A_QUEUE):
             return _Threads([0] + [extent.batch] * most, queued=True)

@@ -1,37 +1,20 @@
-"""Emission: the kernels of a loop as plain C."""
+"""Emission: a loop as plain C, whose step calls a function for each kernel."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from unrolled.engine.native.build import c_text
+from unrolled.engine.native.kernel import kernel, row_stride
 from unrolled.engine.native.lower import lower, state_buffers
-from unrolled.engine.native.placed import placed
 from unrolled.engine.native.schedule import Kernels
-from unrolled.engine.native.text import c_type, index, literal, nest
-from unrolled.operations.nodes import (
-    Compute,
-    Find,
-    Input,
-    Lowered,
-    MatrixProduct,
-    Node,
-    Product,
-    Put,
-    Reduce,
-    Scalar,
-    Scan,
-    Take,
-    View,
-    Write,
-    contiguous,
-)
-from unrolled.operations.operation import OPERATIONS
+from unrolled.engine.native.text import c_type
+from unrolled.operations.nodes import Input, Lowered, Node, Product, View
 from unrolled.plan.loops import LoopProgram
 
 
@@ -40,6 +23,7 @@ class Source:
     """A loop in C, and what a caller has to know to call it.
 
     Attributes:
+        kernels: C functions that a step calls; alike kernels are one.
         setup: the C of what a run begins with.
         step: the C of one step.
         real: the dtype of its numbers.
@@ -50,6 +34,7 @@ class Source:
         weights: numbers in the matrices that a step reads.
     """
 
+    kernels: tuple[str, ...]
     setup: str
     step: str
     real: torch.dtype
@@ -75,13 +60,14 @@ def emit(loop: LoopProgram) -> Source:
 
 
 def one_file(sources: Sequence[Source]) -> str:
-    """Some loops over numbers of one dtype as one C file: what all of them need is compiled once.
+    """Some loops over numbers of one dtype as one C file: what they have in common is compiled once.
 
-    Its entry is `ur_loop`; its first argument is the address of a loop's function: `ur_loop_0`, `ur_loop_1`, ...
+    Their functions, `loop_0`, `loop_1`, ..., are what `ur_loop` of the runtime takes first.
     """
     (real,) = {source.real for source in sources}
-    functions = [source.function(f"ur_loop_{number}") for number, source in enumerate(sources)]
-    return "".join([c_text(real, "kernels.c", "loops.c", "places.c", "ordering.c", "ordering.c"), *functions])
+    kernels = dict.fromkeys(kernel for source in sources for kernel in source.kernels)
+    functions = [source.function(f"loop_{number}") for number, source in enumerate(sources)]
+    return "".join([c_text(real, "kernels.c", "places.c", "ordering.c", "ordering.c"), *kernels, *functions])
 
 
 _FUNCTION = """
@@ -109,16 +95,17 @@ class _Emitter:
     def __init__(self, loop: LoopProgram, lowered: Lowered) -> None:
         self.loop, self.lowered, self.kernels = loop, lowered, Kernels(lowered)
         self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
+        self.functions: dict[str, None] = {}
         self.matrices: list[int] = []
         self.scratch = 0
         self.flops = self.weights = 0
         self.state_buffers = state_buffers(loop)
 
     def source(self) -> Source:
-        body = [line for nodes in self.kernels.order for line in self._kernel(nodes)]
+        body = [self._kernel(nodes) for nodes in self.kernels.order]
         body += [self._total(number, view) for number, view in enumerate(self.lowered.totals)]
         setup, step = self._pointers()
-        code = _indented(setup, 1), _indented([*step, *body], 2)
+        code = tuple(self.functions), _indented(setup, 1), _indented([*step, *body], 2)
         matrices = tuple(self.matrices), self._only_packed("\n".join(body))
         return Source(*code, self.lowered.real, *matrices, self.scratch, self.flops, self.weights)
 
@@ -166,41 +153,16 @@ class _Emitter:
             start = f"(const {kind} *)task->buffers[{buffer}] + (received + begin) * {node.size}"
             step.append(f"const {kind} *const {name} = {start}; (void){name};")
 
-    def row_stride(self, node: Node) -> str:
-        """How far apart a node's rows are in memory."""
-        return f"{self.names[node]}_row" if isinstance(node, Input) and node.kind != "state" else str(node.size)
-
-    def row_of(self, view: View) -> str:
-        """Where row b of a view begins."""
-        return f"{self.names[view.node]} + b * {self.row_stride(view.node)} + {view.offset}"
-
-    def pointer(self, node: Node, *, written: bool = False) -> str:
-        """The name of a node's memory."""
-        return self.names[node]
-
-    def declined(self) -> str:
-        """Where it is noted that the numbers are declined."""
-        return "task->declined"
-
     # -- kernels
 
-    def _kernel(self, nodes: Sequence[Node]) -> Iterator[str]:
+    def _kernel(self, nodes: Sequence[Node]) -> str:
         first = nodes[0]
         if isinstance(first, Product):
-            yield self._product(first)
-        elif isinstance(first, MatrixProduct):
-            yield from self._matrix_product(first)
-        elif isinstance(first, Reduce):
-            yield from self._reduce(first)
-        elif isinstance(first, Take | Put | Find):
-            yield "for (int64_t b = 0; b < rows; ++b) {"
-            yield from ("  " + line for line in placed(first, self))
-            yield "}"
-            self.flops += first.size
-        else:
-            computations = [node for node in nodes if isinstance(node, Compute)]
-            yield from _EntryLoop(self, computations).lines()
-            self.flops += math.prod(first.dims) * len(computations)
+            return self._product(first)
+        made = kernel(nodes, self.kernels, self.names)
+        self.functions[made.text] = None
+        self.flops += made.flops
+        return made.call
 
     def _product(self, node: Product) -> str:
         K, N = node.matrix.dims
@@ -209,168 +171,16 @@ class _Emitter:
         index = self.matrices.index(node.matrix.position)
         row, many = node.row, math.prod(node.dims[:-1])
         x = f"{self.names[row.node]} + {row.offset}"
-        by_row = str(K) if len(node.dims) > 1 else self.row_stride(row.node)
+        by_row = str(K) if len(node.dims) > 1 else row_stride(row.node, self.names)
         self.flops += 2 * many * K * N
         self.weights += K * N
         out, matrix = f"{self.names[node]}, {N}", f"task->packed[{index}], {many} * rows, {K}, {N}"
-        return f"queued_product(task->queue, {out}, {x}, {by_row}, {matrix});"
-
-    def _matrix_product(self, node: MatrixProduct) -> Iterator[str]:
-        (*many, N, M), (*_, K) = node.dims, node.left.dims
-        out = f"out + {index(contiguous(node.dims)[:-2])}"
-        x, y = (
-            f"{name} + {index(view.strides[:-2])}, {view.strides[-2]}, {view.strides[-1]}"
-            for name, view in (("x", node.left), ("y", node.right))
-        )
-        yield "for (int64_t b = 0; b < rows; ++b) {"
-        yield f"  const real *const x = {self.row_of(node.left)}, *const y = {self.row_of(node.right)};"
-        yield f"  real *const out = {self.names[node]} + b * {node.size};"
-        yield from nest(many, [f"small_product({out}, {x}, {y}, {N}, {K}, {M});"])
-        yield "}"
-        self.flops += 2 * K * node.size
+        return f"task->product(task->queue, {out}, {x}, {by_row}, {matrix});"
 
     def _total(self, number: int, view: View) -> str:
         (N,) = view.dims
-        x = f"{self.names[view.node]} + {view.offset}"
-        return f"add_rows(task->totals[{number}] + number * {N}, {x}, {self.row_stride(view.node)}, rows, {N});"
-
-    def _reduce(self, node: Reduce) -> Iterator[str]:
-        view, kind = node.source, c_type(node)
-        kept = len(node.dims) - 1 if isinstance(node, Scan) else len(node.dims)
-        reduced = _scanned if isinstance(node, Scan) else _reduced
-        reduction = reduced(node, view.dims[kept:], view.strides[kept:], index(view.strides[:kept]))
-        yield "for (int64_t b = 0; b < rows; ++b) {"
-        yield f"  const {kind} *x = {self.row_of(view)};"
-        yield f"  {kind} *y = {self.names[node]} + b * {node.size};"
-        yield from nest(node.dims[:kept], reduction)
-        yield "}"
-        self.flops += view.node.size
-
-
-class _EntryLoop:
-    """Element-wise computations of one shape, as one loop over the rows and one over their entries.
-
-    Args:
-        emitter: whose names and memory they have.
-        nodes: the computations, in order.
-
-    Attributes:
-        flat: whether one loop over all entries of a row will do, whatever its shape.
-        reads: for each view that is read from memory the name of the variable that it is read into.
-        before: lines for each row.
-        inside: lines for each entry.
-    """
-
-    def __init__(self, emitter: _Emitter, nodes: Sequence[Compute]) -> None:
-        self.emitter, self.nodes, self.dims = emitter, nodes, nodes[0].dims
-        self.kernels = emitter.kernels
-        read = (view for node in nodes for view in node.views if not self.kernels.in_register(view, node))
-        views = dict.fromkeys(read)
-        self.flat = all(self._reads_flat(view) for view in views) and all(
-            node.target.strides == contiguous(self.dims) for node in nodes if isinstance(node, Write)
-        )
-        self.reads = {view: f"a{number}" for number, view in enumerate(views)}
-        self.before: list[str] = []
-        self.inside: list[str] = []
-
-    def lines(self) -> Iterator[str]:
-        """The C of the loop."""
-        for view, name in self.reads.items():
-            self._read(view, name)
-        for node in self.nodes:
-            self._compute(node)
-        names, sums = self.emitter.names, self.kernels.sums
-        totals = {names[total]: node for node in self.nodes for total in sums.get(node, ())}
-        self.before += [f"real {name}_sum = 0;" for name in totals]
-        self.inside += [f"{name}_sum += {names[node]}_v;" for name, node in totals.items()]
-        shape = (math.prod(self.dims),) if self.flat else self.dims
-        yield "for (int64_t b = 0; b < rows; ++b) {"
-        yield from ("  " + line for line in self.before)
-        yield from ("  " + line for line in nest(shape, self.inside, sums=[f"{name}_sum" for name in totals]))
-        yield from (f"  {name}[b] = {name}_sum;" for name in totals)
-        yield "}"
-
-    def _reads_flat(self, view: View) -> bool:
-        """Whether a view is one number for all entries of a row, or has them one after the other."""
-        strides = view.broadcast(self.dims).strides
-        adjacent = zip(strides, contiguous(self.dims), self.dims, strict=True)
-        return not any(strides) or all(have == want for have, want, n in adjacent if n != 1)
-
-    def _at(self, strides: Sequence[int]) -> str:
-        return "i0" if self.flat else index(strides)
-
-    def _read(self, view: View, name: str) -> None:
-        kind, row, strides = c_type(view.node), self.emitter.row_of(view), view.broadcast(self.dims).strides
-        if not any(strides):
-            self.before.append(f"const {kind} {name} = *({row});")
-            return
-        self.before.append(f"const {kind} *const {name}_at = {row};")
-        self.inside.append(f"const {kind} {name} = {name}_at[{self._at(strides)}];")
-
-    def _argument(self, argument: View | Scalar, node: Compute) -> str:
-        if not isinstance(argument, View):
-            return literal(argument, whole=node.whole_numbers)
-        if self.kernels.in_register(argument, node):
-            return f"{self.emitter.names[argument.node]}_v"
-        return self.reads[argument]
-
-    def _compute(self, node: Compute) -> None:
-        name, kind = self.emitter.names[node], c_type(node)
-        arguments = [self._argument(argument, node) for argument in node.arguments]
-        operation = OPERATIONS[node.name]
-        expression = operation.integers if node.whole_numbers else operation.expression
-        expression = expression.format(*arguments, type=kind, declined=self.emitter.declined())
-        register = "int" if node.dtype == torch.bool else kind
-        self.inside.append(f"const {register} {name}_v = {expression};")
-        if isinstance(node, Write):
-            row, strides = self.emitter.row_of(node.target), node.target.strides
-        elif node in self.kernels.stored:
-            row, strides = f"{name} + b * {node.size}", contiguous(self.dims)
-        else:
-            return
-        self.before.append(f"{kind} *const {name}_to = {row};")
-        self.inside.append(f"{name}_to[{self._at(strides)}] = ({kind}){name}_v;")
-
-
-def _scanned(node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], start: str) -> list[str]:
-    """The C that adds up, or multiplies, entries one after the other; in double precision, as torch does."""
-    total = "int64_t" if node.dtype == torch.int64 else "double"
-    x = f"x[{start} + {index(strides, 'j')}]"
-    first, following = {
-        "cumsum": ("0", f"total + {x}"),
-        "cumprod": ("1", f"total * {x}"),
-        "logcumsumexp": ("-INFINITY", f"log_of_sum(total, {x})"),
-    }[node.name]
-    if node.dtype == torch.int64:
-        following = _of_integers(node.name.removeprefix("cum"), x)
-    step = f"y[{index(contiguous(node.dims)[:-1])} + j0] = total = {following};"
-    return [f"{total} total = {first};", *nest(dims, [step], "j")]
-
-
-def _reduced(node: Reduce, dims: tuple[int, ...], strides: tuple[int, ...], start: str) -> list[str]:
-    """The C that reduces the entries `x[start + ...]`, of some dimensions, to an entry of `y`."""
-    out, whole = f"y[{index(contiguous(node.dims))}]", node.dtype == torch.int64
-    if node.name == "sum" and strides == contiguous(dims) and not whole:
-        return [f"{out} = sum_of(x + {start}, {math.prod(dims)});"]
-    x = f"x[{start} + {index(strides, 'j')}]"
-    first, step = {
-        "sum": ("0", f"total + {x}"),
-        "prod": ("1", f"total * {x}"),
-        "amax": ("INT64_MIN" if whole else "-INFINITY", f"larger(total, {x})"),
-        "amin": ("INT64_MAX" if whole else "INFINITY", f"smaller(total, {x})"),
-    }[node.name]
-    step = _of_integers(node.name, x) if whole else step
-    return [f"{c_type(node)} total = {first};", *nest(dims, [f"total = {step};"], "j"), f"{out} = total;"]
-
-
-def _of_integers(name: str, x: str) -> str:
-    """What a total of integers becomes with one more."""
-    return {
-        "sum": f"int_add(total, {x})",
-        "prod": f"int_mul(total, {x})",
-        "amax": f"total > {x} ? total : {x}",
-        "amin": f"total < {x} ? total : {x}",
-    }[name]
+        x, by_row = f"{self.names[view.node]} + {view.offset}", row_stride(view.node, self.names)
+        return f"task->add_rows(task->totals[{number}] + number * {N}, {x}, {by_row}, rows, {N});"
 
 
 def _indented(lines: Sequence[str], depth: int) -> str:

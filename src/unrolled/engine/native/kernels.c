@@ -1,10 +1,9 @@
-/* What every emitted loop begins with: the type of numbers, their functions, and the product of rows with a matrix.
+/* What every emitted loop begins with: the type of numbers, their functions, and what a loop is called with.
 
    The functions are free of branches, so that the compiler turns loops over them into vector instructions. They
    propagate NaN, and are good to about two units in the last place. Coefficients: Cephes (S. Moshier). */
 
 #include <math.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -29,6 +28,7 @@ typedef int64_t bits;
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 INLINE real from_bits(bits b) { real r; memcpy(&r, &b, sizeof r); return r; }
 INLINE bits to_bits(real r) { bits b; memcpy(&b, &r, sizeof b); return b; }
@@ -163,153 +163,11 @@ INLINE real ur_clamp(real x, real low, real high) {
   return x > high ? high : x;
 }
 
-/* Threads. Work in parts is shared by a team: torch's own (GOMP_parallel), whose threads wait for work on the cores that
-   we want, or threads of ours where there is none. Each takes the next part that nobody has taken. */
-
-typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
-
-typedef struct {
-  void (*work)(void *, int64_t);
-  void *argument;
-  int64_t parts, next;
-} shared_work;
-
-static void take_parts(void *argument) {
-  shared_work *shared = argument;
-  int64_t part;
-  while ((part = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED)) < shared->parts)
-    shared->work(shared->argument, part);
-}
-
-static void *take_parts_in_thread(void *argument) {
-  take_parts(argument);
-  return 0;
-}
-
-#define MOST_PARTS 64
-
-static void share(team run, void (*work)(void *, int64_t), void *argument, int64_t parts) {
-  shared_work shared = {work, argument, parts, 0};
-  pthread_t started[MOST_PARTS];
-  int alive = 0;
-  if (run && parts > 1) {
-    run(take_parts, &shared, (unsigned)parts, 0);
-    return;
-  }
-  for (int64_t n = 1; n < parts; ++n)
-    if (pthread_create(&started[alive], 0, take_parts_in_thread, &shared) == 0) ++alive;
-  take_parts(&shared);
-  for (int n = 0; n < alive; ++n) pthread_join(started[n], 0);
-}
-
-/* Products. A matrix [K, N] is packed once a call into panels of PANEL columns, so that a panel is read from one end to
-   the other. A block of rows is multiplied with a panel in registers. */
-
 #ifndef LANES
 #define LANES ((int)(VECTOR_BYTES / sizeof(real)))
 #endif
 #define PANEL (2 * LANES)
 typedef real lanes __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-
-/* ROWS rows of x times a panel. It starts from what `start` points at, or from zero; compiled for constant strides. */
-INLINE void block(const int ROWS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row, int64_t x_by_k,
-                  const real *packed, int64_t K, int64_t columns, const real *start, int64_t start_by_row) {
-  lanes sum[ROW_BLOCK][2];
-  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
-    sum[r][0] = sum[r][1] = (lanes){0};
-    if (start && columns == PANEL) {
-      sum[r][0] = *(const lanes *)(start + r * start_by_row);
-      sum[r][1] = *(const lanes *)(start + r * start_by_row + LANES);
-    } else if (start) {
-      memcpy(sum[r], start + r * start_by_row, (size_t)columns * sizeof(real));
-    }
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    lanes a = *(const lanes *)(packed + k * PANEL), b = *(const lanes *)(packed + k * PANEL + LANES);
-    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
-      real f = x[r * x_by_row + k * x_by_k];
-      sum[r][0] += f * a;
-      sum[r][1] += f * b;
-    }
-  }
-  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
-    if (columns == PANEL) {
-      *(lanes *)(out + r * out_by_row) = sum[r][0];
-      *(lanes *)(out + r * out_by_row + LANES) = sum[r][1];
-    } else {
-      memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));
-    }
-  }
-}
-
-#if ROW_BLOCK == 12
-#define FOR_EACH_BLOCK(B) B(1) B(2) B(3) B(4) B(5) B(6) B(7) B(8) B(9) B(10) B(11) B(12)
-#elif ROW_BLOCK == 6
-#define FOR_EACH_BLOCK(B) B(1) B(2) B(3) B(4) B(5) B(6)
-#else
-#define FOR_EACH_BLOCK(B) B(1) B(2) B(3) B(4)
-#endif
-
-#define ROWS_OF_STATE(R)                                                                                     \
-  static void block_##R(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed,  \
-                        int64_t K, int64_t columns) {                                                        \
-    block(R, out, out_by_row, x, x_by_row, 1, packed, K, columns, 0, 0);                                     \
-  }
-FOR_EACH_BLOCK(ROWS_OF_STATE)
-
-typedef void (*block_function)(real *, int64_t, const real *, int64_t, const real *, int64_t, int64_t);
-#define NAME_OF_BLOCK(R) block_##R,
-static const block_function blocks[] = {0, FOR_EACH_BLOCK(NAME_OF_BLOCK)};
-
-/* One or two rows with several panels at once: enough sums in flight to hide the latency of an addition. */
-INLINE void panels(const int ROWS, const int PANELS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
-                   const real *packed, int64_t K) {
-  lanes sum[2][4][2];
-  for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p) sum[r][p][0] = sum[r][p][1] = (lanes){0};
-  for (int64_t k = 0; k < K; ++k)
-    _Pragma("GCC unroll 4") for (int p = 0; p < PANELS; ++p) {
-      const real *at = packed + (p * K + k) * PANEL;
-      lanes a = *(const lanes *)at, b = *(const lanes *)(at + LANES);
-      _Pragma("GCC unroll 2") for (int r = 0; r < ROWS; ++r) {
-        sum[r][p][0] += x[r * x_by_row + k] * a;
-        sum[r][p][1] += x[r * x_by_row + k] * b;
-      }
-    }
-  for (int r = 0; r < ROWS; ++r)
-    for (int p = 0; p < PANELS; ++p) {
-      *(lanes *)(out + r * out_by_row + p * PANEL) = sum[r][p][0];
-      *(lanes *)(out + r * out_by_row + p * PANEL + LANES) = sum[r][p][1];
-    }
-}
-
-static void one_or_two(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, int64_t rows,
-                       int64_t K, int64_t N) {
-  int64_t n = 0;
-  if (rows == 1)
-    for (; n + 4 * PANEL <= N; n += 4 * PANEL) panels(1, 4, out + n, 0, x, 0, packed + n * K, K);
-  else
-    for (; n + 2 * PANEL <= N; n += 2 * PANEL) panels(2, 2, out + n, out_by_row, x, x_by_row, packed + n * K, K);
-  for (; n < N; n += PANEL)
-    blocks[rows](out + n, out_by_row, x, x_by_row, packed + n * K, K, N - n < PANEL ? N - n : PANEL);
-}
-
-static void product(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed, int64_t rows,
-                    int64_t K, int64_t N) {
-  if (rows <= 2) {
-    one_or_two(out, out_by_row, x, x_by_row, packed, rows, K, N);
-    return;
-  }
-  for (int64_t n = 0; n < N; n += PANEL, packed += K * PANEL) {
-    int64_t columns = N - n < PANEL ? N - n : PANEL;
-    int64_t pieces = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    for (int64_t piece = 0, r = 0; piece < pieces; ++piece) {
-      int64_t many = (rows - r + pieces - piece - 1) / (pieces - piece);
-      blocks[many](out + r * out_by_row + n, out_by_row, x + r * x_by_row, x_by_row, packed, K, columns);
-      r += many;
-    }
-  }
-}
 
 /* Reductions along a run of entries. */
 
@@ -354,9 +212,8 @@ INLINE real dot(const real *x, const real *y, int64_t n) {
 }
 
 /* A matrix [N, K] times another [K, M], each anywhere in memory: too small to be packed. */
-static __attribute__((noinline)) void small_product(real *restrict out, const real *x, int64_t x_by_n, int64_t x_by_k,
-                                                    const real *y, int64_t y_by_k, int64_t y_by_m, int64_t N,
-                                                    int64_t K, int64_t M) {
+static NOINLINE void small_product(real *restrict out, const real *x, int64_t x_by_n, int64_t x_by_k, const real *y,
+                                   int64_t y_by_k, int64_t y_by_m, int64_t N, int64_t K, int64_t M) {
   for (int64_t n = 0; n < N; ++n, x += x_by_n, out += M) {
     int64_t m = 0;
     if (y_by_m == 1) {
@@ -386,21 +243,20 @@ static __attribute__((noinline)) void small_product(real *restrict out, const re
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
 
-/* Adds N columns of some rows to a total: first the rows, then their sum, so that less is lost to rounding. */
-INLINE void add_rows(real *total, const real *x, int64_t by_row, int64_t rows, int64_t N) {
-  int64_t n = 0;
-  for (; n + 2 * LANES <= N; n += 2 * LANES) {
-    lanes s[2] = {{0}, {0}};
-    for (int64_t b = 0; b < rows; ++b) {
-      s[0] += *(const lanes *)(x + b * by_row + n);
-      s[1] += *(const lanes *)(x + b * by_row + n + LANES);
-    }
-    *(lanes *)(total + n) += s[0];
-    *(lanes *)(total + n + LANES) += s[1];
-  }
-  for (; n < N; ++n) {
-    real s = 0;
-    for (int64_t b = 0; b < rows; ++b) s += x[b * by_row + n];
-    total[n] += s;
-  }
-}
+/* What one thread does: the rows from `begin` to `end`, the steps from `first` to `last`. */
+typedef struct {
+  void *const *inputs;
+  const int64_t *by_step, *by_row;
+  void *const *buffers;   /* for what is emitted at every step, and for the states */
+  real *const *totals;
+  const real *const *packed;
+  char *scratch;
+  const int64_t *offsets; /* how many rows the steps before each have, if rows end at different times */
+  void *queue;            /* if the first thread owns all rows */
+  int64_t steps, batch, reverse, first, last, begin, end;
+  int64_t *declined;      /* set where a row has numbers that the loop has no answer for */
+  /* A product, which others that serve the queue help with, and a sum over rows: compiled once, not with every loop. */
+  void (*product)(void *queue, real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed,
+                  int64_t rows, int64_t K, int64_t N);
+  void (*add_rows)(real *total, const real *x, int64_t by_row, int64_t rows, int64_t N);
+} loop_task;

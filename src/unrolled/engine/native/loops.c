@@ -48,8 +48,9 @@ static void serve(work_queue *queue) {
 }
 
 /* A product by all threads that serve the queue, and this one; by this one alone if there is no queue. */
-static void queued_product(work_queue *queue, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
+static void queued_product(void *shared, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
                            const real *packed, int64_t rows, int64_t K, int64_t N) {
+  work_queue *const queue = shared;
   int64_t pieces = (N + COLUMNS - 1) / COLUMNS, waited = 0;
   if (!queue || pieces < 2 || pieces > 0x7fff) {
     product(out, out_by_row, x, x_by_row, packed, rows, K, N);
@@ -63,20 +64,6 @@ static void queued_product(work_queue *queue, real *out, int64_t out_by_row, con
   take_pieces(queue);
   while (__atomic_load_n(&queue->done, __ATOMIC_ACQUIRE) < pieces) wait_a_little(&waited);
 }
-
-/* What one thread does: the rows from `begin` to `end`, the steps from `first` to `last`. */
-typedef struct {
-  void *const *inputs;
-  const int64_t *by_step, *by_row;
-  void *const *buffers;   /* for what is emitted at every step, and for the states */
-  real *const *totals;
-  const real *const *packed;
-  char *scratch;
-  const int64_t *offsets; /* how many rows the steps before each have, if rows end at different times */
-  work_queue *queue;      /* if the first thread owns all rows */
-  int64_t steps, batch, reverse, first, last, begin, end;
-  int64_t *declined;      /* set where a row has numbers that the loop has no answer for */
-} loop_task;
 
 typedef void (*loop_function)(const loop_task *, int64_t);
 
@@ -93,7 +80,7 @@ static void run_or_serve(void *argument, int64_t number) {
     return;
   }
   run->loop(task, number);
-  if (task->queue) __atomic_store_n(&task->queue->posted, -1, __ATOMIC_RELEASE);
+  if (task->queue) __atomic_store_n(&((work_queue *)task->queue)->posted, -1, __ATOMIC_RELEASE);
 }
 
 /* Returns whether the numbers were declined. bounds: threads + 1 numbers, the rows of thread n are those from bounds[n]
@@ -108,7 +95,7 @@ int ur_loop(loop_function loop, void *const *inputs, const int64_t *by_step, con
   for (int64_t n = 0; n < threads; ++n)
     tasks[n] = (loop_task){inputs, by_step, by_row, buffers, totals, packed, scratch + bounds[n] * scratch_per_row,
                            offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1],
-                           &declined};
+                           &declined, queued_product, add_rows};
   share(run, run_or_serve, &(loop_run){loop, tasks}, threads);
   return (int)declined;
 }

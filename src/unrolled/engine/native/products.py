@@ -13,30 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unrolled.engine.native.build import BuildError, c_text, library
+from unrolled.engine.native.build import BuildError
+from unrolled.engine.native.runtime import runtime
 from unrolled.engine.native.threads import team
 from unrolled.execution.memory import allocate, materialized
 
 
 @cache
-def product_library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernel for large products, compiled.
-
-    Raises:
-        BuildError: if there is no compiler, or it fails.
-    """
-    loaded = library(c_text(dtype, "kernels.c", "products.c"))
-    loaded.ur_scratch.restype, loaded.ur_scratch.argtypes = ctypes.c_int64, [ctypes.c_int64]
-    loaded.ur_pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4
-    for function in (loaded.ur_multiply, loaded.ur_contract):
-        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 8 + [ctypes.c_void_p]
-    return loaded
-
-
-@cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
-        return product_library(dtype)
+        return runtime(dtype)
     except BuildError:
         return None
 
@@ -47,7 +33,7 @@ def packed_matrix(matrix: Tensor) -> Tensor:
     Raises:
         BuildError: if the kernel cannot be built.
     """
-    loaded = product_library(matrix.dtype)
+    loaded = runtime(matrix.dtype)
     K, N = matrix.shape
     panel = loaded.ur_panel()
     packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
