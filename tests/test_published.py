@@ -24,12 +24,7 @@ RESETS = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.
 
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "clockwork RNN, one clock": ("eager", "the native engine does not emit a sequence without a batch"),
-    "LRU, complex": ("reference", "its recording does not give the numbers of the cell itself"),
-    "S4D, view_as_complex": ("reference", "its recording does not give the numbers of the cell itself"),
-    "Mamba": ("reference", "it changes a tensor in place and then reads it through another view"),
     "unitary RNN": ("reference", "what it does depends on the numbers in its tensors"),
-    "holographic RNN, by FFT": ("reference", "it changes a tensor in place and then reads it through another view"),
-    "neural Turing machine": ("reference", "it turns gradients off for a part of its step"),
     "DNC allocation, by sort": ("eager", "the native engine does not emit gather"),
     "attention to a window": ("reference", "it draws random numbers"),
     "MultiheadAttention": ("reference", "it draws random numbers"),
@@ -43,10 +38,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "Dreamer, noise given": ("reference", "what it does depends on the numbers in its tensors"),
     "actor that samples": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
     "stochastic bits": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
-    "echo state": ("reference", "it turns gradients off for a part of its step"),
     "ConvLSTM": ("eager", "the native engine does not emit convolution"),
     "ConvGRU": ("eager", "the native engine does not emit convolution"),
-    "frames and resets": ("reference", "it makes a tensor [] out of Python numbers in every step"),
     "max-pool and upsample": ("eager", "the native engine does not emit max_pool2d_with_indices"),
     "graph GRU, sparse": ("reference", "what it does depends on the numbers in its tensors"),
     "Kalman filter": ("eager", "the native engine does not emit _linalg_solve_ex"),

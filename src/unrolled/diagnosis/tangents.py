@@ -27,8 +27,8 @@ from unrolled.diagnosis.timeline import Timeline
 from unrolled.errors import OptionError
 from unrolled.introspection.single_copy import Copy
 from unrolled.plan.independence import couples_rows
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.twin import twin_of
-from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, flatten, leaves, map_leaves, unflatten
 
 

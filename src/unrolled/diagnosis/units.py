@@ -22,8 +22,8 @@ from unrolled.diagnosis.statistics import norm, quartiles, row_norms
 from unrolled.internals import DispatchMode
 from unrolled.introspection.copies import Copies
 from unrolled.introspection.single_copy import Copy
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.twin import twin_of
-from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import flatten, leaves, paths
 from unrolled.unseen import OwnDraws
 

@@ -22,12 +22,12 @@ from unrolled.lru import LRUCache
 from unrolled.plan.independence import couples_rows
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
+from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.generators import generators_of
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
 from unrolled.recording.record import why_not_recorded
-from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree, TreeSpec, map_leaves
 from unrolled.unseen import unseen
 

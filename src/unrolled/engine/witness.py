@@ -22,8 +22,8 @@ from unrolled.execution.protocol import LoopRunner
 from unrolled.execution.run import run_plan
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.twin import scratch_of, twin_of
-from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.unseen import OwnDraws, silent
 

@@ -12,7 +12,7 @@ from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous, rep
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.row_rules import Rows, along
 from unrolled.operations.views import Views
-from unrolled.recording.program import Op
+from unrolled.recording.program import Op, Size
 
 
 class Joins(Views):
@@ -65,19 +65,37 @@ class Joins(Views):
         dim = out.dim(op.args[2], "the backward of a selection")
         return [self.padded(view.unsqueezed(dim), out.dims, dim, op.args[3] % out.dims[dim])]
 
+    @lowers("slice_scatter", Operation.moving(Rows.slice_scatter))
+    def _slice_scatter(self, op: Op) -> list[View]:
+        whole, part, out = self.argument(op, 0), self.argument(op, 1), self.layout_of(op)
+        axis = self.argument(op, 2, 0)
+        start, stop, step = self.argument(op, 3), self.argument(op, 4), self.argument(op, 5, 1)
+        if out.is_batch(axis) and start in (None, 0) and (stop is None or isinstance(stop, Size) or stop >= 2**62):
+            return [part]
+        dim = out.dim(axis, "a write")
+        begin, _, _ = slice(start, stop).indices(out.dims[dim])
+        return [self.put_into(whole.broadcast(out.dims), part, dim, begin, step)]
+
+    @lowers("select_scatter", Operation.moving(Rows.select_scatter))
+    def _select_scatter(self, op: Op) -> list[View]:
+        whole, part, out = self.argument(op, 0), self.argument(op, 1), self.layout_of(op)
+        dim = out.dim(op.args[2], "a write")
+        return [self.put_into(whole.broadcast(out.dims), part.unsqueezed(dim), dim, op.args[3] % out.dims[dim])]
+
     def padded(
         self, view: View, dims: tuple[int, ...], dim: int, begin: int, step: int = 1, fill: Scalar = 0.0
     ) -> View:
         """A view put into a dimension of what is otherwise all one number."""
-        whole, count = dims[dim], view.dims[dim]
-        end = min(begin + step * count, whole)
-        runs = [range(begin), *(range(begin + between, end, step) for between in range(1, step)), range(end, whole)]
-        pieces = [(view, begin, step)] if count else []
-        for run in runs:
-            if run:
-                part = replaced(dims, dim, len(run))
-                pieces.append((self.compute("literal", fill, dims=part, dtype=view.dtype), run.start, run.step))
-        return self.placed(dims, dim, pieces, view.dtype)
+        return self.put_into(self.compute("literal", fill, dims=dims, dtype=view.dtype), view, dim, begin, step)
+
+    def put_into(self, whole: View, part: View, dim: int, begin: int, step: int = 1) -> View:
+        """A view in which the entries of a dimension from some on, in some steps, are those of another one."""
+        length, count = whole.dims[dim], part.dims[dim]
+        end = min(begin + step * count, length)
+        runs = [range(begin), *(range(begin + between, end, step) for between in range(1, step)), range(end, length)]
+        pieces = [(part, begin, step)] if count else []
+        pieces += [(self.cut(whole, dim, run.start, len(run), run.step), run.start, run.step) for run in runs if run]
+        return self.placed(whole.dims, dim, pieces, whole.dtype)
 
     @lowers("constant_pad_nd", Operation(Rows.pad, linear=Linear.JOINTLY, fill=2))
     def _constant_pad_nd(self, op: Op) -> list[View]:

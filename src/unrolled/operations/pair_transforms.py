@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unrolled.operations.pairs import Pair, on_pairs
-from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.events import UnrecordableError
 
 LONGEST = 256
 """The longest transform that is done by a product."""

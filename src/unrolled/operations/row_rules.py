@@ -254,6 +254,30 @@ class Rows:
             raise self.refusal("puts rows among rows")
         return [place]
 
+    def slice_scatter(self) -> list[Place]:
+        """A tensor in which a part of one dimension is another one."""
+        return self._put_into(self.place(self.arg(1)), self.arg(2, 0))
+
+    def select_scatter(self) -> list[Place]:
+        """Likewise, one entry of a dimension."""
+        place, dim = self.place(self.arg(1)), self.arg(2) % len(self.out())
+        return self._put_into(place + 1 if place is not None and dim <= place else place, dim)
+
+    def diagonal_scatter(self) -> list[Place]:
+        """Likewise, the diagonal of two dimensions."""
+        place, rank = self.place(self.arg(0)), len(self.out())
+        dims = {self.arg(i, i - 3) % rank for i in (3, 4)}
+        part = self.place(self.arg(1))
+        if place is None or place in dims or part != place - sum(d < place for d in dims):
+            raise self.refusal("puts rows among rows")
+        return [place]
+
+    def _put_into(self, part: Place, dim: int) -> list[Place]:
+        place = self.place(self.arg(0))
+        if place is None or place != part or place == dim % len(self.out()):
+            raise self.refusal("puts rows among rows")
+        return [place]
+
     def pad(self) -> list[Place]:
         """Numbers put around the last dimensions."""
         place = self.place(self.arg(0))

@@ -17,5 +17,7 @@ declare(
         "complex": Operation(Rows.pointwise),
         **dict.fromkeys(("poisson", "binomial", "_standard_gamma"), Operation(Rows.pointwise)),
         **dict.fromkeys(("multinomial", "_sample_dirichlet"), Operation(along(-1, default=-1))),
+        **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), Operation(along(1))),
+        "diagonal_scatter": Operation(Rows.diagonal_scatter),
     }
 )

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unrolled.autograd_graph import differentiable
 from unrolled.operations.decomposed import decomposition
 from unrolled.operations.operation import Cost, operation_of
 from unrolled.plan.fuse import fused
 from unrolled.plan.loops import LoopProgram, cut_loop
 from unrolled.plan.partition import Loop, Stage, partition, read_outside, sink_light
-from unrolled.recording.functions import RawProgram
+from unrolled.recording.events import RawProgram
 from unrolled.recording.interpret import compiled
 from unrolled.recording.merge import merge
 from unrolled.recording.program import Op, Program, live_in
@@ -105,7 +106,7 @@ def _joint(
     tape = Tape(decomposition)
     inputs = [sample[v].detach().clone() for v in loop.program.inputs]
     for v, tensor in zip(loop.program.inputs, inputs, strict=True):
-        tensor.requires_grad_(v in requires_grad and tensor.is_floating_point())
+        tensor.requires_grad_(v in requires_grad and differentiable(tensor))
     numbers = [tape.add(tensor) for tensor in inputs]
     with torch.enable_grad(), tape:
         outputs = compiled(loop.program)(rows, *inputs)
@@ -113,7 +114,7 @@ def _joint(
     asked_for = [v in wanted for v in loop.emitted] + [True] * len(loop.next_states)
     with_gradient = [i for i, x in enumerate(outputs) if asked_for[i] and x is not None and x.requires_grad]
     tangents = [tangent_like(outputs[i]) for i in with_gradient]
-    tape.in_backward = True
+    tape.memory.in_backward = True
     tangent_numbers = [tape.add(tensor) for tensor in tangents]
     by = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
     grad_numbers = [-1] * len(inputs)

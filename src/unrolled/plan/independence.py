@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.plan.rows import find_rows, rows_in_front
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
 from unrolled.recording.record import arguments_of, record_step, samples_of, why_not_recorded
-from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 from unrolled.unseen import OwnDraws, silent, unseen
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.program import Program, Ref
-from unrolled.recording.tape import UnrecordableError
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from unrolled.operations.pairs import Pair, formula_of
-from unrolled.recording.functions import RawProgram
+from unrolled.recording.events import RawProgram, UnrecordableError
+from unrolled.recording.functions import fold_functions
 from unrolled.recording.generators import generators_of
 from unrolled.recording.interpret import run_op
 from unrolled.recording.merge import merge
 from unrolled.recording.program import Custom, Op, Program, resolved
 from unrolled.recording.record import ROWS, Recording
-from unrolled.recording.tape import Tape, UnrecordableError
+from unrolled.recording.tape import Tape
 
 
 def in_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -84,7 +85,9 @@ class _OnPairs:
                 self.run(op)
             found = [self.values[v] for v in self.program.outputs]
             results = [part for x in found for part in (x.parts if isinstance(x, Pair) else [x])]
-        return RawProgram(tape.tensors, numbers, tape.events, [tape.number(part) for part in results])
+        outputs = [tape.number(part) for part in results]
+        fold_functions(tape)
+        return RawProgram(tape.tensors, numbers, tape.events, outputs)
 
     def run(self, op: Op) -> None:
         """Run an operation."""

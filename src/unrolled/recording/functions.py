@@ -7,52 +7,31 @@ has the recorded backward with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from unrolled.recording.events import Event, RawCustom, RawProgram, UnrecordableError
 from unrolled.recording.program import Draw, Ref, live_in
-from unrolled.recording.tape import Event, Tape, UnrecordableError, tangent_like
-
-
-@dataclass(eq=False)
-class RawProgram:
-    """A program as one recording saw it: shapes are still those of that batch size."""
-
-    tensors: Sequence[Tensor]
-    inputs: list[int]
-    events: list[Event]
-    outputs: list[int]
-
-
-@dataclass(eq=False)
-class RawCustom:
-    """A Function as one recording saw it."""
-
-    name: str
-    forward: RawProgram
-    backward: RawProgram
-    saved: list[int]
+from unrolled.recording.tape import Tape, tangent_like
 
 
 def fold_functions(tape: Tape) -> None:
     """Replace the events of each Function on the tape by one whose target is a `RawCustom`."""
-    nodes: dict[int, tuple[Any, list[int]]] = {}
-    for value, node in tape.nodes.items():
-        nodes.setdefault(id(node), (node, []))[1].append(value)
-    for node, outputs in nodes.values():
-        _fold(tape, node, sorted(outputs, key=lambda value: tape.tensors[value].output_nr))
+    made: dict[Any, dict[int, int]] = {}
+    for (node, number), value in tape.memory.edges.items():
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            made.setdefault(node, {})[number] = value
+    for node, outputs in made.items():
+        _fold(tape, node, [outputs[number] for number in sorted(outputs)])
 
 
 def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     inside = _events_inside(tape.events, outputs)
     made = {value for event in inside for value in event.outputs}
-    edges = [(value, get_gradient_edge(x)) for value, x in enumerate(tape.tensors) if x.requires_grad]
-    by_edge = {(edge.node, edge.output_nr): value for value, edge in edges}
+    leaves = [(value, get_gradient_edge(x)) for value, x in enumerate(tape.tensors) if x.requires_grad and x.is_leaf]
+    by_edge = {(edge.node, edge.output_nr): value for value, edge in leaves} | tape.memory.edges
     sources = [by_edge.get(edge) for edge in node.next_functions]
     backward, saved, tangents, grads = _record_backward(tape, node, outputs, sources)
     inputs = list(dict.fromkeys([*live_in(inside), *(source for source in sources if source is not None)]))
@@ -96,7 +75,7 @@ def _record_backward(
 ) -> tuple[list[Event], list[int], list[int], dict[int, int]]:
     """Call the Function's backward with the tape running: its events, what it read, tangents, and gradients."""
     grads_of_outputs = [tangent_like(tape.tensors[value]) for value in outputs]
-    start, tape.in_backward = len(tape.events), True
+    start, tape.memory.in_backward = len(tape.events), True
     tangents = [tape.add(tensor) for tensor in grads_of_outputs]
     try:
         with torch.no_grad(), tape:
@@ -104,7 +83,7 @@ def _record_backward(
     except RuntimeError as error:
         raise UnrecordableError(f"the backward of {type(node).__name__} cannot be run by itself: {error}") from error
     finally:
-        tape.in_backward = False
+        tape.memory.in_backward = False
     events = tape.events[start:]
     del tape.events[start:]
     returned = returned if isinstance(returned, tuple) else (returned,)

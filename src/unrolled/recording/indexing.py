@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unrolled.recording.along_rows import AlongRows
-from unrolled.recording.tape import UnrecordableError
+from unrolled.recording.events import UnrecordableError
 
 _READ, _WRITE, _ARANGE = Tensor.__getitem__, Tensor.__setitem__, torch.arange
 

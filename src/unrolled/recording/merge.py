@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from unrolled.recording.functions import RawCustom, RawProgram
+from unrolled.recording.events import Event, RawCustom, RawProgram, UnrecordableError
 from unrolled.recording.program import Custom, Op, Program, Ref, Size, Value
-from unrolled.recording.tape import Event, UnrecordableError
 
 
 def merge(first: RawProgram, second: RawProgram, rows: tuple[int, int]) -> Program:

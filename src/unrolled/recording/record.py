@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,14 @@ from torch.autograd import forward_ad
 
 from unrolled.autograd_graph import differentiable
 from unrolled.internals import has_memory, watching
-from unrolled.recording.functions import RawProgram, fold_functions
+from unrolled.recording.events import RawProgram, UnrecordableError
+from unrolled.recording.functions import fold_functions
 from unrolled.recording.generators import named
 from unrolled.recording.indexing import FixedShapes
 from unrolled.recording.merge import merge
+from unrolled.recording.no_grad import detach_operands
 from unrolled.recording.program import Draw, Program
-from unrolled.recording.tape import GivenGenerators, NumbersStayUnread, Tape, UnrecordableError
+from unrolled.recording.tape import GivenGenerators, NumbersStayUnread, Tape
 from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves
 from unrolled.unseen import silent
 
@@ -55,6 +59,50 @@ class External:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A tensor that the step makes out of Python numbers, the same ones in every step.
+
+    Attributes:
+        numbers: its bytes.
+        shape: its shape.
+        dtype: of its entries.
+        device: where it is.
+    """
+
+    numbers: bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    name: ClassVar[str] = "a constant"
+    attribute: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Constant:
+        """A tensor's numbers."""
+        numbers = bytes(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().tolist())
+        return cls(numbers, tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def fetch(self, cell: nn.Module) -> Tensor:
+        """The tensor."""
+        return _made(self)
+
+    @property
+    def parts(self) -> list[Constant]:
+        """The two parts of a complex one."""
+        tensor = _made(self)
+        return [Constant.of(tensor.real), Constant.of(tensor.imag)]
+
+
+@lru_cache(maxsize=256)
+def _made(constant: Constant) -> Tensor:
+    if not constant.numbers:
+        return torch.zeros(constant.shape, dtype=constant.dtype, device=constant.device)
+    flat = torch.frombuffer(bytearray(constant.numbers), dtype=constant.dtype)
+    return flat.view(constant.shape).to(constant.device)
+
+
+@dataclass(frozen=True)
 class Recording:
     """A cell's step as a program.
 
@@ -70,7 +118,7 @@ class Recording:
 
     program: Program
     structures: tuple[Structure, Structure, Structure, Structure]
-    externals: tuple[External, ...]
+    externals: tuple[External | Constant, ...]
     counts: tuple[int, int, int]
 
     @property
@@ -140,7 +188,9 @@ def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> 
     return Recording(merge(first, second, ROWS), (input, state, context, output), externals, (a, b, c))
 
 
-def _recorded(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProgram, tuple[External, ...], Structure]:
+def _recorded(
+    cell: nn.Module, sample: tuple[Tree, Tree, Tree]
+) -> tuple[RawProgram, tuple[External | Constant, ...], Structure]:
     tape = Tape()
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
     with silent(), torch.enable_grad(), NumbersStayUnread(), FixedShapes(), GivenGenerators(tape), tape:
@@ -152,21 +202,20 @@ def _recorded(cell: nn.Module, sample: tuple[Tree, Tree, Tree]) -> tuple[RawProg
         for event in tape.events
     ]
     fold_functions(tape)
-    if any(not event.differentiable for event in tape.events):
-        raise UnrecordableError("it turns gradients off for a part of its step")
+    detach_operands(tape)
     externals = tuple([_located(cell, tape, value) for value in tape.externals])
     return RawProgram(tape.tensors, inputs + tape.externals, tape.events, outputs), externals, structure
 
 
-def _located(cell: nn.Module, tape: Tape, value: int) -> External:
+def _located(cell: nn.Module, tape: Tape, value: int) -> External | Constant:
     tensor = tape.tensors[value]
     for module_name, module in cell.named_modules():
         for name, held in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if held is tensor:
                 return External(module_name, name)
+    if value in tape.constants:
+        return Constant.of(tensor)
     shape = list(tensor.shape)
-    if value in tape.fresh:
-        raise UnrecordableError(f"it makes a tensor {shape} out of Python numbers in every step; keep it as a buffer")
     raise UnrecordableError(f"it reads a tensor {shape} that is no parameter, buffer or attribute of the cell")
 
 

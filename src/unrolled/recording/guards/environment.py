@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.generators import held_generators
 from unrolled.recording.guards.generators import set_state, state_of, whose
 from unrolled.recording.guards.kinds import is_common
 from unrolled.recording.guards.places import MISSING, ClassEntry, Entry, Place, same
 from unrolled.recording.guards.reach import Reachable
 from unrolled.recording.guards.watch import WatchedStep
-from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from torch import Generator, Tensor, nn
 
 from unrolled.internals import modules_are_patched
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.kinds import has_hooks
 from unrolled.recording.guards.places import PLAIN, is_small
-from unrolled.recording.tape import UnrecordableError
 
 # Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}

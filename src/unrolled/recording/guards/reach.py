@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from unrolled.internals import has_memory
+from unrolled.recording.events import IrreversibleError
 from unrolled.recording.guards import places
 from unrolled.recording.guards.generators import GENERATORS
 from unrolled.recording.guards.kinds import (
@@ -36,7 +37,6 @@ from unrolled.recording.guards.kinds import (
 )
 from unrolled.recording.guards.names import Names, names_in
 from unrolled.recording.guards.places import CONTAINERS, MISSING, PLAIN, Place, is_small
-from unrolled.recording.tape import IrreversibleError
 
 _MOST_PLACES, _MOST_ITEMS = 4096, 1024
 

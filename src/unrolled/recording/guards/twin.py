@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from unrolled.autograd_graph import differentiable
 from unrolled.internals import modules_are_patched
+from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import contents_of
 from unrolled.recording.record import arguments_of
-from unrolled.recording.tape import UnrecordableError
 from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.internals import DispatchMode, has_memory
+from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.guards.generators import state_of
 from unrolled.recording.guards.kinds import has_hooks
 from unrolled.recording.guards.names import names_in
 from unrolled.recording.guards.reach import Reachable
-from unrolled.recording.tape import IrreversibleError, UnrecordableError
 from unrolled.trees import Tree, leaves
 from unrolled.unseen import OwnDraws, silent
 
