@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from matching import assert_match
 from random_cells import ENGINES, assert_as_reference, decision, unrolled
 from row_by_row import Batch, answers
+from unrolled.trees import leaves
 
 F64 = torch.float64
 T, B, H, SLOTS = 5, 3, 4, 3
@@ -151,7 +154,7 @@ class Feedback(Cell):
         return (best, word, one_hot @ self.words * rare), (h, word, counts)
 
 
-CELLS = {kind.__name__: kind for kind in (Nearest, Allocation, SparseGraph, Quantised, Feedback)}
+CELLS = {kind.__name__: kind for kind in (RingBuffer, Nearest, Allocation, SparseGraph, Quantised, Feedback)}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -176,3 +179,112 @@ def test_a_state_without_a_batch(engine):
     found = decision(cell, inputs, engine)
     assert found.engine == engine, found.why
     assert_as_reference(cell, inputs, engine=engine)
+
+
+class Indexed(Cell):
+    """Reads or writes its state where whole numbers in its input say."""
+
+    def __init__(self, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operation, self.table = operation, nn.Parameter(torch.randn(4, H))
+
+    def forward(self, x: Any, state: Any) -> Any:
+        (h,) = state
+        features, places = x
+        h = self.updated(features, h + self.operation(h, places) + self.table[0])
+        return h, (h,)
+
+
+FAILING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gather": lambda h, k: h.gather(1, k),
+    "scatter": lambda h, k: h.scatter(1, k, h),
+    "scatter_add": lambda h, k: h.scatter_add(1, k, 2 * h),
+    "rows": lambda h, k: h[torch.arange(len(h)), k[:, 0]].unsqueeze(-1),
+    "rows of matrices": lambda h, k: h.view(-1, 2, 2)[torch.arange(len(h)), k[:, 0] // 2, k[:, 1] - 2].unsqueeze(-1),
+    "table": lambda h, k: F.embedding(k[:, 0], torch.ones(4, H, dtype=h.dtype)) * h,
+    "quotient": lambda h, k: h * (5 // (k - 4)),
+    "remainder": lambda h, k: h * (5 % (k - 4)),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_what_has_no_answer_is_torchs_own_error(name):
+    """An index out of range, or a division by zero, in some row of some step: no memory is touched for it."""
+    torch.manual_seed(2)
+    cell, features = Indexed(FAILING[name]).double(), torch.randn(T, B, H, dtype=F64)
+    right = torch.randint(0, 4, (T, B, H))
+    rnn = unrolled(cell, "native")
+    found = decision(cell, (features, right), "native")
+    assert found.engine == "native", found.why
+    assert_as_reference(cell, (features, right), engine="native", rnn=rnn)
+    for place in (4, 4 + 2**40):
+        wrong = right.clone()
+        wrong[3, 1] = place
+        if name in ("quotient", "remainder"):
+            wrong[3, 1] = 4
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)|ZeroDivision"):
+            rnn((features, wrong))
+    assert_as_reference(cell, (features, right), engine="native", rnn=rnn)
+
+
+def test_indices_from_the_end_count_where_torch_counts_them():
+    cell = Indexed(lambda h, k: h[torch.arange(len(h)), k[:, 0] - 4].unsqueeze(-1) + h[:, [-1, 0, -3, 2]]).double()
+    x = torch.randn(T, B, H, dtype=F64), torch.randint(0, 8, (T, B, H))
+    assert decision(cell, x, "native").engine == "native"
+    assert_as_reference(cell, x, engine="native")
+
+
+def _with_nan(h: Tensor, k: Tensor) -> Tensor:
+    return torch.where(k > 1, torch.nan, h)
+
+
+TIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "topk": lambda h, k: h.relu().topk(2, -1)[1].sum(-1, keepdim=True) + h.relu().topk(3, -1)[0].sum(-1, keepdim=True),
+    "sort": lambda h, k: torch.cat([h.relu()] * 5, -1).sort(-1)[1][:, :H] * h,
+    "stable sort": lambda h, k: torch.sort(h.relu(), dim=-1, descending=True, stable=True)[1] * h,
+    "argmax": lambda h, k: (h.relu().argmax(-1) - h.relu().argmin(-1)).unsqueeze(-1) * h,
+    "max": lambda h, k: (k.max(-1)[1] + h.relu().min(-1)[1]).unsqueeze(-1) * h,
+    "cummax": lambda h, k: h.relu().cummax(-1)[1] * h + k.cummin(-1)[1],
+    "median": lambda h, k: h.relu().median(-1)[1].unsqueeze(-1) * h,
+    "nan": lambda h, k: _with_nan(h, k).argmax(-1, keepdim=True) * h + _with_nan(h, k).min(-1)[1].unsqueeze(-1),
+    "nan first": lambda h, k: torch.sort(_with_nan(h, k), dim=-1, stable=True, descending=True)[1] * h,
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_which_of_equal_numbers_comes_first_is_as_torch_has_it(name):
+    torch.manual_seed(3)
+    cell = Indexed(TIES[name]).double()
+    x = torch.randn(T, B, H, dtype=F64), torch.randint(0, 4, (T, B, H))
+    found = decision(cell, x, "native")
+    assert found.engine == "native", found.why
+    assert_as_reference(cell, x, engine="native")
+
+
+@pytest.mark.parametrize("name", ["Allocation", "Feedback"])
+def test_with_little_memory_and_after_some_steps_of_an_optimiser(name):
+    """In single precision, where integers beyond 2^24 are no floating-point numbers."""
+    torch.manual_seed(4)
+    found = {}
+    start, inputs = CELLS[name](), torch.randn(12, B, H)
+    for engine, options in (("reference", {}), ("native", {"memory": 0.8}), ("native", {})):
+        cell = copy.deepcopy(start)
+        rnn, optimizer = unrolled(cell, engine, **options), torch.optim.SGD(cell.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            outputs, state = rnn(inputs)
+            sum(x.square().mean() for x in leaves([outputs, state]) if x.requires_grad).backward()
+            optimizer.step()
+        found[engine, bool(options)] = dict(cell.named_parameters())
+    for parameters in found.values():
+        assert_match(parameters, found["reference", False])
+
+
+def test_a_mask_that_picks_entries_is_refused_with_a_remedy():
+    class Masked(Cell):
+        def forward(self, x: Tensor, state: Any) -> Any:
+            (h,) = state
+            h = self.updated(x, h + h[h > 0].sum())
+            return h, (h,)
+
+    assert "torch.where" in decision(Masked().double(), torch.randn(T, B, H, dtype=F64), "native").why

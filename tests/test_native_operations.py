@@ -43,6 +43,20 @@ def _matrix(x: Tensor) -> Tensor:
     return x.unsqueeze(2) * x.flip(-1).unsqueeze(1)
 
 
+def _whole(x: Tensor) -> Tensor:
+    """A place within the row for each entry."""
+    return (7 * x).long().abs() % H
+
+
+def _written(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, torch.arange(2) * 2] = x[:, :2] * 2
+    y[:, [1]] = x[:, 1:2] * 3
+    y[:, torch.arange(3, 4)[0]] = 0.5
+    y[y > 0.6] = 0.1
+    return y
+
+
 PACKS: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "activations": [
         F.softplus,
@@ -119,6 +133,47 @@ PACKS: dict[str, list[Callable[[Tensor], Tensor]]] = {
         lambda x: (_matrix(x) @ _matrix(x).transpose(1, 2)).mean(1),
         lambda x: torch.baddbmm(_matrix(x), _matrix(x), _matrix(x), beta=0.5, alpha=0.2).sum(1),
         lambda x: torch.addmm(x, x, torch.ones(H, H, dtype=x.dtype), beta=0.5, alpha=0.1),
+    ],
+    "places": [
+        lambda x: x.gather(1, _whole(x)) + x.take_along_dim(x.argsort(-1), -1) + x[:, [3, 4, 0, 1, 5, -1]],
+        lambda x: x.scatter(1, _whole(x)[:, :4], x.flip(-1)[:, :4]) * x.scatter(1, _whole(x)[:, :4], 0.25),
+        lambda x: x.scatter_add(1, _whole(x), x.flip(-1)) + x.scatter_reduce(1, _whole(x), x.flip(-1), "sum"),
+        lambda x: torch.zeros_like(x).scatter_(1, x.argmax(-1, keepdim=True), 1.0) * x,
+        lambda x: x[:, torch.arange(H).flip(0)] + x.index_select(1, torch.arange(H) // 2),
+        lambda x: x.index_add(1, torch.arange(4) % 3, x[:, :4], alpha=0.5) + x.index_fill(1, torch.arange(2) - 1, 0.1),
+        lambda x: x.index_copy(1, torch.arange(2, 5), x[:, :3]) + _written(x),
+        lambda x: x.view(-1, 2, 3)[:, torch.arange(2), torch.arange(2)].sum(-1, keepdim=True) * x,
+        lambda x: x * x[torch.arange(len(x)), x.argmin(-1)].unsqueeze(-1),
+        lambda x: x[torch.arange(len(x))[:, None], _whole(x) - H],
+        lambda x: torch.ones(9, H, dtype=x.dtype)[_whole(x)[:, 0] + 3] * x,
+    ],
+    "orders": [
+        lambda x: x * x.max(-1, keepdim=True)[0] + x * x.min(-1)[0].unsqueeze(-1) * x.max(-1)[1].unsqueeze(-1),
+        lambda x: x.sort(-1)[0] + x * x.sort(-1, descending=True)[0] + x.sort(-1)[1],
+        lambda x: torch.sort(x.relu(), dim=-1, stable=True)[0] * torch.sort(x.relu(), dim=-1, stable=True)[1],
+        lambda x: F.pad(x.topk(2, -1)[0], (0, 4)) + x.topk(3, -1, largest=False)[0].sum(-1, keepdim=True),
+        lambda x: x.relu().cummax(-1)[0] * x.cummin(-1)[0] + x.cummax(-1)[1],
+        lambda x: x.cumprod(-1) + x.relu().cumprod(-1) + x.logcumsumexp(-1),
+        lambda x: x.median(-1, keepdim=True)[0] * x + x * torch.count_nonzero(x.relu(), -1).unsqueeze(-1),
+        lambda x: x * torch.bucketize(x, torch.arange(-1, 1, 0.25, dtype=x.dtype)),
+        lambda x: x * torch.searchsorted(x.detach().cummax(-1)[0], x.detach(), right=True),
+        lambda x: (x.argmax(-1).unsqueeze(-1) == torch.arange(H)).to(x.dtype) * x,
+    ],
+    "integers": [
+        lambda x: (
+            x * ((3 * _whole(x) - 1) // 2 % 5 - _whole(x) // -3 + torch.div(-_whole(x), 4, rounding_mode="trunc"))
+        ),
+        lambda x: x * ((_whole(x) & 3) + (_whole(x) | 1) + (_whole(x) ^ 2) + ~_whole(x) + (_whole(x) >> 1)) / H,
+        lambda x: x * ((_whole(x) << 2) - (-_whole(x)).abs() + torch.fmod(-_whole(x), 4) + _whole(x) ** 2) / 9,
+        lambda x: x * (_whole(x).clamp(1, 3) + _whole(x).clamp(min=2) + torch.where(_whole(x) > 2, _whole(x), -1)) / H,
+        lambda x: x * ((_whole(x) * 2654435761 + 2**53 + 1) % 10) + x * ((_whole(x) + 2**62) * 4 >> 1).sign(),
+        lambda x: x * (_whole(x).int() * 2**30 + 1).sign() + x * (_whole(x).to(torch.int8) * 50 % 7),
+        lambda x: (
+            x * _whole(x).sum(-1, keepdim=True) / 9 + x * _whole(x).cumsum(-1) / 9 + x * _whole(x).cumprod(-1) / 9
+        ),
+        lambda x: (
+            x * (_whole(x).amax(-1, keepdim=True) - _whole(x).prod(-1, keepdim=True).clamp(max=2)) + (x > 0).cumsum(-1)
+        ),
     ],
 }
 

@@ -2,12 +2,11 @@
 
 `x[mask] = v` is a choice between v and x. An index of one number, `memory[:, pointer]`, would be taken out of its
 tensor. `memory[torch.arange(B), k]` goes along the rows: it is a gather with an index for each row. A list of places
-is slices side by side.
+is a tensor that would be made out of Python numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -74,13 +73,10 @@ class FixedShapes(TorchFunctionMode):
             raise UnrecordableError(
                 "x[mask] has as many entries as the mask is true; write torch.where(mask, x, other), which has all"
             )
-        lists = [d for d, i in found.items() if isinstance(i, list)]
-        if not found or (lists and len(found) > 1):
+        if not found:
             return x[index]
         view = x if basic is None else x[basic]
-        if lists:
-            (dim,) = lists
-            return torch.cat([view.narrow(dim, *run) for run in _runs(found[dim], view.shape[dim])], dim)
+        found = _as_tensors(view, found)
         if list(found) == [0] and isinstance(x, nn.Parameter) and found[0].dim():
             return _from_table(view, found[0])
         rows = self._along_rows(view, found)
@@ -88,10 +84,11 @@ class FixedShapes(TorchFunctionMode):
 
     def _write(self, x: Tensor, index: Any, value: Any) -> None:
         basic, found = _split(index, x.dim())
-        if not found or any(isinstance(i, list) for i in found.values()):
+        if not found:
             x[index] = value
             return
         view = x if basic is None else x[basic]
+        found = _as_tensors(view, found)
         if any(_is_mask(i) for i in found.values()):
             _write_by_mask(view, found, value)
             return
@@ -99,7 +96,7 @@ class FixedShapes(TorchFunctionMode):
             value = torch.full((), value, dtype=x.dtype, device=x.device)
         rows = self._along_rows(view, found)
         if rows is None:
-            view.index_put_(tuple(_by_dimension(found)), value.to(x.dtype))
+            torch.ops.aten.index_put_(view, _by_dimension(found), value.to(x.dtype))
         else:
             view.copy_(rows.written(value.to(x.dtype)))
 
@@ -152,11 +149,14 @@ def _takes(item: Any) -> int:
     return item.dim() if _is_mask(item) else 1
 
 
-def _runs(places: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """A list of places as runs of adjacent ones: where each begins, and how long it is."""
-    whole = [place + size if place < 0 else place for place in places]
-    starts = [0, *(n for n, (a, b) in enumerate(pairwise(whole), 1) if b != a + 1), len(whole)]
-    return [(whole[start], end - start) for start, end in pairwise(starts)]
+def _as_tensors(x: Tensor, found: dict[int, Any]) -> dict[int, Tensor]:
+    """Indices, lists among them as tensors that operations make: joined runs of adjacent places."""
+    return {d: _joined_runs(i, x.device) if isinstance(i, list) else i for d, i in found.items()}
+
+
+def _joined_runs(places: list[int], device: torch.device) -> Tensor:
+    ends = [*(n for n, (a, b) in enumerate(pairwise(places), 1) if b != a + 1), len(places)]
+    return torch.cat([torch.arange(places[i], places[j - 1] + 1, device=device) for i, j in pairwise([0, *ends])])
 
 
 def _by_dimension(indices: dict[int, Tensor]) -> list[Tensor | None]:
