@@ -25,6 +25,11 @@ def _unless(zero: Tensor, x: Pair) -> Pair:
     return Pair(torch.where(zero, 1, x.real), x.imag)
 
 
+def _sign(x: Tensor) -> Tensor:
+    """1 or -1, zero having a sign too."""
+    return 1 - 2 * torch.signbit(x).to(x.dtype)
+
+
 def _size(x: Pair) -> Tensor:
     return torch.hypot(*x.parts)
 
@@ -56,7 +61,10 @@ def exp(x: Operand) -> Pair:
     """`e^x`."""
     a, b = parts(x)
     size = torch.exp(a)
-    return Pair(size * torch.cos(b), size * torch.sin(b))
+    b = torch.where(a == -math.inf, 0, b)
+    sine = torch.sin(b)
+    # Infinity has an angle too: that of a number without an imaginary part is none.
+    return Pair(size * torch.cos(b), torch.where((sine == 0) & size.isinf(), sine, size * sine))
 
 
 @on_pairs("exp2")
@@ -93,10 +101,10 @@ def sqrt(x: Pair) -> Pair:
     """The root with a real part that is not negative: half of the angle, above the cut and below."""
     a, b = x.parts
     zero = _zero(x)
-    sign_a, sign_b = (torch.where(torch.signbit(part), -1.0, 1.0).to(part.dtype) for part in (a, b))
+    sign_a, sign_b = _sign(a), _sign(b)
     large = torch.sqrt((torch.where(zero, 1, a * sign_a) + _size(_unless(zero, x))) / 2)
-    small = b * sign_b / (2 * large)
-    large = torch.where(zero, 0, large)
+    small = torch.where(b.isinf(), math.inf, b * sign_b / (2 * large))
+    large = torch.where(zero, 0, torch.where(b.isinf(), math.inf, large))
     right = sign_a > 0
     return Pair(torch.where(right, large, small), torch.where(right, small, large) * sign_b)
 
@@ -108,7 +116,7 @@ def _rsqrt(x: Pair) -> Pair:
 
 @on_pairs("pow")
 def _pow(x: Operand, exponent: Operand) -> Pair:
-    """`e^(exponent log x)`, and zero where x is; small whole numbers by products."""
+    """`e^(exponent log x)`; small whole numbers by products."""
     if not isinstance(x, Pair | Tensor):
         return exp(mul(exponent, _log_of_number(x)))
     base = x if isinstance(x, Pair) else Pair(x, None)
@@ -119,7 +127,7 @@ def _pow(x: Operand, exponent: Operand) -> Pair:
         return sqrt(base) if exponent > 0 else _rsqrt(base)
     zero = _zero(base)
     real, imag = exp(mul(exponent, log(_unless(zero, base)))).parts
-    return Pair(torch.where(zero, _power_of_zero(exponent, real), real), torch.where(zero, 0, imag))
+    return Pair(torch.where(zero, _power_of_zero(exponent), real), torch.where(zero, 0, imag))
 
 
 def _log_of_number(x: complex) -> complex:
@@ -146,12 +154,10 @@ def _power(x: Pair, exponent: int) -> Pair:
     return mul(even, x) if exponent % 2 else even
 
 
-def _power_of_zero(exponent: Operand, like: Tensor) -> Any:
-    """One for an exponent of zero, else zero."""
-    a, b = parts(exponent)
-    if isinstance(a, Tensor):
-        return ((a == 0) & (b == 0)).to(like.dtype)
-    return float(a == 0 and b == 0)
+def _power_of_zero(exponent: Operand) -> Any:
+    """Zero for an exponent with a positive real part, else NaN."""
+    a, _ = parts(exponent)
+    return torch.where(a > 0, torch.zeros_like(a), math.nan) if isinstance(a, Tensor) else 0.0 if a > 0 else math.nan
 
 
 @on_pairs("sin")
@@ -184,8 +190,9 @@ def _cosh(x: Pair) -> Pair:
 def tanh(x: Pair) -> Pair:
     """`(sinh 2a + i sin 2b) / (cosh 2a + cos 2b)`, both multiplied by `2 e^(-2|a|)`, which never overflows."""
     a, b = x.parts
-    sign = torch.where(torch.signbit(a), -1.0, 1.0).to(a.dtype)
+    sign = _sign(a)
     e, less = torch.exp(-2 * sign * a), torch.expm1(-2 * sign * a)
+    b = torch.where(a.isinf(), 0, b)
     sine, cosine = torch.sin(b), torch.cos(b)
     below = less * less + 4 * e * cosine * cosine
     return Pair(-sign * torch.expm1(-4 * sign * a) / below, 4 * e * sine * cosine / below)
@@ -201,7 +208,8 @@ def _tan(x: Pair) -> Pair:
 @on_pairs("sigmoid")
 def sigmoid(x: Pair) -> Pair:
     """`1 / (1 + e^-x)`, as torch computes it."""
-    return reciprocal(add(exp(mul(x, -1)), 1))
+    a, b = x.parts
+    return reciprocal(add(exp(Pair(-a, -b)), 1))
 
 
 @on_pairs("linalg_vector_norm")

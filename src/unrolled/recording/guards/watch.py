@@ -212,4 +212,13 @@ def _codes_of_dispatch() -> frozenset[types.CodeType]:
     entered = _EnteredCode(probe.__code__)
     with OwnDraws(), entered:
         probe()
+    return frozenset(entered.found) | _codes_of_lookup()
+
+
+def _codes_of_lookup() -> frozenset[types.CodeType]:
+    """What torch enters when it looks up an operation for the first time in a process."""
+    namespace = type(torch.ops.aten)
+    entered = _EnteredCode(namespace.__getattr__.__code__)
+    with entered:
+        _ = namespace("aten").add
     return frozenset(entered.found)
