@@ -95,13 +95,14 @@ class _Fusing:
 
     def follow(self, inside: set[int], totals: set[int], stage: Stage, there: set[int]) -> None:
         """Take in operations that read what the loop made and what is there, and totals of it."""
+        made = {v for n in inside for v in self.program.ops[n].outputs}
         for n in stage.ops if isinstance(stage, Steps) and not stage.once else ():
             op = self.program.ops[n]
-            made = {v for m in inside for v in self.program.ops[m].outputs}
             if not made.intersection(op.inputs) or not (made | there).issuperset(op.inputs):
                 continue
             if self._is_light(n):
                 inside.add(n)
+                made.update(op.outputs)
             elif self._is_total(op):
                 totals.add(n)
 

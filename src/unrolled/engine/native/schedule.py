@@ -27,6 +27,9 @@ from unrolled.operations.nodes import (
     Write,
 )
 
+MOST_COMPUTATIONS = 48
+"""In one kernel: the compiler's time for one of twice the length is more than twice as long."""
+
 _ALONE = Product | MatrixProduct | Reduce | Take | Put | Find
 
 
@@ -48,6 +51,7 @@ class Kernels:
         self._levels: dict[Node, int] = {}
         self._set_levels()
         self.order = self._ordered()
+        self._kernel = {node: number for number, nodes in enumerate(self.order) for node in nodes}
         summed = [view.node for view in lowered.totals if not isinstance(view.node, Input)]
         for node in [*summed, *self._read_from_memory()]:
             self.stored.setdefault(node, None)
@@ -58,7 +62,7 @@ class Kernels:
 
     def in_register(self, view: View, reader: Node) -> bool:
         """Whether a reader takes a value out of a register, since the same kernel has just computed it."""
-        return self._levels[view.node] == self._levels[reader] and _entry_by_entry(view, reader)
+        return _entry_by_entry(view, reader) and self._kernel[view.node] == self._kernel[reader]
 
     def _set_levels(self) -> None:
         """As early as operands allow; for computations then as late as readers allow."""
@@ -87,7 +91,9 @@ class Kernels:
                 kernels[self._levels[node], 0, id(node)] = [node]
             elif isinstance(node, Compute):
                 kernels.setdefault((self._levels[node], 1, node.dims), []).append(node)
-        return [kernels[key] for key in sorted(kernels, key=lambda key: key[:2])]
+        ordered = [kernels[key] for key in sorted(kernels, key=lambda key: key[:2])]
+        many = MOST_COMPUTATIONS
+        return [nodes[start : start + many] for nodes in ordered for start in range(0, len(nodes), many)]
 
     def _read_from_memory(self) -> Iterator[Node]:
         """Nodes whose entries others read out of memory."""
