@@ -16,6 +16,7 @@ from unrolled.cells.gru import GRUCell
 from unrolled.cells.lstm import LSTMCell
 from unrolled.cells.rnn import RNNCell
 from unrolled.cells.signature import parameters_of
+from unrolled.cells.stateful import AttributeStep, check_attributes
 from unrolled.errors import OptionError, StateError
 from unrolled.trees import Tree
 
@@ -46,7 +47,12 @@ class AdaptedCell(StandInCell):
         Raises:
             StateError: if there is neither; zeros are never guessed.
         """
-        make = self.state or getattr(self.module, "initial_state", None)
+        make = self._maker()
+        if make is None and isinstance(self.step, AttributeStep):
+            raise StateError(
+                f"the state of {self.display_name} has the shape that its input gives it; pass a state to the call, "
+                "or make the cell with as_cell(module, state=(batch_size, device=None, dtype=None) -> state)"
+            )
         if make is None:
             raise StateError(
                 f"{self.display_name} has no initial_state and none was given; pass a state to the call, "
@@ -54,6 +60,14 @@ class AdaptedCell(StandInCell):
             )
         check_state_maker(make, self.display_name)
         return make(batch_size, device=device, dtype=dtype)
+
+    @property
+    def starts_from_input(self) -> bool:
+        """Whether the initial state is that of a fresh module, in a shape that the input gives it."""
+        return self._maker() is None and (self.step is None or isinstance(self.step, AttributeStep))
+
+    def _maker(self) -> State | None:
+        return self.state or getattr(self.module, "initial_state", None)
 
     def forward(self, input: Tree, state: Tree, *context: Tree) -> tuple[Tree, Tree]:
         """Run the user's `step` (or the module itself) once."""
@@ -81,6 +95,7 @@ def as_cell(
     *,
     step: Step | None = None,
     state: State | None = None,
+    state_attributes: Sequence[str] | None = None,
     parameters: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Make a cell of a module or function; what is one already comes back unchanged.
@@ -92,6 +107,10 @@ def as_cell(
             has one, is the context.
         state: `(batch_size, device=None, dtype=None) -> state`, for what cannot make its own. If it is an
             `nn.Module`, its parameters become the cell's.
+        state_attributes: for a *stateful* module, which is called with an input alone and keeps its state in
+            attributes: their paths, such as `("v",)` or `("1.v", "3.v")`. The state is a dict of what stands in them; a
+            step sets them, calls the module, reads them, and leaves the module as it was. Where `unroll` can prove
+            which they are, they need not be named; what a fresh module has in them is where the first copy starts.
         parameters: for a function only: named tensors to be trained. The function is then called as
             `(parameters, input, state)`.
 
@@ -110,11 +129,22 @@ def as_cell(
         >>> cell = as_cell(leaky, parameters={"decay": torch.tensor(0.9)}, state=lambda B, **_: torch.zeros(B, 3))
         >>> [name for name, _ in cell.named_parameters()]
         ['module.decay']
+        >>> class LeakyNeuron(torch.nn.Module):
+        ...     v = 0.0
+        ...
+        ...     def forward(self, current):
+        ...         self.v = 0.9 * self.v + current
+        ...         return torch.relu(self.v - 1)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), LeakyNeuron())
+        >>> neurons = as_cell(net, state_attributes=("1.v",))
+        >>> output, state = neurons(torch.ones(2, 3), {"1.v": torch.zeros(2, 4)})
+        >>> state["1.v"].shape, net[1].v
+        (torch.Size([2, 4]), 0.0)
     """
     if isinstance(module, type):
         raise OptionError(f"as_cell takes a module, got the class {module.__name__}; make one: {module.__name__}(...)")
     if not isinstance(module, nn.Module):
-        return _function_as_cell(module, step, state, parameters)
+        return _function_as_cell(module, step, state, state_attributes, parameters)
     if step is None and hasattr(module, "flatten_parameters"):  # as torch.nn's layers over time have, and ours
         raise OptionError(
             f"as_cell takes a cell, but {type(module).__name__} is a whole layer over time; call it as it is, or make "
@@ -122,6 +152,11 @@ def as_cell(
         )
     if parameters is not None:
         raise OptionError("parameters= goes with a function; a module has its own: leave parameters= out")
+    if state_attributes is not None:
+        if step is not None:
+            raise OptionError("state_attributes= makes the step of a stateful module: leave step= out")
+        check_attributes(module, state_attributes)
+        return AdaptedCell(module, AttributeStep(state_attributes), state)
     if step is None and getattr(type(module), "forward", None) in _TORCH_STEPS:
         step = _TORCH_STEPS[type(module).forward]
         state = state or _Zeros(module)
@@ -134,12 +169,15 @@ def _function_as_cell(
     function: Callable[..., Any],
     step: Step | None,
     state: State | None,
+    state_attributes: Sequence[str] | None,
     parameters: Mapping[str, Tensor] | None,
 ) -> nn.Module:
     if not callable(function):
         raise OptionError(f"as_cell takes a module or a function, got a {type(function).__name__}")
     if step is not None:
         raise OptionError("step= goes with a module; a function is its own step: leave step= out")
+    if state_attributes is not None:
+        raise OptionError("state_attributes= goes with a module; a function has none: pass its state on")
     name = getattr(function, "__name__", type(function).__name__)
     if parameters is None:
         return AdaptedCell(nn.Module(), _Function(function), state, name)

@@ -153,6 +153,11 @@ class StandInCell(nn.Module):
         return True
 
 
+def shown_path(cell: nn.Module, path: str) -> str:
+    """The path of something inside of a cell, as a person knows it who knows what the cell stands in for."""
+    return path.removeprefix(cell.names_start_with) if isinstance(cell, StandInCell) else path
+
+
 class Gates:
     """The gates of one cell.
 

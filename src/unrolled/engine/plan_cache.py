@@ -26,7 +26,7 @@ from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.generators import generators_of
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
-from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
+from unrolled.recording.guards.twin import twin_of, watch_step
 from unrolled.recording.record import why_not_recorded
 from unrolled.trees import Tree, TreeSpec, map_leaves
 from unrolled.unseen import unseen
@@ -253,16 +253,7 @@ class PlanCache:
 
 
 def _plan(call: CellCall, *, fuse: bool) -> StepPlan:
-    """Record on a twin; twice if the step writes attributes: only if that changes nothing are they scratch."""
-    step, twin = call.first_step, twin_of(call.cell)
-    plan = plan_step(twin, *step, call.extent.batch, call.requires_grad, fuse=fuse)
-    scratch = scratch_of(call.cell, twin)
-    if scratch:
-        again = plan_step(twin, *step, call.extent.batch, call.requires_grad, fuse=fuse)
-        scratch_of(call.cell, twin)
-        read = {external.attribute for external in plan.recording.externals}
-        if again.recording != plan.recording or read.intersection(scratch):
-            raise UnrecordableError(f"its step reads {scratch[0]}, which the step before it left")
+    plan = plan_step(call.cell, *call.first_step, call.extent.batch, call.requires_grad, fuse=fuse)
     outside = [g for g in generators_of(plan.recording.program) if isinstance(g, torch.Generator)]
     if any(all(g is not known for known in Environment.of(call.cell).generators) for g in outside):
         raise UnrecordableError("it draws from a torch.Generator that is found in no attribute of the cell")

@@ -23,7 +23,7 @@ from unrolled.execution.run import run_plan
 from unrolled.lengths import Extent
 from unrolled.plan.plan import StepPlan
 from unrolled.recording.events import UnrecordableError
-from unrolled.recording.guards.twin import scratch_of, twin_of
+from unrolled.recording.guards.scratch import Twin
 from unrolled.trees import Tree, leaves, map_leaves
 from unrolled.unseen import OwnDraws, silent
 
@@ -89,7 +89,8 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
     Raises:
         UnrecordableError: if they do not give the same, with the numbers that are farthest apart.
     """
-    twin, wanted = twin_of(call.cell), iter(call.requires_grad)
+    copy, wanted = Twin(call.cell), iter(call.requires_grad)
+    twin = copy.module
     with torch.enable_grad():
         inputs = map_leaves(lambda x: _new_leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
         start, extent = map_leaves(_new_leaf, call.state), Extent(2, call.extent.batch)
@@ -101,7 +102,7 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
         inferred = leaves(run_plan(plan, twin, inputs, start, call.context, runner, extent))
     ours += inferred
     theirs += theirs[: len(inferred)]
-    scratch_of(call.cell, twin)
+    copy.refuse_overwritten()
     scale = max([_largest(tensor) for tensor in theirs], default=0.0)
     pairs = list(zip(ours, theirs, strict=True))
     differing = [n for n, (one, other) in enumerate(pairs) if not _close(one, other, scale)]

@@ -13,7 +13,7 @@ from unrolled.bptt.costs import copy_sharing_tensors
 from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SequenceRun
 from unrolled.cells import contract
-from unrolled.cells.adapted import as_cell
+from unrolled.cells.adapted import AdaptedCell, as_cell
 from unrolled.engine import reference
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.errors import InputError, OptionError
@@ -24,6 +24,7 @@ from unrolled.networks.bounded import BoundedNetwork
 from unrolled.networks.layout import Call
 from unrolled.plan.report import Plan, report
 from unrolled.recording.guards.twin import twin_of
+from unrolled.recording.stateful import state_of_fresh
 from unrolled.tracing.vmap import run_mapped
 from unrolled.trees import Tree, map_leaves
 from unrolled.unseen import OwnDraws
@@ -153,7 +154,9 @@ class Unrolled(BoundedNetwork):
     def _first_state(self, call: Call) -> Tree:
         cell, batch = self.cell, call.layout.batch
         contract.check_context(cell, call.context, batch)
-        state = contract.starting_state(cell, call.state, call.steps, batch)
+        state = own_state(cell, call) if call.state is None else call.state
+        if call.state is not None:
+            contract.check_state(cell, state, call.steps, batch)
         if call.layout.by_length:
             contract.refuse_without_rows(cell, state, batch, "lengths")
             rows = call.layout.rows(state), call.layout.rows(call.context)
@@ -225,6 +228,23 @@ def _flipped(steps: Tree, reverse: bool) -> Tree:
     return map_leaves(lambda x: x.flip(0), steps) if reverse else steps
 
 
+def own_state(cell: nn.Module, call: Call) -> Tree:
+    """The state that a cell makes itself for a call."""
+    if isinstance(cell, AdaptedCell) and cell.starts_from_input:
+        return state_of_fresh(cell, _first_input(call))
+    return contract.make_state(cell, call.steps, call.layout.batch)
+
+
+def _first_input(call: Call) -> Tree:
+    """The input of the first copy, `[B, ...]`; rows without a step have that of another one, or zeros."""
+    extent, batch = call.extent, call.layout.batch
+    if not extent.rows:
+        return map_leaves(lambda x: x.new_zeros((batch, *x.shape[1:])), call.steps)
+    if not extent.ragged:
+        return map_leaves(lambda x: x[0], call.steps)
+    return map_leaves(lambda x: x[(torch.arange(batch) % extent.sizes[0]).to(x.device)], call.steps)
+
+
 def fresh_state(rnn: Unrolled, call: Call, first: Tree) -> Tree:
     """The state that rows of a network start afresh from, `[B, ...]`: the cell's own.
 
@@ -235,7 +255,7 @@ def fresh_state(rnn: Unrolled, call: Call, first: Tree) -> Tree:
     """
     fresh, batch = call.fresh.get(rnn), call.layout.batch
     if fresh is None:
-        fresh = first if call.state is None else contract.make_state(rnn.cell, call.steps, batch)
+        fresh = first if call.state is None else own_state(rnn.cell, call)
     contract.refuse_without_rows(rnn.cell, fresh, batch, "resets")
     return fresh
 

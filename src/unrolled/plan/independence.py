@@ -13,8 +13,9 @@ from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
-from unrolled.recording.guards.twin import scratch_of, twin_of, watch_step
-from unrolled.recording.record import arguments_of, record_step, samples_of, why_not_recorded
+from unrolled.recording.guards.scratch import record_cell
+from unrolled.recording.guards.twin import watch_step
+from unrolled.recording.record import arguments_of, samples_of, why_not_recorded
 from unrolled.trees import Tree, TreeSpec, leaves, map_leaves
 from unrolled.unseen import OwnDraws, silent, unseen
 
@@ -57,14 +58,13 @@ def _is_proved(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool
     try:
         with unseen():
             watch_step(cell, input, state, context)
-        twin = twin_of(cell)
         samples = samples_of((input, state, context), len(leaves(input)[0]))
         with unseen(), Environment.of(cell).kept():
-            program = record_step(twin, samples).program
+            program = record_cell(cell, samples).program
             rows, coupled = find_rows(program, rows_in_front(program))
             # Which numbers a row draws depends on how many rows there are.
             alone = not coupled and not any(op.draws for op in program.ops)
-            return alone and not scratch_of(cell, twin) and all(rows.get(value) == 0 for value in program.outputs)
+            return alone and all(rows.get(value) == 0 for value in program.outputs)
     except Exception:  # a step that fails with other rows than it was given depends on them
         return False
 

@@ -16,9 +16,11 @@ from unrolled.plan.partition import Draws, Loop, Stage, partition, places_of, re
 from unrolled.plan.reals import in_parts, inputs_in_parts, over_reals
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
-from unrolled.recording.generators import bound
+from unrolled.recording.generators import bound, generators_of
+from unrolled.recording.guards.scratch import record_cell
+from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.interpret import all_values
-from unrolled.recording.record import ROWS, Recording, record_step, samples_of
+from unrolled.recording.record import ROWS, Recording, samples_of
 from unrolled.trees import Tree, leaves
 
 
@@ -127,13 +129,14 @@ def plan_step(
         UnrecordableError: if the step cannot be recorded; the message says why.
     """
     samples = samples_of((inputs, state, context), batch_size)
-    recording = record_step(cell, samples)
+    recording = record_cell(cell, samples)
     externals = [external.fetch(cell) for external in recording.externals]
     wanted = [*requires_grad, *(tensor.requires_grad for tensor in externals)]
     needed = frozenset(v for v, grad in zip((*recording.inputs, *recording.fixed), wanted, strict=True) if grad)
     tensors = [[*leaves(sample), *externals] for sample in samples]
     reals = over_reals(recording, tensors)
-    program = bound(reals.program, cell)
+    # A copy's generators, since drawing moves them on.
+    program = bound(reals.program, twin_of(cell)) if generators_of(reals.program) else reals.program
     values = [all_values(program, in_parts(x), n) for x, n in zip(tensors, ROWS, strict=True)]
     return _Planner(recording, reals, values, needed, batch_size if fuse else None).plan()
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from unrolled.autograd_graph import differentiable
+from unrolled.cells.base import shown_path
 from unrolled.internals import has_memory, watching
 from unrolled.recording.events import RawProgram, UnrecordableError
+from unrolled.recording.externals import Constant, Found, OutsideTensor, held_tensors
 from unrolled.recording.functions import fold_functions
 from unrolled.recording.generators import named
 from unrolled.recording.indexing import FixedShapes
@@ -28,78 +28,14 @@ ROWS = (3, 5)
 """The two batch sizes of a recording; small, unequal, and not 1, which broadcasts."""
 
 
-@dataclass(frozen=True)
-class External:
-    """A tensor that the step reads and is not an argument of it: where in the cell it is found at every call.
+class LeftBehindError(UnrecordableError):
+    """A step that reads what the step before it left in an attribute, by its path: that is state."""
 
-    Attributes:
-        module: the path of the module that holds it.
-        attribute: under which name.
-        part: of a complex one 'real' or 'imag' for that part alone.
-    """
-
-    module: str
-    attribute: str
-    part: str = ""
-
-    def fetch(self, cell: nn.Module) -> Tensor:
-        """The tensor as it is now."""
-        tensor: Tensor = getattr(cell.get_submodule(self.module), self.attribute)
-        return getattr(tensor, self.part).resolve_neg() if self.part else tensor
-
-    @property
-    def name(self) -> str:
-        """Its path, as in `named_parameters`."""
-        return ".".join(filter(None, (self.module, self.attribute, self.part)))
-
-    @property
-    def parts(self) -> list[External]:
-        """The two parts of a complex one."""
-        return [replace(self, part="real"), replace(self, part="imag")]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A tensor that the step makes out of Python numbers, the same ones in every step.
-
-    Attributes:
-        numbers: its bytes.
-        shape: its shape.
-        dtype: of its entries.
-        device: where it is.
-    """
-
-    numbers: bytes
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    name: ClassVar[str] = "a constant"
-    attribute: ClassVar[str] = ""
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Constant:
-        """A tensor's numbers."""
-        numbers = bytes(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().tolist())
-        return cls(numbers, tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    def fetch(self, cell: nn.Module) -> Tensor:
-        """The tensor."""
-        return _made(self)
-
-    @property
-    def parts(self) -> list[Constant]:
-        """The two parts of a complex one."""
-        tensor = _made(self)
-        return [Constant.of(tensor.real), Constant.of(tensor.imag)]
-
-
-@lru_cache(maxsize=256)
-def _made(constant: Constant) -> Tensor:
-    if not constant.numbers:
-        return torch.zeros(constant.shape, dtype=constant.dtype, device=constant.device)
-    flat = torch.frombuffer(bytearray(constant.numbers), dtype=constant.dtype)
-    return flat.view(constant.shape).to(constant.device)
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"its step reads {path}, which the step before it left; attributes that keep a state are named: "
+            f"as_cell(module, state_attributes=({path!r},))"
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +54,7 @@ class Recording:
 
     program: Program
     structures: tuple[Structure, Structure, Structure, Structure]
-    externals: tuple[External | Constant, ...]
+    externals: tuple[Found, ...]
     counts: tuple[int, int, int]
 
     @property
@@ -170,17 +106,21 @@ def arguments_of(input: Tree, state: Tree, context: Tree) -> tuple[Tree, ...]:
     return (input, state) if context is None else (input, state, context)
 
 
-def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> Recording:
+def record_step(
+    cells: Sequence[nn.Module], samples: Sequence[tuple[Tree, Tree, Tree]], outside: Iterable[OutsideTensor] = ()
+) -> Recording:
     """Record one step of a cell.
 
     Args:
-        cell: the cell. It is run twice, and what it does to its own attributes stays done: see `guards`.
+        cells: for each sample a copy of the cell, or the same one. What the step does to its attributes stays done.
         samples: what to run it on, from `samples_of`.
+        outside: tensors outside of the cell that it may read.
 
     Raises:
         UnrecordableError: if the step cannot be written down as a list of operations.
     """
-    (first, externals, output), (second, *others) = [_recorded(cell, sample) for sample in samples]
+    found = [_recorded(cell, sample, outside) for cell, sample in zip(cells, samples, strict=True)]
+    (first, externals, output), (second, *others) = found
     if others != [externals, output]:
         raise UnrecordableError("it reads or returns other tensors at another batch size")
     input, state, context = flatten(samples[0])[1].children
@@ -189,9 +129,9 @@ def record_step(cell: nn.Module, samples: Sequence[tuple[Tree, Tree, Tree]]) -> 
 
 
 def _recorded(
-    cell: nn.Module, sample: tuple[Tree, Tree, Tree]
-) -> tuple[RawProgram, tuple[External | Constant, ...], Structure]:
-    tape = Tape()
+    cell: nn.Module, sample: tuple[Tree, Tree, Tree], outside: Iterable[OutsideTensor]
+) -> tuple[RawProgram, tuple[Found, ...], Structure]:
+    tape, held = Tape(), held_tensors(cell)
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
     with silent(), torch.enable_grad(), NumbersStayUnread(), FixedShapes(), GivenGenerators(tape), tape:
         output, state = cell(*arguments_of(*sample))
@@ -203,20 +143,37 @@ def _recorded(
     ]
     fold_functions(tape)
     detach_operands(tape)
-    externals = tuple([_located(cell, tape, value) for value in tape.externals])
+    known: dict[int, Found] = {
+        **{id(x): external for external, x in held.items()},
+        **{tensor.key: tensor for tensor in outside},
+    }
+    externals = tuple([_located(cell, known, tape, value) for value in tape.externals])
     return RawProgram(tape.tensors, inputs + tape.externals, tape.events, outputs), externals, structure
 
 
-def _located(cell: nn.Module, tape: Tape, value: int) -> External | Constant:
+def _located(cell: nn.Module, known: Mapping[int, Found], tape: Tape, value: int) -> Found:
     tensor = tape.tensors[value]
-    for module_name, module in cell.named_modules():
-        for name, held in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-            if held is tensor:
-                return External(module_name, name)
-    if value in tape.constants:
+    external = known.get(id(tensor))
+    if external is None and value in tape.constants:
         return Constant.of(tensor)
-    shape = list(tensor.shape)
-    raise UnrecordableError(f"it reads a tensor {shape} that is no parameter, buffer or attribute of the cell")
+    if external is None:
+        raise UnrecordableError(
+            f"it reads a tensor {list(tensor.shape)} that is found neither in the cell nor in what its code names; "
+            "make it a buffer"
+        )
+    path = shown_path(cell, external.name)
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise UnrecordableError(f"{path} is a {type(tensor).__name__}, which may compute in its own way")
+    if not _is_still_there(external, cell, tensor):
+        raise LeftBehindError(path)
+    return external
+
+
+def _is_still_there(external: Found, cell: nn.Module, tensor: Tensor) -> bool:
+    try:
+        return external.fetch(cell) is tensor
+    except (AttributeError, LookupError, TypeError):
+        return False
 
 
 def why_not_recorded(tensors: Iterable[Tensor]) -> str | None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from unrolled.recording.events import IrreversibleError, UnrecordableError
+from unrolled.recording.externals import OutsideTensor
 from unrolled.recording.generators import held_generators
 from unrolled.recording.guards.generators import set_state, state_of, whose
 from unrolled.recording.guards.kinds import is_common
-from unrolled.recording.guards.places import MISSING, ClassEntry, Entry, Place, same
+from unrolled.recording.guards.places import MISSING, ClassEntry, Entry, KindOfTensor, Place, same
 from unrolled.recording.guards.reach import Reachable
 from unrolled.recording.guards.watch import WatchedStep
 from unrolled.trees import Tree
@@ -83,6 +84,11 @@ class Environment:
                 return self._find_version()
         return self._versions[-1][0] if self._versions else 0
 
+    def tensors(self) -> list[OutsideTensor]:
+        """The tensors outside of the cell that its steps were seen to be able to read."""
+        kinds = [place for place in self._places.values() if isinstance(place, KindOfTensor)]
+        return [OutsideTensor(place.label, id(place.owner), weakref.ref(place.owner)) for place in kinds]
+
     def _find_version(self) -> int:
         """The version of the values that stand in the places now: an earlier one that they are again, or a new one."""
         with self._lock:
@@ -142,6 +148,8 @@ class Environment:
             why = _put_back(reach.places.values(), [(reach.generators[key], s) for key, s in watched.states.items()])
             lasting = reach.put_arrays_back()
             self._learn(reach)
+        if reach.hidden:
+            raise UnrecordableError(f"its step can read {reach.hidden[0]}, whose changes cannot be seen")
         if lasting:
             raise IrreversibleError(_changes(lasting[0]))
         why = why or (f"{watched.hooked} has hooks, which must be called for every copy" if watched.hooked else "")

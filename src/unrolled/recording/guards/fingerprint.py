@@ -18,25 +18,22 @@ from torch import Generator, Tensor, nn
 from unrolled.internals import modules_are_patched
 from unrolled.recording.events import UnrecordableError
 from unrolled.recording.guards.environment import Environment
-from unrolled.recording.guards.kinds import has_hooks
-from unrolled.recording.guards.places import PLAIN, is_small
-
-# Where our own layers keep the network that runs them, plans and all: nothing that a step reads.
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}
-_BY_IDENTITY = (
-    type,
-    types.BuiltinFunctionType,
-    types.ModuleType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
+from unrolled.recording.guards.kinds import (
+    BOOKKEEPING,
+    BY_IDENTITY,
+    has_hooks,
+    held_by,
+    is_comparable,
+    is_function_of_torch,
 )
+from unrolled.recording.guards.places import PLAIN
 
 
 def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     """Everything that the step of a cell may depend on, but for its tensors' numbers.
 
     Raises:
-        UnrecordableError: if the cell holds something that cannot be compared, or there are hooks on all modules.
+        UnrecordableError: if there are hooks on all modules, or a mode that the step asks for is another one.
     """
     on_all = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
     if any(getattr(nn.modules.module, hooks, None) for hooks in on_all):
@@ -54,31 +51,36 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
 
 
 def contents_of(cell: nn.Module) -> tuple[Any, ...]:
-    """What a cell itself holds.
-
-    Raises:
-        UnrecordableError: if it holds something that cannot be compared.
-    """
+    """What a cell itself holds; of what cannot be compared it tells one object from another."""
     freezer = _Freezer()
     return tuple([freezer.module(name, module) for name, module in cell.named_modules()])
 
 
+def hidden_in(cell: nn.Module) -> list[str]:
+    """What a cell holds that cannot be compared, in words: a step must not read it."""
+    freezer = _Freezer()
+    for name, module in cell.named_modules():
+        freezer.module(name, module)
+    return freezer.hidden
+
+
 class _Freezer:
     def __init__(self) -> None:
+        self.hidden: list[str] = []
         self.seen: set[int] = set()
         self.tensors: dict[int, int] = {}
 
     def module(self, name: str, module: nn.Module) -> tuple[Any, ...]:
         self.seen.add(id(module))
         held = vars(module)
-        plain = tuple([(key, self.value(held[key], key)) for key in held if key not in _BOOKKEEPING])
+        plain = tuple([(key, self.value(held[key], key)) for key in held if key not in BOOKKEEPING])
         tensors = tuple(
             [(key, self.kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
         )
         return (name, type(module), plain, tensors, has_hooks(module))
 
     def kind(self, tensor: Tensor | None) -> Any:
-        """What of a parameter or buffer a program depends on, and which one it is: it may be held by other names."""
+        """What of a tensor a program depends on, and which one it is: it may be held by other names."""
         if tensor is None:
             return None
         number = self.tensors.setdefault(id(tensor), len(self.tensors))
@@ -89,15 +91,16 @@ class _Freezer:
             # 1, 1.0 and True are equal, 0.0 and -0.0 too: the type and the digits tell them apart.
             return (type(value), repr(value)) if isinstance(value, float | int | complex) else value
         if isinstance(value, Tensor):
-            return ("a tensor", self.tensors.setdefault(id(value), len(self.tensors)))
+            return self.kind(value)
         if isinstance(value, Generator):  # what it draws next is none of a program's business
             return ("a generator", value.device, self.tensors.setdefault(id(value), len(self.tensors)))
-        if isinstance(value, types.FunctionType):
+        if isinstance(value, BY_IDENTITY):
             return value
-        if isinstance(value, np.ndarray | np.generic) and is_small(value):
+        if not is_comparable(value):
+            self.hidden.append(f"{name}, a {type(value).__name__}")
+            return ("not looked into", id(value))
+        if isinstance(value, np.ndarray | np.generic):
             return (str(value.dtype), value.shape, value.tobytes())
-        if isinstance(value, _BY_IDENTITY):
-            return value
         if not isinstance(value, tuple | frozenset):
             if id(value) in self.seen:
                 return "seen before"
@@ -114,8 +117,6 @@ class _Freezer:
             return (self.value(value.__func__, name), self.value(value.__self__, name))
         if isinstance(value, functools.partial):
             return (self.value(value.func, name), self.value(value.args, name), self.value(value.keywords, name))
-        if type(value).__module__.startswith("torch.") and callable(value) and not isinstance(value, nn.Module):
+        if is_function_of_torch(value):
             return id(value)
-        if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
-            return (type(value), self.value(vars(value), name))
-        raise UnrecordableError(f"its attribute {name} is a {type(value).__name__}, whose changes cannot be seen")
+        return (type(value), self.value(held_by(value), name))

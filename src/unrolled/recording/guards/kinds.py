@@ -11,7 +11,14 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+
+from unrolled.recording.guards.places import CONTAINERS, PLAIN, is_small
+
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"_network"}
+"""What modules keep beside their attributes, and where our own layers keep the network that runs them."""
 
 INERT: tuple[Any, ...] = (
     types.BuiltinFunctionType,
@@ -29,6 +36,16 @@ INERT: tuple[Any, ...] = (
     torch.Size,
 )
 """What has nothing of its own that could change."""
+
+BY_IDENTITY: tuple[Any, ...] = (
+    type,
+    types.BuiltinFunctionType,
+    types.FunctionType,
+    types.ModuleType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
+"""What is another one when it is not the same object."""
 
 HIDING: tuple[Any, ...] = (
     type(functools.lru_cache(len)),
@@ -101,6 +118,39 @@ def name_in_class(code: types.CodeType, kind: type) -> str:
             if any(type(found) is types.FunctionType and found.__code__ is code for found in functions_of(value)):
                 return name
     return code.co_name
+
+
+def is_comparable(value: Any) -> bool:
+    """Whether it can be seen of an object that a cell holds, container or not, that it has changed."""
+    if isinstance(value, np.ndarray | np.generic):
+        return is_small(value)
+    known = (
+        *PLAIN,
+        *CONTAINERS,
+        *BY_IDENTITY,
+        torch.Generator,
+        Tensor,
+        tuple,
+        frozenset,
+        types.MethodType,
+        functools.partial,
+    )
+    return isinstance(value, known) or held_by(value) is not None or is_function_of_torch(value)
+
+
+def held_by(thing: Any) -> dict[str, Any] | None:
+    """What an object that is written in Python holds, by name, slots as well; None for other objects."""
+    held = attributes_of(thing)
+    kind: Any = type(thing)
+    slots = {name: getattr(thing, name) for name in slots_of(kind) if hasattr(thing, name)}
+    if held is None and not slots:
+        return None
+    return {**(held or {}), **slots}
+
+
+def is_function_of_torch(value: Any) -> bool:
+    """Whether an object is called like a function, and torch's."""
+    return type(value).__module__.startswith("torch.") and callable(value) and not isinstance(value, nn.Module)
 
 
 def has_hooks(module: Any) -> bool:

@@ -7,6 +7,8 @@ import types
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch import nn
+
 
 class Names(NamedTuple):
     """Of one code object, with those of the functions that are written inside of it.
@@ -24,6 +26,10 @@ class Names(NamedTuple):
     computed: bool
 
 
+# What modules look up is named by the code that asks them.
+_LOOKUPS = (nn.Module.__getattr__.__code__, nn.Module.__setattr__.__code__, nn.Module.__delattr__.__code__)
+
+
 @lru_cache(maxsize=8192)
 def names_in(code: types.CodeType) -> Names:
     """The names in a code object.
@@ -36,7 +42,11 @@ def names_in(code: types.CodeType) -> Names:
         (['SETTINGS'], ['gain', 'rnn'], False)
     """
     globals_, attributes, modules = set[str](), set[str](), set[str]()
-    computing = {"getattr", "setattr", "delattr", "hasattr", "vars", "dir", "__dict__", "attrgetter"}
+    computing = (
+        set()
+        if code in _LOOKUPS
+        else {"getattr", "setattr", "delattr", "hasattr", "vars", "dir", "__dict__", "attrgetter"}
+    )
     matches = False
     for instruction in dis.get_instructions(code):
         matches = matches or instruction.opname == "MATCH_CLASS"

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from unrolled.internals import has_memory
@@ -30,6 +31,7 @@ from unrolled.recording.guards.kinds import (
     attributes_of,
     functions_of,
     is_common,
+    is_comparable,
     is_pure,
     is_written_in_python,
     name_in_class,
@@ -39,6 +41,7 @@ from unrolled.recording.guards.names import Names, names_in
 from unrolled.recording.guards.places import CONTAINERS, MISSING, PLAIN, Place, is_small
 
 _MOST_PLACES, _MOST_ITEMS = 4096, 1024
+_NO_NAMES = Names(frozenset(), frozenset(), frozenset(), computed=False)
 
 
 class Reachable:
@@ -55,6 +58,7 @@ class Reachable:
         memory: what tensors outside lie in, by address, and what they are called.
         large: arrays that are too large to be looked at in every call, with what they held.
         open: what cannot be followed; empty if everything can.
+        hidden: what of the cell's own cannot be compared.
     """
 
     def __init__(self, own: Iterable[Any] = ()) -> None:
@@ -64,6 +68,7 @@ class Reachable:
         self.memory: dict[int, str] = {}
         self.large: list[tuple[np.ndarray, np.ndarray, str]] = []
         self.open = ""
+        self.hidden: list[str] = []
         self._keep: list[Any] = [*own]
         self._own = frozenset(map(id, self._keep))
         self._outside: dict[int, Any] = {}
@@ -110,6 +115,11 @@ class Reachable:
         if owner is None or isinstance(owner, type):
             module = getattr(function, "__module__", None) or getattr(owner, "__module__", "")
             known = is_pure(module)
+            if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+                self._autograd_function(owner)
+                known = True
+        elif function is sys.getrecursionlimit:  # asked by `inspect`, to give up in time
+            known = True
         elif isinstance(owner, types.ModuleType):
             if owner.__name__.startswith("torch") and re.match("_?(get|is|are)_", name):
                 self._mode(name, function)
@@ -123,6 +133,11 @@ class Reachable:
                 self._generator(owner)
         if not known:
             self._opened(f"it calls {getattr(function, '__qualname__', name)}, whose answers may change")
+
+    def _autograd_function(self, kind: type) -> None:
+        """A Function of a user's is applied: torch looks these up by itself."""
+        for name in ("forward", "setup_context", "backward"):
+            self._class_entry(kind, name, _NO_NAMES)
 
     def _mode(self, name: str, ask: Callable[[], Any]) -> None:
         if name not in self.modes and "()" in (ask.__doc__ or "()"):
@@ -186,6 +201,8 @@ class Reachable:
         self._look_into(value, names, label, outside)
 
     def _look_into(self, value: Any, names: Names, label: str, outside: bool) -> None:
+        if not outside and id(value) in self._own and not is_comparable(value):
+            self.hidden.append(f"{label}, a {type(value).__name__}")
         for kinds, follow in self._ways():
             if issubclass(type(value), kinds):
                 follow(value, names, label, outside)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ class WatchedStep(_Profiled):
         self._own_modules = (__name__, "unrolled.recording.guards.twin")
         self._calls = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
         self._autograd = _codes_of_autograd()
-        self._dispatch = _codes_of_dispatch() | {_NoWrites.__torch_dispatch__.__code__}
+        self._dispatch = _codes_of_dispatch() | {_NoWrites.__torch_dispatch__.__code__, *_CODES_OF_IMPORT}
         self._dispatching: types.FrameType | None = None
         self._refusal: UnrecordableError | None = None
         self._backwards = False
@@ -176,6 +177,14 @@ def _sets_generator(function: Any) -> bool:
 
 def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
     torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True)
+
+
+_CODES_OF_IMPORT = tuple(
+    function.__code__
+    for name in ("_find_and_load", "_handle_fromlist")
+    if isinstance(function := getattr(importlib._bootstrap, name, None), types.FunctionType)
+)
+"""What finds a module that is imported: which one that is, the code that imports it names."""
 
 
 class _EnteredCode(_Profiled):
