@@ -62,7 +62,8 @@ class SharedPointer(Cell):
     def forward(self, x: Tensor, state: Any) -> Any:
         h, memory, pointer = state
         h = self.updated(x, h + memory[:, (pointer - 1) % SLOTS] + memory[:, -1])
-        memory = memory.index_copy(1, pointer.reshape(1), h.unsqueeze(1))
+        memory = memory.clone()
+        memory[:, pointer] = h
         return h, (h, memory, (pointer * 3 + 1) % SLOTS)
 
 
