@@ -77,6 +77,42 @@ def test_every_form_of_torchs_attention_runs_as_c(names):
     _checked(KernelsCell([KERNELS[name] for name in names]).double(), torch.randn(T, 3, SIZE, dtype=F64))
 
 
+class MemoryCell(nn.Module):
+    """A memory of the latest inputs, `[B, slots, size]`, that torch's own layers look at a context from."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.eval()
+
+    def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+        return torch.linspace(-1, 1, SLOTS * SIZE, dtype=dtype).view(1, SLOTS, SIZE).repeat(batch_size, 1, 1)
+
+    def forward(self, input: Tensor, state: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        text, blank = context
+        x, seen = torch.cat([state[:, 1:], input.unsqueeze(1)], 1), None
+        if isinstance(self.layer, nn.MultiheadAttention):
+            time_major = x.transpose(0, 1), text.transpose(0, 1), text.transpose(0, 1)
+            looked, seen = self.layer(*time_major, key_padding_mask=blank)
+            x = x + looked.transpose(0, 1)
+        else:
+            x = self.layer(x, text, memory_key_padding_mask=blank)
+        return x.mean(1) if seen is None else seen.flatten(1), torch.tanh(x)
+
+
+LAYERS = {
+    "attention, time first": lambda: nn.MultiheadAttention(SIZE, 2, dropout=0.1),
+    "decoder, batch first": lambda: nn.TransformerDecoderLayer(SIZE, 2, 6, activation="gelu", batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_torchs_over_a_context_run_as_c(name):
+    torch.manual_seed(4)
+    cell, text = MemoryCell(LAYERS[name]()).double(), torch.randn(3, 5, SIZE, dtype=F64)
+    blank = torch.arange(5) >= torch.tensor([5, 2, 3]).unsqueeze(1)
+    _checked(cell, torch.randn(T, 3, SIZE, dtype=F64), context=(text, blank), resets=False)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mask", [None, torch.zeros(SLOTS, SLOTS, dtype=F64).masked_fill(~BLIND, -torch.inf)])

@@ -13,8 +13,6 @@ from typing import Any, TypeAlias
 
 from unrolled.recording.program import Op, Program, Ref, Size
 
-ROW = Size(1, 0)
-
 Place: TypeAlias = int | None
 """The dimension of the rows; None for a value without rows."""
 
@@ -77,11 +75,12 @@ class Rows:
         found = set()
         for value in self.op.inputs:
             if value in self.places:
-                found.add(self.places[value] + rank - len(self.program.values[value].shape))
+                shape, place = self.program.values[value].shape, self.places[value]
+                found.add((place + rank - len(shape), shape[place]))
         if len(found) != 1:
             raise self.refusal("combines rows with other rows")
-        place = found.pop()
-        if self.out()[place] != ROW:
+        place, size = found.pop()
+        if self.out()[place] != size:
             raise self.refusal("combines rows with another dimension")
         return self.all_at(place)
 

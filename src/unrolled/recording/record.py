@@ -20,6 +20,7 @@ from unrolled.recording.indexing import FixedShapes
 from unrolled.recording.merge import merge
 from unrolled.recording.no_grad import detach_operands
 from unrolled.recording.program import Draw, Program
+from unrolled.recording.rows_first import rows_first
 from unrolled.recording.tape import GivenGenerators, NumbersStayUnread, Tape
 from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves
 from unrolled.unseen import silent
@@ -125,7 +126,7 @@ def record_step(
         raise UnrecordableError("it reads or returns other tensors at another batch size")
     input, state, context = flatten(samples[0])[1].children
     a, b, c = (len(leaves(tree)) for tree in samples[0])
-    return Recording(merge(first, second, ROWS), (input, state, context, output), externals, (a, b, c))
+    return Recording(rows_first(merge(first, second, ROWS)), (input, state, context, output), externals, (a, b, c))
 
 
 def _recorded(
