@@ -324,6 +324,12 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "weights of heads": lambda cell, x, y: torch.einsum("bhd,hde->bhe", torch.stack([x, y], 1), cell.heads).sum(1),
     "attended": _attended,
     "row by vector": lambda cell, x, y: (x @ cell.gate).unsqueeze(-1) * y,
+    "turned": lambda cell, x, y: (torch.complex(x, y) * torch.exp(1j * cell.gate)).real + torch.polar(x.abs(), y).imag,
+    "complex": lambda cell, x, y: (
+        torch.tanh(torch.complex(x, y) @ torch.complex(cell.shared, cell.weight)) / torch.complex(2 + x * x, y)
+    ).abs(),
+    "convolved": lambda cell, x, y: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(cell.bias).conj(), n=x.shape[1]),
+    "root": lambda cell, x, y: torch.sqrt(torch.complex(1 + x * x, y)).imag,
     "heads of weights": lambda cell, x, y: torch.tanh(F.linear(y, cell.tall).view(len(x), 2, -1)).sum(1) * x,
 }
 

@@ -165,9 +165,10 @@ def _like_noise(differing: Sequence[int], pairs: Sequence[tuple[Tensor | None, T
 
 
 def _in_next_digit(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
+    if not differentiable(tensor):
         return tensor
-    return neighbours(tensor.detach()).requires_grad_(tensor.requires_grad)
+    moved = neighbours(reals(tensor.detach()).contiguous())
+    return (torch.view_as_complex(moved) if tensor.is_complex() else moved).requires_grad_(tensor.requires_grad)
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> float:
