@@ -23,15 +23,11 @@ LENGTHS = [4, 0, 2]
 RESETS = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
 
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "clockwork RNN, one clock": ("eager", "the native engine does not emit a sequence without a batch"),
     "unitary RNN": ("reference", "what it does depends on the numbers in its tensors"),
-    "DNC allocation, by sort": ("eager", "the native engine does not emit gather"),
     "attention to a window": ("reference", "it draws random numbers"),
     "MultiheadAttention": ("reference", "it draws random numbers"),
     "relational memory": ("eager", "the native engine does not emit a view that moves the batch"),
     "gated transformer": ("reference", "it draws random numbers"),
-    "ring buffer": ("eager", "the native engine does not emit values of no floating dtype"),
-    "vector-quantised GRU": ("eager", "the native engine does not emit argmin"),
     "variational RNN": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
     "variational RNN, noise given": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
     "Dreamer": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
@@ -41,12 +37,9 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "ConvLSTM": ("eager", "the native engine does not emit convolution"),
     "ConvGRU": ("eager", "the native engine does not emit convolution"),
     "max-pool and upsample": ("eager", "the native engine does not emit max_pool2d_with_indices"),
-    "graph GRU, sparse": ("reference", "what it does depends on the numbers in its tensors"),
     "Kalman filter": ("eager", "the native engine does not emit _linalg_solve_ex"),
     "MultiheadAttention, weights, lengths": ("reference", "row by row: aten.reshape"),
     "relational memory, lengths": ("reference", "row by row: aten.reshape"),
-    "DNC allocation, by sort, lengths": ("reference", "row by row: aten.scatter"),
-    "ring buffer, lengths": ("reference", "row by row: aten.scatter"),
     "ConvLSTM, lengths": ("reference", "row by row: aten.convolution"),
     "ConvGRU, lengths": ("reference", "row by row: aten.convolution"),
     "depthwise convolution, lengths": ("reference", "row by row: aten.convolution"),
