@@ -36,6 +36,16 @@ class Cell(nn.Module):
         return (hidden, noise), hidden
 
 
+class Drawing(ur.GRUCell):
+    """A GRU with dropout on its way back."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs, H, dtype=F64)
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(input, F.dropout(state, 0.3))
+
+
 class Rounded(torch.autograd.Function):
     """Up or down at random; its gradient passes straight through."""
 
@@ -183,6 +193,37 @@ def test_draws_stand_in_the_plan_before_the_loop():
     (drawn,) = [operation for operation in plan.operations if operation.name == "aten.bernoulli_.float"]
     assert drawn.place == "before"
     assert "step by step in the order of the loop" in drawn.reason
+
+
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"checkpoint": ur.segments(64, 16)}, {"horizon": 8}])
+def test_stacks_draw_layer_by_layer(options):
+    def network(engine: str) -> nn.Module:
+        torch.manual_seed(0)
+        cells = [Drawing(H), Drawing(2 * H if "bidirectional" in options else H)]
+        return ur.stack(cells, batch_first=True, engine=engine, **options)
+
+    def results(rnn: nn.Module) -> Any:
+        torch.manual_seed(1)
+        x = torch.randn(B, 64, H, dtype=F64, requires_grad=True)
+        outputs, last = rnn(x, lengths=[64, 2, 9])
+        grads = torch.autograd.grad(outputs.sin().sum(), [x, *rnn.parameters()])
+        return outputs, last, grads, torch.get_rng_state()
+
+    rnn = network("auto")
+    assert_match(results(rnn), results(network("reference")))
+    assert {module.ran for module in rnn.modules() if isinstance(module, ur.Unrolled)} == {"native"}
+
+
+def test_an_input_that_lies_otherwise_is_drawn_for_as_the_loop_does():
+    cell = Cell(lambda cell, h, x: F.dropout(x, 0.5) + torch.rand_like(h))
+    rnn, reference = ur.unroll(cell), ur.unroll(cell, engine="reference")
+
+    def turned(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return lambda x: run(x.transpose(1, 2).contiguous().transpose(1, 2))
+
+    for way in (lambda run: run, turned, lambda run: run):
+        assert_match(numbers(cell, way(rnn)), numbers(cell, way(reference)))
+    assert rnn.ran == "native"
 
 
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +54,14 @@ class CellCall:
         )
         return (*specs, self.extent.batch, self.requires_grad)
 
+    @property
+    def lies_in_order(self) -> bool:
+        """Whether each step's input and the state lie in memory as they are read, as those did that were recorded."""
+        leading = 0 if self.extent.ragged else 1
+        layouts = [(x.shape[leading:], x.stride()[leading:]) for x in leaves(self.inputs)]
+        layouts += [(x.shape, x.stride()) for x in leaves(self.state)]
+        return all(_descend(sizes, strides) for sizes, strides in layouts)
+
     def tensors(self) -> Iterator[Tensor]:
         """All arguments' leaves, and the cell's parameters and buffers."""
         for tree in (self.inputs, self.state, self.context):
@@ -77,6 +86,12 @@ class CellCall:
         """Input, state and context of copy 0."""
         call = self.at(0)
         return map_leaves(lambda x: x[0], call.inputs), call.state, call.context
+
+
+def _descend(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether no later dimension has the larger step; those that are repeated, or have one entry, do not matter."""
+    steps = [stride for size, stride in zip(sizes, strides, strict=True) if size > 1 and stride]
+    return all(a >= b for a, b in pairwise(steps))
 
 
 def tensors_of(cell: nn.Module) -> Iterator[Tensor]:

@@ -142,6 +142,9 @@ class PlanCache:
             decision = self._decision(call)
             if decision.plan is None:
                 return decision
+            if decision.plan.draws and not call.lies_in_order:
+                why = "what it draws goes by how its input and state lie in memory, and these do not as they are read"
+                return self._announce_once(Decision(None, "reference", f"{why}; pass them contiguous()"))
             t = decision.turns.next(call.extent.steps, always=bool(decision.open))
             if t is None:
                 return decision
@@ -211,7 +214,7 @@ class PlanCache:
         environment = Environment.of(call.cell)
         try:
             with unseen():
-                inputs, state, context = (map_leaves(Tensor.clone, x) for x in (call.inputs, call.state, call.context))
+                inputs, state, context = (map_leaves(_in_order, x) for x in (call.inputs, call.state, call.context))
                 call = replace(call, inputs=inputs, state=state, context=context)
                 watch_step(call.cell, *call.first_step)
                 with environment.kept():
@@ -258,6 +261,10 @@ def _plan(call: CellCall, *, fuse: bool) -> StepPlan:
     if any(all(g is not known for known in Environment.of(call.cell).generators) for g in outside):
         raise UnrecordableError("it draws from a torch.Generator that is found in no attribute of the cell")
     return plan
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _still_fits(plan: StepPlan | None, cell: nn.Module) -> bool:
