@@ -323,6 +323,12 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "every row of a row": lambda cell, x, y: F.linear(torch.stack([x, y], 1), cell.weight, cell.bias).prod(1),
     "weights of heads": lambda cell, x, y: torch.einsum("bhd,hde->bhe", torch.stack([x, y], 1), cell.heads).sum(1),
     "attended": _attended,
+    "attended by torch": lambda cell, x, y: F.scaled_dot_product_attention(
+        *torch.stack([x, y, x * y, 0.5 - x, y, x], 1).view(len(x), 3, 1, 2, -1).unbind(1)
+    ).mean((1, 2)),
+    "batch norm in eval": lambda cell, x, y: F.batch_norm(
+        x + y, cell.bias.detach(), cell.gate.detach().square() + 0.5, cell.gate, cell.bias
+    ),
     "row by vector": lambda cell, x, y: (x @ cell.gate).unsqueeze(-1) * y,
     "turned": lambda cell, x, y: (torch.complex(x, y) * torch.exp(1j * cell.gate)).real + torch.polar(x.abs(), y).imag,
     "complex": lambda cell, x, y: (
