@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from unrolled.internals import has_memory, watching
 from unrolled.recording.events import RawProgram, UnrecordableError
 from unrolled.recording.externals import Constant, Found, OutsideTensor, held_tensors
 from unrolled.recording.functions import fold_functions
+from unrolled.recording.fused_layers import UnfusedLayers
 from unrolled.recording.generators import named
 from unrolled.recording.indexing import FixedShapes
 from unrolled.recording.merge import merge
@@ -129,12 +131,19 @@ def record_step(
     return Recording(rows_first(merge(first, second, ROWS)), (input, state, context, output), externals, (a, b, c))
 
 
+@contextmanager
+def _written_on(tape: Tape) -> Iterator[None]:
+    """A context in which what a step calls of torch is noted, in the form that a program has it."""
+    with NumbersStayUnread(), FixedShapes(), UnfusedLayers(), GivenGenerators(tape), tape:
+        yield
+
+
 def _recorded(
     cell: nn.Module, sample: tuple[Tree, Tree, Tree], outside: Iterable[OutsideTensor]
 ) -> tuple[RawProgram, tuple[Found, ...], Structure]:
     tape, held = Tape(), held_tensors(cell)
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
-    with silent(), torch.enable_grad(), NumbersStayUnread(), FixedShapes(), GivenGenerators(tape), tape:
+    with silent(), torch.enable_grad(), _written_on(tape):
         output, state = cell(*arguments_of(*sample))
     tensors, structure = flatten(output)
     outputs = [tape.number(leaf) for leaf in (*tensors, *leaves(state))]
