@@ -492,5 +492,5 @@ def test_verification_of_a_stack_finds_an_engine_that_is_wrong_in_one_layer(monk
         outputs, state = right(plan, cell, *given, **options)
         return (outputs * 1.001 if isinstance(cell, ur.RNNCell) else outputs), state
 
-    monkeypatch.setattr("unrolled.networks.unroll.run_plan", wrong)
+    monkeypatch.setattr("unrolled.networks.cell_run.run_plan", wrong)
     assert not ur.verify(rnn, inputs_of())

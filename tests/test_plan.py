@@ -147,7 +147,7 @@ def test_verification_finds_an_engine_that_is_wrong(monkeypatch):
         outputs, state = right(*given, **options)
         return outputs * 1.001, state
 
-    monkeypatch.setattr("unrolled.networks.unroll.run_plan", wrong)
+    monkeypatch.setattr("unrolled.networks.cell_run.run_plan", wrong)
     found = ur.verify(ur.unroll(ur.GRUCell(I, H)), torch.randn(T, B, I))
     assert not found
     assert "MISMATCH" in str(found)
@@ -159,7 +159,9 @@ def test_the_command_verifies_a_run_and_ends_with_1_on_a_mismatch(monkeypatch, c
     for name in ("RNNCell", "LSTMCell", "GRUCell", "SLSTMCell"):
         assert name in printed
     right = bptt_run.run_plan
-    monkeypatch.setattr("unrolled.networks.unroll.run_plan", lambda *a, **o: (right(*a, **o)[0] * 2, right(*a, **o)[1]))
+    monkeypatch.setattr(
+        "unrolled.networks.cell_run.run_plan", lambda *a, **o: (right(*a, **o)[0] * 2, right(*a, **o)[1])
+    )
     assert run_command(["verify"]) == 1
     assert "MISMATCH" in capsys.readouterr().out
 

@@ -33,6 +33,12 @@ class LRUCache(Generic[T]):
         for key in [key for key, kept in self._entries.items() if which(kept)]:
             self._entries.pop(key, None)
 
+    def replace(self, which: Callable[[T], bool], entry: T) -> bool:
+        """Put another entry in the place of those for which `which` is true; whether there were any."""
+        keys = [key for key, kept in self._entries.items() if which(kept)]
+        self._entries.update(dict.fromkeys(keys, entry))
+        return bool(keys)
+
     def get(
         self, key: Callable[[], Hashable], make: Callable[[], T], *, holds: Callable[[T], bool] = lambda _: True
     ) -> T:
@@ -47,7 +53,8 @@ class LRUCache(Generic[T]):
         if at not in self._entries or not holds(self._entries[at]):
             made = make()
             at = key()
-            self._entries[at] = made
+            if at not in self._entries or not holds(self._entries[at]):  # under that key there may be one that holds
+                self._entries[at] = made
             while len(self._entries) > self.most:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(at)

@@ -120,6 +120,7 @@ class SequenceRun:
         pure: whether each step is known to compute from what it reads alone, and to read the same tensors.
         measured: whether only its memory counts: numbers that differ when steps run again do not matter.
         engine: the engine that runs it; of several networks each one knows its own.
+        rewind: for a run that may have to begin again, what sets the random numbers back to where it began.
     """
 
     run: SegmentRunner
@@ -132,6 +133,7 @@ class SequenceRun:
     pure: bool = False
     measured: bool = False
     engine: str = "reference"
+    rewind: Callable[[], None] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -14,8 +14,9 @@ from unrolled import sequence
 from unrolled.cells.contract import name_of
 from unrolled.engine.cell_call import CellCall, tensors_of
 from unrolled.engine.choice import Runner
-from unrolled.engine.witness import Turns, hold_against_the_cell
+from unrolled.engine.witness import FailingStepError, Turns, hold_against_the_cell, refuse_failing_steps
 from unrolled.errors import warn_caller, warn_caller_once
+from unrolled.execution.answers import OtherAnswerError
 from unrolled.internals import unwatched
 from unrolled.lengths import Extent
 from unrolled.lru import LRUCache
@@ -104,9 +105,12 @@ class PlanCache:
                 return fingerprint(cell), *(TreeSpec.of(tree, 1) for tree in step), extent.batch
 
         try:
-            return self._coupling.get(key, lambda: _couples_rows(cell, *step))
-        except UnrecordableError:  # hooks on all modules would see the step being watched
-            return _couples_rows(cell, *step, watched=False)
+            try:
+                return self._coupling.get(key, lambda: _couples_rows(cell, *step))
+            except UnrecordableError:  # hooks on all modules would see the step being watched
+                return _couples_rows(cell, *step, watched=False)
+        except Exception:  # a cell that fails is reported by the run, which names the copy
+            return False
 
     def look_up(
         self, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent | None = None
@@ -136,6 +140,16 @@ class PlanCache:
             )
         return self._announce_once(decision)
 
+    def leave(self, plan: StepPlan, why: str) -> None:
+        """Leave the calls that go by a plan to the reference, from now on."""
+        decision = Decision(None, "reference", why)
+        if self._decisions.replace(lambda known: known.plan is plan, decision):
+            self._announce(decision)
+
+    def drop(self, plan: StepPlan) -> None:
+        """Forget a plan: the next call of its kind makes another one."""
+        self._decisions.drop(lambda known: known.plan is plan)
+
     def _witnessed(self, call: CellCall) -> Decision:
         """The decision for a call; if it is this call's turn, one that was held against the cell itself."""
         while True:
@@ -151,6 +165,8 @@ class PlanCache:
             try:
                 with unseen(), Environment.of(call.cell).kept():
                     hold_against_the_cell(decision.plan, call.at(t), self.runner)
+            except OtherAnswerError:  # of copy t with a state that is not its own: it says nothing
+                return decision
             except Exception as error:  # a cell that fails is reported by the reference, which names the copy
                 refused = self._refute(decision, call, f"copy {t} of {name_of(call.cell)}: {error}")
                 if refused is not None:
@@ -190,6 +206,9 @@ class PlanCache:
 
         try:
             decision = self._decisions.get(lambda: (fingerprint(call.cell), call.kind), make, holds=holds)
+        except FailingStepError as error:  # nothing is learnt of a call that is about to raise
+            self._recordings[call.kind] = times
+            return Decision(None, "reference", str(error))
         except UnrecordableError as error:
             return Decision(None, "reference", str(error))
         if self._recordings.get(call.kind) == times:  # nothing was made
@@ -220,10 +239,13 @@ class PlanCache:
                 with environment.kept():
                     plan, slower = self._planned(call)
                     hold_against_the_cell(plan, call, self.runner)
-        except UnrecordableError as error:
+        except (UnrecordableError, OtherAnswerError) as error:
             return Decision(None, "reference", str(error))
         except Exception as error:  # a cell that fails is reported by the reference, which names the copy
-            return Decision(None, "reference", f"planning it raised {type(error).__name__}: {error}")
+            why = f"planning it raised {type(error).__name__}: {error}"
+            with unseen(), environment.kept():
+                refuse_failing_steps(call, why)
+            return Decision(None, "reference", why)
         turns = Turns.of(sum(tensor.numel() for tensor in tensors_of(call.cell)))
         if slower:
             return Decision(plan, "eager", "; ".join(slower), environment.open, turns=turns)

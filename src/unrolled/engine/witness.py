@@ -18,6 +18,7 @@ from unrolled.autograd_graph import differentiable
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.cell_call import CellCall
+from unrolled.execution.answers import OtherAnswerError
 from unrolled.execution.protocol import LoopRunner
 from unrolled.execution.run import run_plan
 from unrolled.lengths import Extent
@@ -88,6 +89,7 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
 
     Raises:
         UnrecordableError: if they do not give the same, with the numbers that are farthest apart.
+        OtherAnswerError: if a step answers otherwise than was recorded, and the cell does not raise then.
     """
     copy, wanted = Twin(call.cell), iter(call.requires_grad)
     twin = copy.module
@@ -95,8 +97,12 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
         inputs = map_leaves(lambda x: _new_leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
         start, extent = map_leaves(_new_leaf, call.state), Extent(2, call.extent.batch)
         sample = replace(call, cell=twin, inputs=inputs, state=start, extent=extent)
-        with OwnDraws():
-            ours = _results(run_plan(plan, twin, inputs, start, call.context, runner, extent), sample)
+        try:
+            with OwnDraws():
+                ours = _results(run_plan(plan, twin, inputs, start, call.context, runner, extent), sample)
+        except OtherAnswerError:
+            _by_the_cell(sample)  # a check that fails raises
+            raise
         theirs = _by_the_cell(sample)
     with torch.no_grad(), OwnDraws():
         inferred = leaves(run_plan(plan, twin, inputs, start, call.context, runner, extent))
@@ -109,6 +115,24 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
     if differing and not _like_noise(differing, pairs, sample):
         message = _farthest_apart(*pairs[differing[0]])
         raise UnrecordableError(f"its recording does not give the numbers of the cell itself{message}")
+
+
+class FailingStepError(UnrecordableError):
+    """A step that raises, by the cell itself."""
+
+
+def refuse_failing_steps(call: CellCall, why: str) -> None:
+    """Run a call on a twin of its cell.
+
+    Raises:
+        FailingStepError: if that raises; it says why there is no plan.
+    """
+    twin = Twin(call.cell).module
+    try:
+        with silent(), torch.no_grad():
+            reference.run(CheckedStep(twin, call.context), call.inputs, call.state, call.extent)
+    except Exception as error:
+        raise FailingStepError(why) from error
 
 
 def _by_the_cell(call: CellCall) -> list[Tensor | None]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from unrolled.execution.answers import refuse_other_answers
 from unrolled.execution.batched import BatchedOps
 from unrolled.execution.loop_function import LoopUnderAutograd
 from unrolled.execution.protocol import LoopRunner
@@ -30,6 +31,7 @@ def run_plan(
     extent: Extent,
     *,
     reverse: bool = False,
+    checked: bool = True,
 ) -> tuple[Tree, Tree]:
     """Run an unrolled cell by its plan.
 
@@ -42,9 +44,13 @@ def run_plan(
         runner: the engine's way of running loops.
         extent: how far the sequence reaches.
         reverse: whether the last copy comes first.
+        checked: whether all steps have to give the answers that were recorded.
 
     Returns:
         The outputs, laid out as the inputs, and the last copy's state.
+
+    Raises:
+        OtherAnswerError: if a step gives another answer to what it asks than was recorded.
     """
     recording = plan.reals
     sequences = in_parts(leaves(inputs))
@@ -68,8 +74,10 @@ def run_plan(
     )
     first = in_parts(leaves(state))
     last = stages.run(env, first)
+    if checked:
+        refuse_other_answers(plan, env)
     outputs = [batched.over_time(env[plan.copies.get(v, v)], plan.rows.get(v)) for v in recording.outputs]
-    ends = [plan.recording.program.values[v] for v in plan.recording.program.outputs]
+    ends = [plan.recording.program.values[v] for v in (*plan.recording.outputs, *plan.recording.next_state)]
     copies = [v in plan.copies for v in recording.outputs] + [True] * len(last)
     tensors, own = zip(*_joined(zip([*outputs, *last], copies, strict=True), ends), strict=True)
     results = list(_owned_by_caller(tensors, own, [*sequences, *first, *context_leaves, *externals]))

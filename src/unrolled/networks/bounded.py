@@ -164,7 +164,7 @@ class BoundedNetwork(Network):
     def _costs(self, run: SequenceRun, again: Callable[[], SequenceRun], length: int) -> Costs:
         """What a run takes in memory, measured up to so many steps of a segment; kept for the next such call."""
         engines = tuple(getattr(network, "engine", None) for network in self.modules())
-        return self._meters.get(lambda: (engines, _kind(run)), Meter).costs(again, length)
+        return self._meters.get(lambda: (engines, run.engine, _kind(run)), Meter).costs(again, length)
 
     def _schedule_message(self, call: Call) -> str:
         """What a call goes by, in a sentence: bytes promised, extra steps, the time expected; '' without a budget.

@@ -14,18 +14,17 @@ from unrolled.bptt.schedules import Schedule
 from unrolled.bptt.segments import SequenceRun
 from unrolled.cells import contract
 from unrolled.cells.adapted import AdaptedCell, as_cell
-from unrolled.engine import reference
 from unrolled.engine.plan_cache import PlanCache
 from unrolled.errors import InputError, OptionError
-from unrolled.execution.run import run_plan
+from unrolled.execution.answers import OtherAnswerError
 from unrolled.internals import CONSTANTS_TAKE_OBJECTS
 from unrolled.lengths import Extent, Lengths
 from unrolled.networks.bounded import BoundedNetwork
+from unrolled.networks.cell_run import by_the_cell, flipped, run_of_cell
 from unrolled.networks.layout import Call
 from unrolled.plan.report import Plan, report
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.stateful import state_of_fresh
-from unrolled.tracing.vmap import run_mapped
 from unrolled.trees import Tree, map_leaves
 from unrolled.unseen import OwnDraws
 from unrolled.wrappers.resetting import ResettingCell
@@ -131,7 +130,9 @@ class Unrolled(BoundedNetwork):
             return Plan(*title, decision.engine, decision.why, schedule=schedule)
         witnessed = f"; every call has a witness, since {decision.open}" if decision.open else ""
         names = contract.state_names(self.cell)
-        found = report(decision.plan, *title, decision.engine, decision.why + witnessed, names)
+        lines = dict.fromkeys(each.where for each in decision.plan.reals.asked)
+        asked = f"; asked of all steps at once: {', '.join(lines)}" if lines else ""
+        found = report(decision.plan, *title, decision.engine, decision.why + asked + witnessed, names)
         return replace(found, schedule=schedule)
 
     def _traced(self, inputs: Tree, state: Tree, context: Tree) -> tuple[Tree, Tree] | None:
@@ -141,9 +142,9 @@ class Unrolled(BoundedNetwork):
         readable = CONSTANTS_TAKE_OBJECTS or not torch.compiler.is_dynamo_compiling()
         if not readable or self.engine == "reference":
             return None
-        steps = _flipped(self._time_first(inputs), self.reverse)
+        steps = flipped(self._time_first(inputs), self.reverse)
         found = run_traced(self._plans, self.cell, steps, state, context)
-        return None if found is None else (self._time_first(_flipped(found[0], self.reverse)), found[1])
+        return None if found is None else (self._time_first(flipped(found[0], self.reverse)), found[1])
 
     def _run(self, call: Call) -> tuple[Tree, Tree]:
         first = self._first_state(call)
@@ -172,8 +173,9 @@ class Unrolled(BoundedNetwork):
         if self.checkpointing is not None:
             self.checkpointing.check(call.layout.steps)
         plans, cell, *values = self._taken(call, first)
-        run = _cell_run(plans, cell, *values, reverse=self.reverse)
-        return run, lambda: _cell_run(plans, copy_sharing_tensors(cell), *values, reverse=self.reverse)
+        run = run_of_cell(plans, cell, *values, reverse=self.reverse)
+        # What is measured computes nothing that anybody reads.
+        return run, lambda: run_of_cell(plans, copy_sharing_tensors(cell), *values, reverse=self.reverse, checked=False)
 
     def _taken(self, call: Call, first: Tree) -> tuple[PlanCache, nn.Module, Tree, Tree, Tree, Extent]:
         """What a call takes: the plans, the cell, its inputs, first state and context as engines see them, how far."""
@@ -189,7 +191,18 @@ class Unrolled(BoundedNetwork):
 
     def _run_bounded(self, run: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
         self.ran = run.engine
-        return super()._run_bounded(run, again)
+        try:
+            return super()._run_bounded(run, again)
+        except OtherAnswerError as error:
+            other = error
+        # Nothing of the call has left: the cell raises, or it goes another way here, as it may again.
+        if run.rewind is not None:
+            run.rewind()
+        results = super()._run_bounded(by_the_cell(run), lambda: by_the_cell(again()))
+        self.ran = "reference"
+        for plans in (self._plans, *(self._resetting or ())[1:]):
+            plans.leave(other.plan, str(other))
+        return results
 
     def _with_resets(self) -> tuple[ResettingCell, PlanCache]:
         """The cell as one whose rows start afresh where a mask says so, and its plans."""
@@ -199,33 +212,6 @@ class Unrolled(BoundedNetwork):
 
     def _get_name(self) -> str:
         return f"Unrolled[{contract.name_of(self.cell)}]"
-
-
-def _cell_run(
-    plans: PlanCache, cell: nn.Module, inputs: Tree, state: Tree, context: Tree, extent: Extent, *, reverse: bool
-) -> SequenceRun:
-    """The run of a cell over what engines see of a batch, by a plan or by the reference."""
-    by_reference = plans.engine == "reference"
-    decision = None if by_reference else plans.look_up(cell, inputs, state, context, extent)
-    plan = None if decision is None else decision.plan
-
-    def run(inputs: Tree, state: Tree, context: Tree, part: Extent, start: int) -> tuple[Tree, Tree]:
-        if plan is not None:
-            return run_plan(plan, cell, inputs, state, context, plans.runner, part, reverse=reverse)
-        if not by_reference and not part.ragged:
-            mapped = run_mapped(plans, cell, _flipped(inputs, reverse), state, context)
-            if mapped is not None:
-                return _flipped(mapped[0], reverse), mapped[1]
-        step = contract.CheckedStep(cell, context, part, start)
-        return reference.run(lambda t, *values: step(start + t, *values), inputs, state, part, reverse=reverse)
-
-    engine = "reference" if decision is None else decision.engine
-    return SequenceRun(run, inputs, state, context, extent, reverse, cell, pure=plan is not None, engine=engine)
-
-
-def _flipped(steps: Tree, reverse: bool) -> Tree:
-    """Sequences `[T, ...]` flipped such that the first copy to run is copy 0, and back."""
-    return map_leaves(lambda x: x.flip(0), steps) if reverse else steps
 
 
 def own_state(cell: nn.Module, call: Call) -> Tree:

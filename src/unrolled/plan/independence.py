@@ -60,10 +60,11 @@ def _is_proved(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> bool
             watch_step(cell, input, state, context)
         samples = samples_of((input, state, context), len(leaves(input)[0]))
         with unseen(), Environment.of(cell).kept():
-            program = record_cell(cell, samples).program
+            recording = record_cell(cell, samples)
+            program = recording.program
             rows, coupled = find_rows(program, rows_in_front(program))
-            # Which numbers a row draws depends on how many rows there are.
-            alone = not coupled and not any(op.draws for op in program.ops)
+            # Which numbers a row draws depends on how many rows there are; what a step asks may be about all rows.
+            alone = not coupled and not recording.asked and not any(op.draws for op in program.ops)
             return alone and all(rows.get(value) == 0 for value in program.outputs)
     except Exception:  # a step that fails with other rows than it was given depends on them
         return False
@@ -101,7 +102,7 @@ def couples_rows(
         for change in (_near, _far):
             try:
                 after = results_of(map_leaves(lambda x, row=row, to=change: _all_rows_but(row, x, to), arguments))
-            except (IndexError, RuntimeError):  # integers that index something: the change says nothing
+            except Exception:  # integers that index something, or a check that raises: the change says nothing
                 continue
             if any(_differs(a[row], b[row]) for a, b in zip(before, after, strict=True)):
                 return True

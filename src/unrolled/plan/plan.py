@@ -213,6 +213,7 @@ class _Planner:
         recording = self.recording
         leaves = enumerate(zip(recording.state, recording.next_state, strict=True))
         found = {following for leaf, (state, following) in leaves if leaf not in loop.leaves or state in self.read}
+        found.update(each.value for each in recording.asked)
         return found | recording.program.read_by_others(set(loop.ops)) | set(self.copies.values())
 
     def planned(self, loop: LoopProgram, wanted: set[int]) -> PlannedLoop:

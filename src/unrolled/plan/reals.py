@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unrolled.operations.pairs import Pair, formula_of
+from unrolled.recording.checks import at_outputs
 from unrolled.recording.events import RawProgram, UnrecordableError
 from unrolled.recording.functions import fold_functions
 from unrolled.recording.generators import generators_of
@@ -56,7 +57,9 @@ def over_reals(recording: Recording, samples: Sequence[Sequence[Tensor]]) -> Rec
     counts = (sum(sizes[:a]), sum(sizes[a : a + b]), sum(sizes[a + b : a + b + c]))
     found = zip(recording.externals, sizes[a + b + c :], strict=True)
     externals = tuple(part for external, size in found for part in (external.parts if size > 1 else [external]))
-    return replace(recording, program=merge(first, second, ROWS), externals=externals, counts=counts)
+    program = merge(first, second, ROWS)
+    asked = at_outputs(program, recording.asked)
+    return replace(recording, program=program, externals=externals, counts=counts, asked=asked)
 
 
 def inputs_in_parts(recording: Recording, reals: Recording) -> dict[int, list[int]]:

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from unrolled.autograd_graph import differentiable
 from unrolled.cells.base import shown_path
 from unrolled.internals import has_memory, watching
+from unrolled.recording.checks import Asked, at_outputs, on_entries
 from unrolled.recording.events import RawProgram, UnrecordableError
 from unrolled.recording.externals import Constant, Found, OutsideTensor, held_tensors
 from unrolled.recording.functions import fold_functions
@@ -21,9 +22,10 @@ from unrolled.recording.generators import named
 from unrolled.recording.indexing import FixedShapes
 from unrolled.recording.merge import merge
 from unrolled.recording.no_grad import detach_operands
-from unrolled.recording.program import Draw, Program
+from unrolled.recording.program import Draw, Program, live_in
 from unrolled.recording.rows_first import rows_first
-from unrolled.recording.tape import GivenGenerators, NumbersStayUnread, Tape
+from unrolled.recording.tape import GivenGenerators, Tape
+from unrolled.recording.unread import NumbersStayUnread
 from unrolled.trees import Structure, Tree, flatten, leaves, map_leaves
 from unrolled.unseen import silent
 
@@ -46,19 +48,21 @@ class Recording:
     """A cell's step as a program.
 
     The program's inputs are the leaves of input, state and context and then the externals; its outputs the leaves of
-    the output and of the next state.
+    the output and of the next state, and then what it asks.
 
     Attributes:
         program: the step.
         structures: of input, state, context (one without leaves where there is none) and output.
         externals: the tensors that it reads out of the cell.
         counts: how many leaves input, state and context have.
+        asked: what it asks of its numbers; it stands for steps that get the same answers.
     """
 
     program: Program
     structures: tuple[Structure, Structure, Structure, Structure]
     externals: tuple[Found, ...]
     counts: tuple[int, int, int]
+    asked: tuple[Asked, ...] = ()
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -78,12 +82,13 @@ class Recording:
     @property
     def outputs(self) -> tuple[int, ...]:
         """The values of the output's leaves."""
-        return self.program.outputs[: len(self.program.outputs) - self.counts[1]]
+        return self.program.outputs[: len(self.program.outputs) - self.counts[1] - len(self.asked)]
 
     @property
     def next_state(self) -> tuple[int, ...]:
         """The values of the next state's leaves."""
-        return self.program.outputs[len(self.program.outputs) - self.counts[1] :]
+        end = len(self.program.outputs) - len(self.asked)
+        return self.program.outputs[end - self.counts[1] : end]
 
 
 def samples_of(trees: tuple[Tree, Tree, Tree], batch_size: int) -> list[tuple[Tree, Tree, Tree]]:
@@ -123,24 +128,34 @@ def record_step(
         UnrecordableError: if the step cannot be written down as a list of operations.
     """
     found = [_recorded(cell, sample, outside) for cell, sample in zip(cells, samples, strict=True)]
-    (first, externals, output), (second, *others) = found
+    (first, externals, output, asked), (second, *others, again) = found
     if others != [externals, output]:
         raise UnrecordableError("it reads or returns other tensors at another batch size")
+    for each, other in zip(asked, again, strict=False):
+        if (each.answer, each.where) != (other.answer, other.where):
+            raise UnrecordableError(
+                f"what it does depends on the numbers in its tensors: {each}, and not of other rows"
+            )
     input, state, context = flatten(samples[0])[1].children
     a, b, c = (len(leaves(tree)) for tree in samples[0])
-    return Recording(rows_first(merge(first, second, ROWS)), (input, state, context, output), externals, (a, b, c))
+    program = merge(first, second, ROWS)
+    program, entries = on_entries(program, at_outputs(program, asked))
+    program = rows_first(program)
+    return Recording(program, (input, state, context, output), externals, (a, b, c), at_outputs(program, entries))
 
 
 @contextmanager
 def _written_on(tape: Tape) -> Iterator[None]:
     """A context in which what a step calls of torch is noted, in the form that a program has it."""
-    with NumbersStayUnread(), FixedShapes(), UnfusedLayers(), GivenGenerators(tape), tape:
+    unread = NumbersStayUnread()
+    with unread, FixedShapes(), UnfusedLayers(), GivenGenerators(tape), tape:
         yield
+    unread.refuse_kept_items()
 
 
 def _recorded(
     cell: nn.Module, sample: tuple[Tree, Tree, Tree], outside: Iterable[OutsideTensor]
-) -> tuple[RawProgram, tuple[Found, ...], Structure]:
+) -> tuple[RawProgram, tuple[Found, ...], Structure, list[Asked]]:
     tape, held = Tape(), held_tensors(cell)
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
     with silent(), torch.enable_grad(), _written_on(tape):
@@ -158,7 +173,11 @@ def _recorded(
         **{tensor.key: tensor for tensor in outside},
     }
     externals = tuple([_located(cell, known, tape, value) for value in tape.externals])
-    return RawProgram(tape.tensors, inputs + tape.externals, tape.events, outputs), externals, structure
+    outputs += [each.value for each in tape.asked]
+    if not {*inputs, *tape.externals}.issuperset(live_in(tape.events, outputs)):
+        raise UnrecordableError("it asks for numbers inside of an autograd.Function; ask outside of it")
+    program = RawProgram(tape.tensors, inputs + tape.externals, tape.events, outputs)
+    return program, externals, structure, tape.asked
 
 
 def _located(cell: nn.Module, known: Mapping[int, Found], tape: Tape, value: int) -> Found:

@@ -16,25 +16,13 @@ from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
+from unrolled.recording.checks import WRITTEN_OUT, Asked, asks, users_line
 from unrolled.recording.draws import draws, fills, formula
 from unrolled.recording.events import Events, UnrecordableError
 from unrolled.recording.functional import as_full, counterpart, note_written
 from unrolled.recording.memory import Memory, Region
 from unrolled.recording.program import Draw, Ref, refs_of
 from unrolled.recording.view_writes import ViewStep
-
-
-class NumbersStayUnread(TorchFunctionMode):
-    """Refuses what gives a tensor's numbers to Python, where the tape cannot see what becomes of them."""
-
-    _readers = frozenset(["tolist", "numpy", "item", "__array__", "__repr__", "__format__", "__bool__", "data_ptr"])
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in self._readers:
-            raise UnrecordableError(f"what it does may depend on the numbers in its tensors ({func.__name__})")
-        return func(*args, **(kwargs or {}))
 
 
 class GivenGenerators(TorchFunctionMode):
@@ -73,6 +61,7 @@ class Tape(DispatchMode):
         constants: externals that the step made itself out of Python numbers.
         memory: which value lies where.
         given: the generator that is passed by hand to what runs now.
+        asked: what it asked of its numbers, in order.
     """
 
     def __init__(self, decomposition: Callable[[Any], Callable[..., Any] | None] = lambda func: None) -> None:
@@ -83,6 +72,7 @@ class Tape(DispatchMode):
         self._events = Events()
         self.events, self.tensors = self._events.noted, self._events.tensors
         self.memory = Memory(self._events)
+        self.asked: list[Asked] = []
         self.given: Generator | None = None
         self._formula: Any = None  # what is being written down in the place of an operation
 
@@ -108,6 +98,8 @@ class Tape(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if asks(func, args):
+            return self._answer(func, args, kwargs)
         self._refuse_unrecordable(func, args)
         by_chance = draws(func, args, kwargs)
         simpler = formula(func, args) if by_chance else self.decomposition(func)
@@ -133,6 +125,19 @@ class Tape(DispatchMode):
         result = func(*args, **kwargs)
         self._write(func, recorded, named, args, result)
         return result
+
+    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operation answers that asks for True or False; the recording rests on it."""
+        if self.memory.in_backward:
+            raise UnrecordableError(f"the backward of an autograd.Function asks for numbers in {users_line()}")
+        answer = func(*args, **kwargs)
+        asked = args[0]
+        if func in WRITTEN_OUT:
+            with self:
+                asked = WRITTEN_OUT[func](*args, **kwargs)
+        if asked is not None:
+            self.asked.append(Asked(self.number(asked), answer is not False, users_line()))
+        return answer
 
     def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note an operation that draws; of a tensor that it only fills, how that lies in memory."""
@@ -245,6 +250,11 @@ class Tape(DispatchMode):
 
     @staticmethod
     def _refuse_unrecordable(func: Any, args: tuple[Any, ...]) -> None:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise UnrecordableError(
+                f"what it does depends on the numbers in its tensors: {users_line()} takes one of them out, by item(), "
+                "int() or float(); leave it in the tensor, which may be compared"
+            )
         dynamic = torch.Tag.dynamic_output_shape in func.tags and not _by_index(func, args)
         if torch.Tag.data_dependent_output in func.tags or dynamic:
             raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")

@@ -96,6 +96,9 @@ class Site:
         plan = call_with_tensors(cell, tensors, lambda: plans.look_up(cell, *spec.sample(cell, batch)).plan)
         if plan is None or plan.draws:  # a trace keeps the generators of random numbers to itself
             raise OptionError("no plan")
+        if plan.recording.asked:
+            plans.drop(plan)  # its answers are those of made-up numbers
+            raise OptionError("a step that asks for its numbers, of which a trace has none")
         site = cls(next(cls._numbers), (weakref.ref(plans), weakref.ref(cell)), plan, spec, batch)
         call_with_tensors(cell, tensors, lambda: site._refuse_other_tensors(cell, tensors))
         cls._by_number[site.number] = site
@@ -145,7 +148,7 @@ class Site:
 
         def call() -> tuple[Tree, Tree]:
             plan = None if by_reference else plans.look_up(cell, inputs, state, context).plan
-            if plan is None:
+            if plan is None or plan.recording.asked:  # what it asks may be answered otherwise
                 outputs, last = reference.run(CheckedStep(cell, context), inputs, state, extent)
                 return map_leaves(torch.clone, outputs), map_leaves(torch.clone, last)
             self._refuse_other_tensors(cell, tensors)

@@ -116,7 +116,8 @@ class WatchedStep(_Profiled):
                 self._called(frame)
             elif event == "return" and frame.f_back is not None and argument is not None:
                 self._reach.pass_on(argument, names_in(frame.f_back.f_code))
-            elif event == "c_call":
+            elif event == "c_call" and frame.f_globals.get("__name__") != torch.enable_grad.__module__:
+                # What turns gradients on asks how they were only to put them back.
                 if not self._backwards and _sets_generator(argument):
                     raise UnrecordableError("its step sets a torch.Generator, from which others draw as well")
                 self._reach.call(argument)
