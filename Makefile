@@ -6,7 +6,7 @@ BIN := .venv/bin
 # supported too (`make matrix`), and bring gigabytes of CUDA.
 TORCH ?= torch<2.14
 
-.PHONY: train test lint types layers pytest processors matrix test-browser slow bench fuzz sanitize clean
+.PHONY: train test lint types layers pytest processors matrix test-browser strangers slow bench fuzz sanitize clean
 
 train: .venv/.installed
 	$(BIN)/unrolled train
@@ -24,7 +24,7 @@ layers: .venv/.installed-test
 	$(BIN)/lint-imports --no-cache
 
 pytest: .venv/.installed-test
-	$(BIN)/pytest -n 2 -m "not slow and not browser"
+	$(BIN)/pytest -n 2 -m "not slow and not browser and not strangers"
 
 # What knows the processor, as on others: torch's kernels and the emitted C for older ones, one thread and two.
 KERNELS := tests/test_native_operations.py tests/test_plan.py
@@ -41,11 +41,15 @@ matrix: matrix-2.10.0 matrix-2.14.1
 matrix-%:
 	$(PYTHON) -m venv build/torch-$*
 	build/torch-$*/bin/python -m pip install --quiet 'torch==$*' -e '.[test]'
-	build/torch-$*/bin/pytest -n 2 -m "not slow and not browser"
+	build/torch-$*/bin/pytest -n 2 -m "not slow and not browser and not strangers"
 
 # The page in Debian's chromium; screenshots are left in build/screenshots.
 test-browser: .venv/.installed-test
 	$(BIN)/pytest -m browser tests/browser
+
+# Other libraries' own cells. What the libraries warn of is theirs.
+strangers: .venv/.installed-strangers
+	$(BIN)/pytest -W ignore -n 2 -m strangers tests/strangers
 
 slow: .venv/.installed-test
 	$(BIN)/pytest -m slow
@@ -81,3 +85,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[test]'
 	touch $@ .venv/.installed
+
+.venv/.installed-strangers: .venv/.installed-test tests/strangers/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/strangers/requirements.txt
+	touch $@
