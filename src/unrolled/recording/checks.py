@@ -8,6 +8,8 @@ check of all rows (`(x >= 0).all()`) is put on the entries before they are reduc
 from __future__ import annotations
 
 import sys
+import traceback
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -60,12 +62,20 @@ def asks(func: Any, args: tuple[Any, ...]) -> bool:
     return func in WRITTEN_OUT or func in _ASSERTIONS
 
 
-def users_line() -> str:
-    """The innermost line that is neither this package's nor torch's, as 'line 3 of cell.py'."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("unrolled", "torch"):
-        frame = frame.f_back
-    return f"line {frame.f_lineno} of {frame.f_code.co_filename.rpartition('/')[2]}"
+def users_line(raised: types.TracebackType | None = None) -> str:
+    """The innermost line that is neither this package's nor torch's, as 'line 3 of cell.py'.
+
+    Args:
+        raised: where an error was raised; None for what runs now.
+    """
+    stack = traceback.walk_stack(sys._getframe()) if raised is None else reversed([*traceback.walk_tb(raised)])
+    lines = [(frame, line) for frame, line in stack if not _is_library(frame)]
+    frame, line = lines[0]
+    return f"line {line} of {frame.f_code.co_filename.rpartition('/')[2]}"
+
+
+def _is_library(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("unrolled", "torch")
 
 
 def at_outputs(program: Program, asked: Sequence[Asked]) -> tuple[Asked, ...]:

@@ -34,7 +34,7 @@ class NumbersStayUnread(TorchFunctionMode):
         if name in self._readers:
             raise UnrecordableError(f"what it does may depend on the numbers in its tensors: {users_line()} ({name})")
         if any(isinstance(arg, _Item) for arg in (*args, *kwargs.values())):
-            _refusal(name)()
+            raise _computes(name, users_line())
         if func is torch.nn.functional.one_hot:
             return _one_hot(func, *args, **kwargs)
         if name == "__bool__" and args[0].dtype != torch.bool:
@@ -48,7 +48,7 @@ class NumbersStayUnread(TorchFunctionMode):
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
         if kind is TypeError and _Item.__name__ in str(error):  # torch has asked it for a number
-            _refusal("as an argument")()
+            raise _computes("as an argument", users_line(traceback)) from error
 
     def refuse_kept_items(self) -> None:
         """After the step: a number that is kept somewhere would be another one at every step.
@@ -97,12 +97,16 @@ def _comparison(name: str) -> Callable[[_Item, Any], bool]:
     return compare
 
 
+def _computes(how: str, line: str) -> UnrecordableError:
+    return UnrecordableError(
+        f"what it does depends on the numbers in its tensors: {line} computes with what item() gives ({how}); leave it "
+        "in the tensor"
+    )
+
+
 def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*_: Any) -> Any:
-        raise UnrecordableError(
-            f"what it does depends on the numbers in its tensors: {users_line()} computes with what item() gives "
-            f"({name}); leave it in the tensor"
-        )
+        raise _computes(name, users_line())
 
     return refuse
 
