@@ -23,30 +23,12 @@ LENGTHS = [4, 0, 2]
 RESETS = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
 
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "unitary RNN": ("reference", "what it does depends on the numbers in its tensors"),
-    "attention to a window": ("reference", "it draws random numbers"),
-    "MultiheadAttention": ("reference", "it draws random numbers"),
-    "relational memory": ("eager", "the native engine does not emit a view that moves the batch"),
-    "gated transformer": ("reference", "it draws random numbers"),
-    "variational RNN": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
-    "variational RNN, noise given": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
-    "Dreamer": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
-    "Dreamer, noise given": ("reference", "what it does depends on the numbers in its tensors"),
-    "actor that samples": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
-    "stochastic bits": ("reference", "what it does may depend on the numbers in its tensors (__bool__)"),
     "ConvLSTM": ("eager", "the native engine does not emit convolution"),
     "ConvGRU": ("eager", "the native engine does not emit convolution"),
     "max-pool and upsample": ("eager", "the native engine does not emit max_pool2d_with_indices"),
     "Kalman filter": ("eager", "the native engine does not emit _linalg_solve_ex"),
-    "MultiheadAttention, weights, lengths": ("reference", "row by row: aten.reshape"),
-    "relational memory, lengths": ("reference", "row by row: aten.reshape"),
-    "ConvLSTM, lengths": ("reference", "row by row: aten.convolution"),
-    "ConvGRU, lengths": ("reference", "row by row: aten.convolution"),
-    "depthwise convolution, lengths": ("reference", "row by row: aten.convolution"),
-    "max-pool and upsample, lengths": ("reference", "row by row: aten.max_pool2d"),
-    "Kalman filter, lengths": ("reference", "row by row: aten._linalg_solve_ex"),
 }
-"""For each cell that is not compiled its engine, and what its plan says; with lengths, if that differs."""
+"""For each cell that is not compiled its engine, and what its plan says."""
 
 WITH_ROWS = [name for name, example in CELLS.items() if example.rows]
 
@@ -97,8 +79,7 @@ def numbers_of(run: Callable[[], Tree], cell: nn.Module, inputs: Tree) -> Tree:
 
 def assert_engine(rnn: ur.Unrolled, name: str, inputs: Tree, **call: Any) -> None:
     """That a call was run by the compiled engine, or by the one that is known to run it, for the known reason."""
-    found = ELSEWHERE.get(name, ("native", "every loop"))
-    engine, reason = ELSEWHERE.get(", ".join([name, *call]), found)
+    engine, reason = ELSEWHERE.get(name, ("native", "every loop"))
     plan = str(rnn.plan(inputs, **call))
     assert rnn.ran == engine, plan
     assert reason in plan, plan
