@@ -133,6 +133,12 @@ PACKS: dict[str, list[Callable[[Tensor], Tensor]]] = {
         lambda x: (_matrix(x) @ _matrix(x).transpose(1, 2)).mean(1),
         lambda x: torch.baddbmm(_matrix(x), _matrix(x), _matrix(x), beta=0.5, alpha=0.2).sum(1),
         lambda x: torch.addmm(x, x, torch.ones(H, H, dtype=x.dtype), beta=0.5, alpha=0.1),
+        lambda x: F.conv1d(x.view(-1, 2, 3), torch.ones(2, 2, 3, dtype=x.dtype) / 6, padding=1).flatten(1),
+        lambda x: (
+            F.conv1d(x.view(-1, 2, 3), torch.ones(2, 1, 2, dtype=x.dtype), None, 1, 1, 2, 2)
+            .repeat(1, 1, 2)[..., :3]
+            .flatten(1)
+        ),
     ],
     "places": [
         lambda x: x.gather(1, _whole(x)) + x.take_along_dim(x.argsort(-1), -1) + x[:, [3, 4, 0, 1, 5, -1]],

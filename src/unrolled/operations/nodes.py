@@ -79,6 +79,11 @@ class View:
         dims, strides = (*self.dims[:dim], 1, *self.dims[dim:]), (*self.strides[:dim], 0, *self.strides[dim:])
         return replace(self, dims=dims, strides=strides)
 
+    def flipped(self, dim: int) -> View:
+        """A dimension in reverse."""
+        strides = replaced(self.strides, dim, -self.strides[dim])
+        return replace(self, strides=strides, offset=self.offset + max(self.dims[dim] - 1, 0) * self.strides[dim])
+
     def broadcast(self, dims: tuple[int, ...]) -> View:
         """Broadcast to a shape, as in torch."""
         new = (0,) * (len(dims) - len(self.dims))
@@ -107,15 +112,28 @@ class Compute(Node):
 
 @dataclass(eq=False)
 class Product(Node):
-    """A row, or each of a row's rows `[..., K]`, times a fixed matrix `[K, N]`."""
+    """A row, or each of a row's rows `[..., K]`, times a fixed matrix: a view `[K..., N]` of a fixed value."""
 
     row: View = None  # type: ignore[assignment]
-    matrix: Input = None  # type: ignore[assignment]
+    matrix: View = None  # type: ignore[assignment]
 
     @property
     def views(self) -> Sequence[View]:
         """What it reads."""
         return [self.row]
+
+
+@dataclass(eq=False)
+class Convolution(Node):
+    """What windows see, `[windows..., K...]`, times a fixed matrix: a view `[K..., N]` of a fixed value."""
+
+    seen: View = None  # type: ignore[assignment]
+    matrix: View = None  # type: ignore[assignment]
+
+    @property
+    def views(self) -> Sequence[View]:
+        """What it reads."""
+        return [self.seen]
 
 
 @dataclass(eq=False)

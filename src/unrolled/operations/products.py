@@ -53,12 +53,11 @@ class Products(Reductions):
     def _by_matrix(self, op: Op, left: int, right: int) -> View:
         row, matrix = self.argument(op, left), self.argument(op, right)
         leaf = matrix.node
-        fixed = isinstance(leaf, Input) and not leaf.rows and matrix.whole
-        if self.layout(op, left).place != 0 or not isinstance(leaf, Input) or not fixed:
+        if self.layout(op, left).place != 0 or not isinstance(leaf, Input) or leaf.rows:
             raise UnsupportedError("a product that is not of rows with a fixed matrix")
         if not _readable(row):
             row = self.compute("same", row, dtype=row.dtype)
-        return self.add(Product((*row.dims[:-1], leaf.dims[1]), self.real, row, leaf))
+        return self.add(Product((*row.dims[:-1], matrix.dims[1]), self.real, row, matrix))
 
     def _batched(self, op: Op, left: int, right: int) -> View:
         """Matrices `[n, k]` times matrices `[k, m]`; the batch is n, or m, or counts them."""

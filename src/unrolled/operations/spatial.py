@@ -28,7 +28,8 @@ def _in_front(rows: Rows) -> list[Place]:
     return rows.all_at(0)
 
 
-def _convolution(rows: Rows) -> list[Place]:
+def convolution_rows(rows: Rows) -> list[Place]:
+    """Row by row, by weights that are the same for all rows."""
     if any(rows.place(ref) is not None for ref in rows.op.args[1:3]):
         raise rows.refusal("has weights with rows")
     return _in_front(rows)
@@ -90,8 +91,7 @@ _BY_ROW = [
 declare(
     {
         **dict.fromkeys(_BY_ROW, Operation(_in_front)),
-        "convolution": Operation(_convolution),
-        "convolution_backward": Operation(_convolution, contracts=(0, 0, None)),
+        "convolution_backward": Operation(convolution_rows, contracts=(0, 0, None)),
         "native_batch_norm": Operation(_batch_norm(0, 5)),
         "native_batch_norm_backward": Operation(_batch_norm(1, 7)),
     }

@@ -86,7 +86,7 @@ class Views(Lowering):
     def _flip(self, op: Op) -> list[View]:
         view = self.argument(op, 0)
         for d in op.args[1]:
-            view = _turned(view, self.layout(op).dim(d, "a flip"))
+            view = view.flipped(self.layout(op).dim(d, "a flip"))
         return [view]
 
     @lowers("diagonal", Operation(Rows.diagonal))
@@ -147,16 +147,17 @@ class Views(Lowering):
     @lowers("select", Operation.moving(Rows.select))
     def _select(self, op: Op) -> list[View]:
         view, dim = self.argument(op, 0), self.layout(op).dim(op.args[1], "a selection")
-        return [self._selected(view, dim, op.args[2] % view.dims[dim])]
+        return [self.selected(view, dim, op.args[2] % view.dims[dim])]
 
-    def _selected(self, view: View, dim: int, index: int) -> View:
+    def selected(self, view: View, dim: int, index: int) -> View:
+        """One entry of a dimension."""
         part = self.cut(view, dim, index, 1)
         return part.permuted([d for d in range(len(part.dims)) if d != dim])
 
     @lowers("unbind", Operation(Rows.select))
     def _unbind(self, op: Op) -> list[View]:
         view, dim = self.argument(op, 0), self.layout(op).dim(self.argument(op, 1, 0), "a selection")
-        return [self._selected(view, dim, index) for index in range(view.dims[dim])]
+        return [self.selected(view, dim, index) for index in range(view.dims[dim])]
 
     @lowers("glu", Operation(along(1, default=-1)))
     def _glu(self, op: Op) -> list[View]:
@@ -178,11 +179,6 @@ class Views(Lowering):
             self.cut(view, dim, start, length) if length is not None else view
             for start, length in zip(starts, lengths, strict=False)
         ]
-
-
-def _turned(view: View, dim: int) -> View:
-    strides = replaced(view.strides, dim, -view.strides[dim])
-    return View(view.node, view.dims, strides, view.offset + max(view.dims[dim] - 1, 0) * view.strides[dim])
 
 
 def _restrided(view: View, dims: Sequence[int]) -> tuple[int, ...] | None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unrolled.engine.native.build import library
-from unrolled.engine.native.emit import Source, one_file
+from unrolled.engine.native.emit import Source, one_file, position_of
 from unrolled.engine.native.lower import state_buffers
-from unrolled.engine.native.products import packed_matrix
+from unrolled.engine.native.products import PackedMatrix
 from unrolled.engine.native.runtime import runtime
 from unrolled.engine.native.state_buffer import StateBuffer
 from unrolled.engine.native.threads import shares, team
@@ -219,7 +219,7 @@ class NativeLoop:
             *self._with_adjacent_entries(tensors, sizes, extent),
             buffers=[allocate(shape, dtype) for shape, dtype in sizes.buffers],
             totals=[self._zeros(value, threads.owners) for value, _ in self.loop.totals],
-            packed=[made_once(packed_matrix, fixed[position]) for position in self.source.matrices],
+            packed=[made_once(PackedMatrix.of(matrix), fixed[position_of(matrix)]) for matrix in self.source.matrices],
             scratch=torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8),
         )
 

@@ -27,8 +27,8 @@ class Source:
         setup: the C of what a run begins with.
         step: the C of one step.
         real: the dtype of its numbers.
-        matrices: the positions among the fixed values of those that it reads packed.
-        only_packed: those of them that it reads in no other way.
+        matrices: the views of fixed values that it reads packed.
+        only_packed: the positions of fixed values that it reads in no other way.
         scratch: bytes of scratch memory per row.
         flops: floating-point operations per row and step, roughly.
         weights: numbers in the matrices that a step reads.
@@ -38,7 +38,7 @@ class Source:
     setup: str
     step: str
     real: torch.dtype
-    matrices: tuple[int, ...]
+    matrices: tuple[View, ...]
     only_packed: frozenset[int]
     scratch: int
     flops: int
@@ -96,7 +96,7 @@ class _Emitter:
         self.loop, self.lowered, self.kernels = loop, lowered, Kernels(lowered)
         self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
         self.functions: dict[str, None] = {}
-        self.matrices: list[int] = []
+        self.matrices: dict[View, int] = {}
         self.scratch = 0
         self.flops = self.weights = 0
         self.state_buffers = state_buffers(loop)
@@ -112,7 +112,7 @@ class _Emitter:
     def _only_packed(self, body: str) -> frozenset[int]:
         fixed = [node for node in self.lowered.nodes if isinstance(node, Input) and node.kind == "fixed"]
         read = {node.position for node in fixed if re.search(rf"\b{self.names[node]}\b", body)}
-        return frozenset(self.matrices) - read
+        return frozenset(position_of(matrix) for matrix in self.matrices) - read
 
     # -- memory
 
@@ -159,16 +159,14 @@ class _Emitter:
         first = nodes[0]
         if isinstance(first, Product):
             return self._product(first)
-        made = kernel(nodes, self.kernels, self.names)
+        made = kernel(nodes, self.kernels, self.names, self.matrices)
         self.functions[made.text] = None
         self.flops += made.flops
         return made.call
 
     def _product(self, node: Product) -> str:
-        K, N = node.matrix.dims
-        if node.matrix.position not in self.matrices:
-            self.matrices.append(node.matrix.position)
-        index = self.matrices.index(node.matrix.position)
+        *inner, N = node.matrix.dims
+        K, index = math.prod(inner), self.matrices.setdefault(node.matrix, len(self.matrices))
         row, many = node.row, math.prod(node.dims[:-1])
         x = f"{self.names[row.node]} + {row.offset}"
         by_row = str(K) if len(node.dims) > 1 else row_stride(row.node, self.names)
@@ -185,3 +183,9 @@ class _Emitter:
 
 def _indented(lines: Sequence[str], depth: int) -> str:
     return "\n".join("  " * depth + line for line in lines)
+
+
+def position_of(matrix: View) -> int:
+    """The position among the fixed values of that of which a matrix is a view."""
+    assert isinstance(matrix.node, Input)
+    return matrix.node.position

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from unrolled.engine.native.convolved import convolved
 from unrolled.engine.native.placed import placed
 from unrolled.engine.native.schedule import Kernels
-from unrolled.engine.native.text import c_type, index, literal, nest
+from unrolled.engine.native.text import c_type, index, literal, merged, nest
 from unrolled.operations.nodes import (
     Compute,
+    Convolution,
     Find,
     Input,
     MatrixProduct,
@@ -49,15 +51,16 @@ class Kernel:
     flops: int
 
 
-def kernel(nodes: Sequence[Node], kernels: Kernels, names: Mapping[Node, str]) -> Kernel:
+def kernel(nodes: Sequence[Node], kernels: Kernels, names: Mapping[Node, str], matrices: dict[View, int]) -> Kernel:
     """Write a kernel as a function.
 
     Args:
         nodes: one that is alone in its kernel, or element-wise computations of one shape, in order.
         kernels: the loop that it belongs to.
         names: by which the caller has the memory of nodes.
+        matrices: the numbers of those that it has packed, to which more are added.
     """
-    memory = _Memory(names)
+    memory = _Memory(names, matrices)
     lines, flops = _row(nodes, kernels, memory)
     body = "\n".join("    " + line for line in lines)
     text = f"({memory.parameters()}) {{\n  for (int64_t b = 0; b < rows; ++b) {{\n{body}\n  }}\n}}\n"
@@ -70,6 +73,8 @@ def _row(nodes: Sequence[Node], kernels: Kernels, memory: _Memory) -> tuple[list
     first = nodes[0]
     if isinstance(first, MatrixProduct):
         return list(_matrix_product(first, memory)), 2 * first.left.dims[-1] * first.size
+    if isinstance(first, Convolution):
+        return list(convolved(first, memory)), 2 * math.prod(first.matrix.dims[:-1]) * first.size
     if isinstance(first, Reduce):
         return list(_reduction(first, memory)), first.source.node.size
     if isinstance(first, Take | Put | Find):
@@ -86,8 +91,8 @@ def row_stride(node: Node, names: Mapping[Node, str]) -> str:
 class _Memory:
     """The memory of nodes as a function has it: by parameters, in the order in which they are asked for."""
 
-    def __init__(self, names: Mapping[Node, str]) -> None:
-        self._names = names
+    def __init__(self, names: Mapping[Node, str], matrices: dict[View, int]) -> None:
+        self._names, self._matrices = names, matrices
         self._parameters = {"rows": ("const int64_t", "rows")}
 
     def pointer(self, node: Node, *, written: bool = False) -> str:
@@ -104,6 +109,15 @@ class _Memory:
     def declined(self) -> str:
         """Where it is noted that the numbers are declined."""
         return self._parameter("task->declined", "int64_t *const")
+
+    def packed(self, matrix: View) -> str:
+        """A matrix in panels."""
+        number = self._matrices.setdefault(matrix, len(self._matrices))
+        return self._parameter(f"task->packed[{number}]", "const real *const")
+
+    def convolve(self) -> str:
+        """The function of the runtime."""
+        return self._parameter("task->convolve", "const convolution")
 
     def _parameter(self, passed: str, kind: str) -> str:
         return self._parameters.setdefault(passed, (kind, f"p{len(self._parameters)}"))[1]
@@ -126,7 +140,7 @@ class _EntryLoop:
         nodes: the computations, in order.
 
     Attributes:
-        flat: whether one loop over all entries of a row will do, whatever its shape.
+        axes: the loops over a row's entries: how many there are, and the last of the dimensions that each goes over.
         reads: for each view that is read from memory the name of the variable that it is read into.
         made: for each computation the name of the variable that has its result.
         before: lines for each row.
@@ -137,9 +151,9 @@ class _EntryLoop:
         self.memory, self.kernels, self.nodes, self.dims = memory, kernels, nodes, nodes[0].dims
         read = (view for node in nodes for view in node.views if not self.kernels.in_register(view, node))
         views = dict.fromkeys(read)
-        self.flat = all(self._reads_flat(view) for view in views) and all(
-            node.target.strides == contiguous(self.dims) for node in nodes if isinstance(node, Write)
-        )
+        written = [node.target.strides for node in nodes if isinstance(node, Write)]
+        read_at = [view.broadcast(self.dims).strides for view in views]
+        self.axes = merged(self.dims, [contiguous(self.dims), *written, *read_at])
         self.reads = {view: f"a{number}" for number, view in enumerate(views)}
         self.made = {node: f"v{number}" for number, node in enumerate(nodes)}
         self.before: list[str] = []
@@ -156,18 +170,12 @@ class _EntryLoop:
         self.before += [f"real {name} = 0;" for name in sums]
         self.inside += [f"{name} += {self.made[node]};" for name, (node, _) in zip(sums, totals, strict=True)]
         yield from self.before
-        yield from nest((math.prod(self.dims),) if self.flat else self.dims, self.inside, sums=sums)
+        yield from nest([n for n, _ in self.axes], self.inside, sums=sums)
         for name, (_, total) in zip(sums, totals, strict=True):
             yield f"{self.memory.pointer(total, written=True)}[b] = {name};"
 
-    def _reads_flat(self, view: View) -> bool:
-        """Whether a view is one number for all entries of a row, or has them one after the other."""
-        strides = view.broadcast(self.dims).strides
-        adjacent = zip(strides, contiguous(self.dims), self.dims, strict=True)
-        return not any(strides) or all(have == want for have, want, n in adjacent if n != 1)
-
     def _at(self, strides: Sequence[int]) -> str:
-        return "i0" if self.flat else index(strides)
+        return index([strides[dim] for _, dim in self.axes])
 
     def _read(self, view: View, name: str) -> None:
         kind, row, strides = c_type(view.node), self.memory.row_of(view), view.broadcast(self.dims).strides

@@ -243,6 +243,9 @@ static NOINLINE void small_product(real *restrict out, const real *x, int64_t x_
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
 
+typedef void (*convolution)(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const int64_t *starts,
+                            int64_t runs, const real *packed, int64_t rows, int64_t K, int64_t N);
+
 /* What one thread does: the rows from `begin` to `end`, the steps from `first` to `last`. */
 typedef struct {
   void *const *inputs;
@@ -255,8 +258,10 @@ typedef struct {
   void *queue;            /* if the first thread owns all rows */
   int64_t steps, batch, reverse, first, last, begin, end;
   int64_t *declined;      /* set where a row has numbers that the loop has no answer for */
-  /* A product, which others that serve the queue help with, and a sum over rows: compiled once, not with every loop. */
+  /* A product, which others that serve the queue help with, a sum over rows, and what windows see times a matrix:
+     compiled once, not with every loop. */
   void (*product)(void *queue, real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const real *packed,
                   int64_t rows, int64_t K, int64_t N);
   void (*add_rows)(real *total, const real *x, int64_t by_row, int64_t rows, int64_t N);
+  convolution convolve;
 } loop_task;

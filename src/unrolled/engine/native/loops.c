@@ -95,7 +95,7 @@ int ur_loop(loop_function loop, void *const *inputs, const int64_t *by_step, con
   for (int64_t n = 0; n < threads; ++n)
     tasks[n] = (loop_task){inputs, by_step, by_row, buffers, totals, packed, scratch + bounds[n] * scratch_per_row,
                            offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1],
-                           &declined, queued_product, add_rows};
+                           &declined, queued_product, add_rows, convolve};
   share(run, run_or_serve, &(loop_run){loop, tasks}, threads);
   return (int)declined;
 }

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 
 import torch
 
+from unrolled.operations.convolutions import Convolutions
 from unrolled.operations.elementwise import Arithmetic
-from unrolled.operations.joins import Joins
 from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import Lowered
 from unrolled.operations.ordering import Ordering
-from unrolled.operations.products import Products
 from unrolled.plan.loops import LoopProgram
 
 
-class _Lowering(Arithmetic, Joins, Products, Ordering):
+class _Lowering(Arithmetic, Convolutions, Ordering):
     """Lowering by the rules of all families."""
 
 

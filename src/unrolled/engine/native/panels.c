@@ -52,6 +52,54 @@ typedef void (*block_function)(real *, int64_t, const real *, int64_t, const rea
 #define NAME_OF_BLOCK(R) block_##R,
 static const block_function blocks[] = {0, FOR_EACH_BLOCK(NAME_OF_BLOCK)};
 
+/* Rows of a convolution: each has several runs of K entries, whose first ones lie at `starts`. The sums stay in registers
+   from run to run. */
+INLINE void block_of_runs(const int ROWS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
+                          const int64_t *starts, int64_t runs, const real *packed, int64_t K, int64_t columns) {
+  lanes sum[ROW_BLOCK][2];
+  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = (lanes){0};
+  for (int64_t run = 0; run < runs; ++run) {
+    const real *const from = x + starts[run];
+    for (int64_t k = 0; k < K; ++k, packed += PANEL) {
+      lanes a = *(const lanes *)packed, b = *(const lanes *)(packed + LANES);
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) {
+        real f = from[r * x_by_row + k];
+        sum[r][0] += f * a;
+        sum[r][1] += f * b;
+      }
+    }
+  }
+  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r)
+    if (columns == PANEL)
+      memcpy(out + r * out_by_row, sum[r], sizeof sum[r]);
+    else
+      memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));
+}
+
+#define ROWS_OF_WINDOWS(R)                                                                                       \
+  static void windows_##R(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const int64_t *starts, \
+                          int64_t runs, const real *packed, int64_t K, int64_t columns) {                        \
+    block_of_runs(R, out, out_by_row, x, x_by_row, starts, runs, packed, K, columns);                            \
+  }
+FOR_EACH_BLOCK(ROWS_OF_WINDOWS)
+
+typedef void (*windows_function)(real *, int64_t, const real *, int64_t, const int64_t *, int64_t, const real *,
+                                 int64_t, int64_t);
+#define NAME_OF_WINDOWS(R) windows_##R,
+static const windows_function windows[] = {0, FOR_EACH_BLOCK(NAME_OF_WINDOWS)};
+
+static void convolve(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const int64_t *starts,
+                     int64_t runs, const real *packed, int64_t rows, int64_t K, int64_t N) {
+  int64_t pieces = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  for (int64_t n = 0; n < N; n += PANEL, packed += runs * K * PANEL)
+    for (int64_t piece = 0, r = 0; piece < pieces; ++piece) {
+      int64_t many = (rows - r + pieces - piece - 1) / (pieces - piece);
+      windows[many](out + r * out_by_row + n, out_by_row, x + r * x_by_row, x_by_row, starts, runs, packed, K,
+                    N - n < PANEL ? N - n : PANEL);
+      r += many;
+    }
+}
+
 /* One or two rows with several panels at once: enough sums in flight to hide the latency of an addition. */
 INLINE void panels(const int ROWS, const int PANELS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
                    const real *packed, int64_t K) {

@@ -7,6 +7,7 @@ of it.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.runtime import runtime
 from unrolled.engine.native.threads import team
 from unrolled.execution.memory import allocate, materialized
+from unrolled.operations.nodes import View, contiguous
 
 
 @cache
@@ -27,18 +29,45 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
-def packed_matrix(matrix: Tensor) -> Tensor:
-    """A matrix `[K, N]` in panels of columns, as loops read it.
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A tensor, viewed as a matrix, in panels of columns, as loops read it.
 
-    Raises:
-        BuildError: if the kernel cannot be built.
+    Attributes:
+        dims: its dimensions `[K..., N]`.
+        strides: how far apart their entries are in a contiguous tensor; negative for a dimension in reverse.
+        offset: where its first entry is.
     """
-    loaded = runtime(matrix.dtype)
-    K, N = matrix.shape
-    panel = loaded.ur_panel()
-    packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
-    loaded.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
-    return packed
+
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: View) -> PackedMatrix:
+        """That of a view of a fixed value."""
+        return cls(view.dims, view.strides, view.offset)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Pack a tensor.
+
+        Raises:
+            BuildError: if the kernel cannot be built.
+        """
+        whole = self.offset == 0 and self.strides == contiguous(tensor.shape) and self.dims == tensor.shape
+        matrix = (tensor if whole else self._viewed(tensor.contiguous())).flatten(0, -2)
+        loaded = runtime(matrix.dtype)
+        K, N = matrix.shape
+        panel = loaded.ur_panel()
+        packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
+        loaded.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
+        return packed
+
+    def _viewed(self, tensor: Tensor) -> Tensor:
+        in_reverse = [dim for dim, stride in enumerate(self.strides) if stride < 0]
+        first = self.offset + sum((self.dims[dim] - 1) * self.strides[dim] for dim in in_reverse)
+        strides = [abs(stride) for stride in self.strides]
+        return tensor.as_strided(self.dims, strides, tensor.storage_offset() + first).flip(in_reverse)
 
 
 def worthwhile(x: Tensor, y: Tensor) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from unrolled.operations.nodes import (
     Compute,
+    Convolution,
     Find,
     Input,
     Join,
@@ -30,7 +31,7 @@ from unrolled.operations.nodes import (
 MOST_COMPUTATIONS = 48
 """In one kernel: the compiler's time for one of twice the length is more than twice as long."""
 
-_ALONE = Product | MatrixProduct | Reduce | Take | Put | Find
+_ALONE = Product | Convolution | MatrixProduct | Reduce | Take | Put | Find
 
 
 class Kernels:

@@ -30,6 +30,19 @@ def index(strides: Sequence[int], letter: str = "i") -> str:
     return " + ".join(terms) or "0"
 
 
+def merged(dims: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Dimensions that are one loop: all that is read and written goes on from row to row of them as inside of a row."""
+    found: list[tuple[int, int]] = []
+    for dim, n in enumerate(dims):
+        if n == 1:
+            continue
+        if found and all(steps[found[-1][1]] == n * steps[dim] for steps in strides):
+            found[-1] = found[-1][0] * n, dim
+        else:
+            found.append((n, dim))
+    return found
+
+
 def nest(dims: Sequence[int], body: Sequence[str], letter: str = "i", sums: Sequence[str] = ()) -> list[str]:
     """Nested loops around some lines, which may add to some sums."""
     if not dims:

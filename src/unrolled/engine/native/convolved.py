@@ -1,0 +1,52 @@
+"""A convolution in C: runs of what the windows see, times the rows of the matrix that they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from unrolled.engine.native.text import index, merged, nest
+from unrolled.operations.nodes import Convolution, Node, View, contiguous
+
+
+class Memory(Protocol):
+    """Where a convolution finds what it reads and writes."""
+
+    def pointer(self, node: Node, *, written: bool = False) -> str:
+        """The memory of a node."""
+        ...
+
+    def row_of(self, view: View) -> str:
+        """Where row b of a view begins."""
+        ...
+
+    def packed(self, matrix: View) -> str:
+        """A matrix in panels."""
+        ...
+
+    def convolve(self) -> str:
+        """The function of the runtime."""
+        ...
+
+
+def convolved(node: Convolution, memory: Memory) -> Iterator[str]:
+    """The C for one row. Windows side by side are the rows of a product, whose runs begin at some places of each."""
+    seen, windows, N = node.seen, len(node.dims) - 1, node.dims[-1]
+    (*outer, rows), by_window = _axes(seen.dims[:windows], seen.strides[:windows], N)
+    (*inner, K), by_entry = _axes(seen.dims[windows:], seen.strides[windows:], 1)
+    starts = [0]
+    for n, step in zip(inner, by_entry, strict=False):
+        starts = [start + i * step for start in starts for i in range(n)]
+    yield f"static const int64_t starts[] = {{{', '.join(map(str, starts))}}};"
+    yield f"const real *const x = {memory.row_of(seen)};"
+    yield f"real *const y = {memory.pointer(node, written=True)} + b * {node.size};"
+    out = f"y + {index(contiguous((*outer, rows, N))[:-2])}, {N}"
+    read = f"x + {index(by_window[:-1])}, {by_window[-1]}, starts, {len(starts)}"
+    call = f"{memory.convolve()}({out}, {read}, {memory.packed(node.matrix)}, {rows}, {K}, {N});"
+    yield from nest(outer, [call], "i")
+
+
+def _axes(dims: Sequence[int], strides: Sequence[int], last: int) -> tuple[list[int], list[int]]:
+    """Dimensions and their strides, fewer if some are one: the entries lie one after the other elsewhere too."""
+    axes = merged(dims, [strides, [last * step for step in contiguous(dims)]]) or [(1, -1)]
+    return [n for n, _ in axes], [strides[dim] for _, dim in axes]
