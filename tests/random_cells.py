@@ -214,6 +214,21 @@ def _in_heads(x: Tensor, y: Tensor) -> Tensor:
     return (q.softmax(-1) * q.flip(1)).transpose(1, 2).reshape(x.shape[0], -1)[:, : x.shape[1]]
 
 
+def _with_part_written(x: Tensor, y: Tensor) -> Tensor:
+    made = x.clone()
+    made[:, ::2] = 0.5
+    made[:, -1] += y[:, 0]
+    return made
+
+
+def _written_unseen(x: Tensor, y: Tensor) -> Tensor:
+    made = x + y
+    older = made[:, 1:]
+    with torch.no_grad():
+        made[:, :-1].clamp_(min=-0.2)
+    return made + older.sum(-1, keepdim=True) / x.shape[1]
+
+
 def _outer(x: Tensor, y: Tensor) -> Tensor:
     return (x.unsqueeze(2) * y.unsqueeze(1)).mean(1)
 
@@ -282,6 +297,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "select last": lambda cell, x, y: x[:, -1].unsqueeze(1).expand_as(y) - y,
     "detach": lambda cell, x, y: x.detach() * y,
     "in place": lambda cell, x, y: (x * y).add_(x).mul_(0.5),
+    "part written": lambda cell, x, y: _with_part_written(x, y),
+    "written unseen": lambda cell, x, y: _written_unseen(x, y),
     "zeros": lambda cell, x, y: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], -1) + y,
     "product": lambda cell, x, y: F.linear(torch.cat([x, y], -1), cell.wide),
     "gates": lambda cell, x, y: torch.prod(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from random_cells import assert_as_reference, decision
@@ -111,7 +113,10 @@ def _cast_on_the_way(h: Tensor, x: Tensor) -> Tensor:
 
 def _constants_made(h: Tensor, x: Tensor) -> Tensor:
     h[:, :2] = torch.tensor([0.25, -0.5], dtype=h.dtype)
-    return torch.where(h > 0.1, h, torch.tensor(0.0, dtype=h.dtype)) * torch.tensor([[2.0], [1.0], [0.5]])[1]
+    return (
+        torch.where(h > 0.1, h, torch.tensor(0.0, dtype=h.dtype))
+        * torch.tensor([[2.0], [1.0], [0.5]], dtype=h.dtype)[1]
+    )
 
 
 EMITTED: dict[str, Write] = {
@@ -148,3 +153,189 @@ def test_a_write_is_recorded(name: str) -> None:
     cell = WritingCell((EMITTED | RUN_BY_TORCH)[name]).double()
     assert decision(cell, _inputs(), "eager").plan is not None, decision(cell, _inputs(), "eager").why
     assert_as_reference(cell, _inputs(), engine="eager", what=name)
+
+
+def _clamped_norm(h: Tensor, x: Tensor) -> Tensor:
+    norm = h.norm(dim=-1, keepdim=True).clone()
+    with torch.no_grad():
+        norm.clamp_(min=0.8)
+    return h * x / norm
+
+
+def _straight_through(h: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        offset = (h + x > 0).to(h.dtype) - h
+    return h + offset
+
+
+def _part_overwritten(h: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h[:, :3] = 0.5 * x[:, 3:]
+    return h * 1.5
+
+
+def _written_through_data(h: Tensor, x: Tensor) -> Tensor:
+    middle = h[:, 2:5]
+    h.data[:, 1:].mul_(2)
+    return torch.cat([h[:, :3] * x[:, :3], middle], -1)
+
+
+def _split_without_gradients(h: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        i, g, o = h.chunk(3, -1)
+        i.sigmoid_()
+        g.copy_(i * o)
+        h.unbind(1)[-1].fill_(0.25)
+    return h + x
+
+
+def _scaled_by_the_largest(h: Tensor, x: Tensor) -> Tensor:
+    largest = (x + h).detach().abs().amax(-1, keepdim=True)
+    largest.clamp_(min=0.5)
+    return h / largest
+
+
+def _detached_and_overwritten(h: Tensor, x: Tensor) -> Tensor:
+    made = (h * 2).detach()
+    made[:, :3] = h[:, 3:] * x[:, 3:]
+    return made
+
+
+def _cut_in_place(h: Tensor, x: Tensor) -> Tensor:
+    cut = h * x
+    cut.detach_()
+    return cut + h
+
+
+def _written_twice_unseen(h: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h.mul_(x)
+        h[:, ::2].add_(1)
+    return torch.sin(h) + h[:, 1:2]
+
+
+@torch.no_grad()
+def _target(h: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(h * x)
+
+
+UNSEEN: dict[str, Write] = {
+    "cosine": lambda cell, h, x: x * F.cosine_similarity(h, x, dim=-1).unsqueeze(-1),
+    "weight": lambda cell, h, x: h * _normalised(cell.weight),
+    "target": lambda cell, h, x: h - _target(h, x),
+    **{
+        function.__name__.strip("_"): _of(function)
+        for function in (
+            _clamped_norm,
+            _straight_through,
+            _part_overwritten,
+            _written_through_data,
+            _split_without_gradients,
+            _scaled_by_the_largest,
+            _detached_and_overwritten,
+            _written_twice_unseen,
+        )
+    },
+}
+
+
+def _normalised(weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        size = weight.norm()
+    return weight / size
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_autograd_does_not_see_is_recorded(name: str) -> None:
+    cell = WritingCell(UNSEEN[name]).double()
+    found = decision(cell, _inputs(), "eager")
+    assert found.plan is not None, found.why
+    assert_as_reference(cell, _inputs(), engine="eager", what=name)
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -0.5 * grad
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        spikes = torch.zeros_like(x)
+        spikes[:, :3] = (x[:, :3] > 0).to(x.dtype)
+        spikes[:, 3:] += 0.25
+        return spikes
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        surrogate = grad / (1 + x.abs())
+        surrogate[:, 0] *= 2
+        return surrogate
+
+
+def _reversed_and_read(h: Tensor, x: Tensor) -> Tensor:
+    turned = _Reversed.apply(h)
+    return turned * x + h.sin()
+
+
+def _spike_then_overwritten(h: Tensor, x: Tensor) -> Tensor:
+    spikes = _Spike.apply(h + x)
+    with torch.no_grad():
+        spikes.mul_(0.5)
+    return spikes + h
+
+
+@pytest.mark.parametrize("write", [_reversed_and_read, _spike_then_overwritten])
+def test_writes_around_functions_of_autograd(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    cell = WritingCell(_of(write)).double()
+    found = decision(cell, _inputs(), "eager")
+    assert found.plan is not None, found.why
+    assert_as_reference(cell, _inputs(), engine="eager", what=write.__name__)
+
+
+def test_writes_are_compiled() -> None:
+    cell = WritingCell(*EMITTED.values(), *UNSEEN.values()).double()
+    assert decision(cell, _inputs(), "native").engine == "native", decision(cell, _inputs(), "native").why
+    assert_as_reference(cell, _inputs(), engine="native")
+
+
+def _into_an_argument(h: Tensor, x: Tensor) -> Tensor:
+    x[:, 0] = 1
+    return h
+
+
+def _into_windows(h: Tensor, x: Tensor) -> Tensor:
+    h.unfold(1, 2, 2)[:, 0] *= 2
+    return h
+
+
+def _into_out(h: Tensor, x: Tensor) -> Tensor:
+    made = torch.empty_like(h)
+    with torch.no_grad():
+        torch.add(h, x, out=made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("write", "why"),
+    [
+        (
+            _into_an_argument,
+            r"in place into an argument .* x = x.clone\(\) \(test_writes.py:\d+: x\[:, 0\] = 1\)",
+        ),
+        (_cut_in_place, r"out of its graph in place; write x = x.detach\(\) \(test_writes.py:\d+: cut.detach_\(\)\)"),
+        (_into_windows, r"a view that unfold makes, .* \(test_writes.py:\d+: h.unfold\(1, 2, 2\)\[:, 0\] \*= 2\)"),
+        (_into_out, r"aten.add.out writes into its `out=`; .* \(test_writes.py:\d+: torch.add\(h, x, out=made\)\)"),
+    ],
+)
+def test_a_refusal_names_the_line_and_the_remedy(write: Callable[[Tensor, Tensor], Tensor], why: str) -> None:
+    found = decision(WritingCell(_of(write)).double(), _inputs(), "eager")
+    assert found.engine == "reference"
+    assert re.search(why, found.why), found.why

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from unrolled.operations.operation import rows_of_results
 from unrolled.operations.row_rules import CouplesRowsError, Place, Rows
+from unrolled.recording.lines import after
 from unrolled.recording.program import Custom, Program
 
 
@@ -44,7 +45,7 @@ def find_rows(program: Program, seeds: Mapping[int, int]) -> tuple[dict[int, int
             else:
                 found = rows_of_results(Rows(program, op, places))
         except CouplesRowsError as error:
-            reasons[number] = str(error)
+            reasons[number] = after(str(error), op.line)
             unknown.update(op.outputs)
             continue
         places |= {v: place for v, place in zip(op.outputs, found, strict=False) if v >= 0 and place is not None}

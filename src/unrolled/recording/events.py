@@ -35,12 +35,14 @@ class Events:
 
     Attributes:
         noted: the operations, in order.
-        tensors: for each value the tensor that it was, seen last.
+        tensors: for each value a tensor like it.
+        line: of the user's code, what runs now.
     """
 
     def __init__(self) -> None:
         self.noted: list[Event] = []
         self.tensors: list[Tensor] = []
+        self.line = ""
         self._kept: list[Any] = []
 
     def value(self, tensor: Tensor) -> int:
@@ -71,7 +73,8 @@ class Events:
             The number of each result; -1 for one that nobody reads.
         """
         outputs = tuple([self.value(x) if isinstance(x, Tensor) else -1 for x in results])
-        self.noted.append(Event(target, args, tuple((kwargs or {}).items()), outputs, differentiable))
+        named = tuple((kwargs or {}).items())
+        self.noted.append(Event(target, args, named, outputs, differentiable, line=self.line))
         return outputs
 
 

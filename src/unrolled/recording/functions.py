@@ -30,7 +30,7 @@ def fold_functions(tape: Tape) -> None:
 def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     inside = _events_inside(tape.events, outputs)
     made = {value for event in inside for value in event.outputs}
-    leaves = [(value, get_gradient_edge(x)) for value, x in enumerate(tape.tensors) if x.requires_grad and x.is_leaf]
+    leaves = [(value, get_gradient_edge(x)) for value, x in tape.leaves.items()]
     by_edge = {(edge.node, edge.output_nr): value for value, edge in leaves} | tape.memory.edges
     sources = [by_edge.get(edge) for edge in node.next_functions]
     backward, saved, tangents, grads = _record_backward(tape, node, outputs, sources)
@@ -50,7 +50,8 @@ def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     )
     position = tape.events.index(inside[-1])
     arguments = tuple(Ref(value) for value in inputs)
-    folded = Event(custom, arguments, (), tuple(outputs + kept), differentiable=True)  # type: ignore[arg-type]
+    results, line = tuple(outputs + kept), inside[-1].line
+    folded = Event(custom, arguments, (), results, differentiable=True, line=line)  # type: ignore[arg-type]
     tape.events[:] = [
         folded if index == position else event
         for index, event in enumerate(tape.events)

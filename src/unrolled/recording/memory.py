@@ -62,22 +62,23 @@ class _Place:
     """What lies in a region now.
 
     Attributes:
-        tensor: one that lies there; one with a gradient, once there is one.
-        like: one of the shape that lies there.
+        like: a tensor of the shape that lies there.
         value: the value of tensors with a gradient, and of others while there are none; None if it is outdated.
         plain: that of tensors without one, if it is another; None if it is outdated.
         before: the value whose gradient those with a gradient still have after a write that autograd did not see.
         own: whether the step made what lies there.
+        tracked: whether a tensor that lies there was seen to have a gradient. It is not asked later: torch refuses to
+            tell of a view that was made with gradients off, once what it shows is written to.
         view: what it shows, and how; None for the first that lay in its memory.
         made: the values that `autograd.Function`s left here, by their edges in autograd's graph.
     """
 
-    tensor: Tensor
     like: Tensor
     value: int | None
     plain: int | None = None
     before: int | None = None
     own: bool = True
+    tracked: bool = False
     view: tuple[_Place, ViewStep] | None = None
     made: dict[Any, int] = field(default_factory=dict)
 
@@ -113,7 +114,7 @@ class Memory:
 
     def put(self, tensor: Tensor, value: int, *, own: bool) -> None:
         """A value lies where a tensor does, which is no view of another."""
-        self._places[Region.of(tensor)] = _Place(tensor, tensor, value, own=own)
+        self._places[Region.of(tensor)] = _Place(tensor, value, own=own)
 
     def show(self, tensor: Tensor, value: int, source: Region, step: ViewStep, *, carries: bool) -> None:
         """A value is a view of what lies somewhere else.
@@ -123,12 +124,12 @@ class Memory:
             value: the value.
             source: what it shows.
             step: how.
-            carries: whether autograd knows of it.
+            carries: whether it has the gradient of what it shows.
         """
         place = self._places.get(Region.of(tensor))
         if place is None:
             shown = self._places[source]
-            place = _Place(tensor, tensor, None, own=shown.own, view=(shown, step))
+            place = _Place(tensor, None, own=shown.own, view=(shown, step))
             self._places[Region.of(tensor)] = place
         if carries:
             place.value = value
@@ -149,14 +150,14 @@ class Memory:
         place = self._places.get(Region.of(tensor))
         if place is None:
             return None
-        if not tensor.requires_grad:
+        edge = _edge_of(tensor)
+        if edge is None:
             return self._plain(place)
-        place.tensor = tensor
-        edge = (tensor.grad_fn, tensor.output_nr)
+        place.tracked = True
         value = self._left_by_function(place, edge)
         if value is None:
             value = self._with_gradient(place)
-        if tensor.grad_fn is not None:
+        if edge[0] is not None:
             self.edges.setdefault(edge, value)
         return value
 
@@ -186,7 +187,7 @@ class Memory:
     def _plain(self, place: _Place) -> int:
         """The value of the tensors of a place that have no gradient."""
         if place.plain is None and place.value is not None:
-            if self.in_backward or not place.tensor.requires_grad:
+            if self.in_backward or not place.tracked:
                 return place.value
             place.plain = self._viewed(ViewStep(torch.ops.aten.detach.default, ()), place.value, place.like)
         elif place.plain is None:
@@ -230,15 +231,16 @@ class Memory:
             numbers = self._with_gradient(whole) if carries else self._plain(whole)
             target, args = put_back(part.view[1], (Ref(numbers), whole.like), (Ref(written[-1]), part.like))
             written += self._events.note(target, args, (whole.like,), differentiable=torch.is_grad_enabled())
-        unseen = not seen and any(place.tensor.requires_grad for place in path)
+        unseen = not seen and any(place.tracked for place in path)
         for place, new in zip(path, written, strict=True):
-            if unseen and place.tensor.requires_grad:
+            if unseen and place.tracked:
                 kept = place.before if place.value is None else place.value
                 place.replace(plain=new, before=self._with_gradient(place) if kept is None else kept)
             elif unseen and place.view is not None:
                 place.replace(plain=new)
             else:
                 place.replace(new)
+                place.tracked = place.tracked or seen
         self._outdate(Region.of(tensor), path)
 
     def _outdate(self, written: Region, path: list[_Place]) -> None:
@@ -246,3 +248,13 @@ class Memory:
         for region, place in self._places.items():
             if place not in path and written.overlaps(region):
                 place.replace()
+
+
+def _edge_of(tensor: Tensor) -> tuple[Any, int] | None:
+    """Where a tensor is in autograd's graph; None if it has no gradient."""
+    if not tensor.requires_grad:
+        return None
+    try:
+        return tensor.grad_fn, tensor.output_nr
+    except RuntimeError:  # a view that was made with gradients off, of what has been written to
+        return None

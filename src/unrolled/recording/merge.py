@@ -101,4 +101,4 @@ class _Merger:
         args = self.argument(first.args, second.args)
         kwargs = tuple((name, self.argument(arg, other[name])) for name, arg in named.items())
         outputs = tuple(self.value(pair) for pair in _pairs(first.outputs, second.outputs))
-        return Op(target, args, kwargs, outputs)
+        return Op(target, args, kwargs, outputs, line=first.line)

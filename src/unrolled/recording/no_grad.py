@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from unrolled.recording.events import Event
 from unrolled.recording.program import Ref
 from unrolled.recording.tape import Tape
 
@@ -28,7 +28,7 @@ def detach_operands(tape: Tape) -> None:
                 like = tape.tensors[value]
                 (detached[value],) = tape.note(torch.ops.aten.detach.default, (Ref(value),), (like,))
         args, kwargs = _with_others(event.args, detached), _with_others(event.kwargs, detached)
-        tape.events.append(Event(event.target, args, kwargs, event.outputs, differentiable=True))
+        tape.events.append(replace(event, args=args, kwargs=kwargs, differentiable=True))
 
 
 def _may_have_gradient(tape: Tape, value: int) -> bool:

@@ -7,7 +7,7 @@ number of rows B: one program serves every B.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -72,13 +72,14 @@ class Value:
 class Op:
     """One operation: a target, its arguments with `Ref`s for values and `Size`s for integers, the values it makes.
 
-    Outputs that nobody reads are -1.
+    Outputs that nobody reads are -1. The line is where a user's code does it, for messages alone.
     """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[int, ...]
+    line: str = field(default="", compare=False, kw_only=True)
 
     @cached_property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from unrolled.recording.functions import fold_functions
 from unrolled.recording.fused_layers import UnfusedLayers
 from unrolled.recording.generators import named
 from unrolled.recording.indexing import FixedShapes
+from unrolled.recording.lines import line_of_step, named_in_refusals
 from unrolled.recording.merge import merge
 from unrolled.recording.no_grad import detach_operands
 from unrolled.recording.program import Draw, Program, live_in
@@ -156,9 +157,9 @@ def _written_on(tape: Tape) -> Iterator[None]:
 def _recorded(
     cell: nn.Module, sample: tuple[Tree, Tree, Tree], outside: Iterable[OutsideTensor]
 ) -> tuple[RawProgram, tuple[Found, ...], Structure, list[Asked]]:
-    tape, held = Tape(), held_tensors(cell)
+    tape, held = Tape(line=line_of_step), held_tensors(cell)
     inputs = [tape.add(tensor) for tensor in leaves(sample)]
-    with silent(), torch.enable_grad(), _written_on(tape):
+    with named_in_refusals(), silent(), torch.enable_grad(), _written_on(tape):
         output, state = cell(*arguments_of(*sample))
     tensors, structure = flatten(output)
     outputs = [tape.number(leaf) for leaf in (*tensors, *leaves(state))]

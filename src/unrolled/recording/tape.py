@@ -53,22 +53,29 @@ class Tape(DispatchMode):
         decomposition: for an operation what computes the same by simpler ones, to be written down in its place; that
             may return NotImplemented for arguments that it leaves as they are. Only under autograd that has seen the
             operation itself: its derivative is not everywhere that of the formula.
+        line: tells which line of the user's code runs.
 
     Attributes:
         events: the operations, in order.
         tensors: for each value a tensor like it.
         externals: values that came from nowhere: parameters, buffers, attributes, constants.
         constants: externals that the step made itself out of Python numbers.
+        leaves: the inputs and externals that have a gradient.
         memory: which value lies where.
         given: the generator that is passed by hand to what runs now.
         asked: what it asked of its numbers, in order.
     """
 
-    def __init__(self, decomposition: Callable[[Any], Callable[..., Any] | None] = lambda func: None) -> None:
+    def __init__(
+        self,
+        decomposition: Callable[[Any], Callable[..., Any] | None] = lambda func: None,
+        line: Callable[[], str] = str,
+    ) -> None:
         super().__init__()
-        self.decomposition = decomposition
+        self.decomposition, self.line = decomposition, line
         self.externals: list[int] = []
         self.constants: set[int] = set()
+        self.leaves: dict[int, Tensor] = {}
         self._events = Events()
         self.events, self.tensors = self._events.noted, self._events.tensors
         self.memory = Memory(self._events)
@@ -80,6 +87,8 @@ class Tape(DispatchMode):
         """Give a tensor that the step did not make a number of its own: an input."""
         value = self._events.value(tensor)
         self.memory.put(tensor, value, own=False)
+        if tensor.requires_grad and tensor.is_leaf:
+            self.leaves[value] = tensor
         return value
 
     def number(self, tensor: Tensor) -> int:
@@ -98,6 +107,7 @@ class Tape(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._events.line = self.line()
         if asks(func, args):
             return self._answer(func, args, kwargs)
         self._refuse_unrecordable(func, args)
@@ -115,7 +125,7 @@ class Tape(DispatchMode):
                 return self._become(func, args[0], result) if in_place else result
         if by_chance:
             return self._draw(func, args, kwargs)
-        if torch.Tag.inplace_view in func.tags and func is not _ATEN.detach_.default:
+        if torch.Tag.inplace_view in func.tags:
             return self._view_in_place(func, args)
         if func._schema.is_mutable:
             return self._write_in_place(func, args, kwargs)
@@ -252,7 +262,7 @@ class Tape(DispatchMode):
     def _refuse_unrecordable(func: Any, args: tuple[Any, ...]) -> None:
         if func is torch.ops.aten._local_scalar_dense.default:
             raise UnrecordableError(
-                f"what it does depends on the numbers in its tensors: {users_line()} takes one of them out, by item(), "
+                "what it does depends on the numbers in its tensors: it takes one of them out, by item(), "
                 "int() or float(); leave it in the tensor, which may be compared"
             )
         dynamic = torch.Tag.dynamic_output_shape in func.tags and not _by_index(func, args)

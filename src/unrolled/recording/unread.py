@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unrolled.recording.checks import users_line
 from unrolled.recording.events import UnrecordableError
 
 
@@ -31,10 +30,12 @@ class NumbersStayUnread(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is Tensor.detach_:  # which tells nobody, least of all the tape
+            raise UnrecordableError("it takes a tensor out of its graph in place; write x = x.detach()")
         if name in self._readers:
-            raise UnrecordableError(f"what it does may depend on the numbers in its tensors: {users_line()} ({name})")
+            raise UnrecordableError(f"what it does may depend on the numbers in its tensors ({name})")
         if any(isinstance(arg, _Item) for arg in (*args, *kwargs.values())):
-            raise _computes(name, users_line())
+            raise _computes(name)
         if func is torch.nn.functional.one_hot:
             return _one_hot(func, *args, **kwargs)
         if name == "__bool__" and args[0].dtype != torch.bool:
@@ -48,7 +49,7 @@ class NumbersStayUnread(TorchFunctionMode):
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
         if kind is TypeError and _Item.__name__ in str(error):  # torch has asked it for a number
-            raise _computes("as an argument", users_line(traceback)) from error
+            raise _computes("as an argument") from error
 
     def refuse_kept_items(self) -> None:
         """After the step: a number that is kept somewhere would be another one at every step.
@@ -63,7 +64,7 @@ class NumbersStayUnread(TorchFunctionMode):
 def _one_hot(func: Any, classes: Tensor, num_classes: int = -1) -> Tensor:
     """What `one_hot` gives, by a comparison; that all classes are among the given number is asked."""
     if num_classes == -1:
-        raise UnrecordableError(f"one_hot in {users_line()} counts the classes at every step; pass num_classes")
+        raise UnrecordableError("one_hot counts the classes at every step; pass num_classes")
     known = classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < num_classes)).all())
     if not known:
         return cast(Tensor, func(classes, num_classes))  # it raises
@@ -97,16 +98,16 @@ def _comparison(name: str) -> Callable[[_Item, Any], bool]:
     return compare
 
 
-def _computes(how: str, line: str) -> UnrecordableError:
+def _computes(how: str) -> UnrecordableError:
     return UnrecordableError(
-        f"what it does depends on the numbers in its tensors: {line} computes with what item() gives ({how}); leave it "
-        "in the tensor"
+        f"what it does depends on the numbers in its tensors: it computes with what item() gives ({how}); leave it in "
+        "the tensor"
     )
 
 
 def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*_: Any) -> Any:
-        raise _computes(name, users_line())
+        raise _computes(name)
 
     return refuse
 

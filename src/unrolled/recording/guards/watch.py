@@ -23,6 +23,7 @@ from unrolled.recording.guards.generators import state_of
 from unrolled.recording.guards.kinds import has_hooks
 from unrolled.recording.guards.names import names_in
 from unrolled.recording.guards.reach import Reachable
+from unrolled.recording.lines import named_in_refusals
 from unrolled.trees import Tree, leaves
 from unrolled.unseen import OwnDraws, silent
 
@@ -92,7 +93,7 @@ class WatchedStep(_Profiled):
             by: the tensors whose gradients are computed.
         """
         no_writes = _NoWrites(self._reach.memory)
-        with silent(), no_writes, self:
+        with named_in_refusals(), silent(), no_writes, self:
             results = step()
         ends = [x for x in leaves(results) if x.requires_grad]
         if ends and by:
