@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,3 +96,13 @@ class RawCustom:
     forward: RawProgram
     backward: RawProgram
     saved: list[int]
+
+
+def needed(events: Sequence[Event], outputs: Iterable[int]) -> list[Event]:
+    """The events that some values depend on."""
+    found, kept = set(outputs), []
+    for event in reversed(events):
+        if found.intersection(event.outputs):
+            found.update(event.inputs)
+            kept.append(event)
+    return kept[::-1]

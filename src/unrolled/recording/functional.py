@@ -38,6 +38,20 @@ def as_full(func: Any, args: tuple[Any, ...], result: Tensor) -> Call | None:
     return _ATEN.full.default, (tuple(result.shape), number), kwargs
 
 
+def refuse_if_more_is_written(func: Any, args: tuple[Any, ...]) -> None:
+    """Refuse what writes into anything but its first argument.
+
+    Raises:
+        UnrecordableError: if an operation does.
+    """
+    written = [a for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if any(argument.is_out for argument in written):
+        raise UnrecordableError(f"{func} writes into its `out=`; take what it returns instead")
+    if len(written) != 1 or written[0] is not func._schema.arguments[0] or not isinstance(args[0], Tensor):
+        names = ", ".join(argument.name for argument in written)
+        raise UnrecordableError(f"{func} writes into {names}, which has no functional counterpart")
+
+
 def note_written(
     events: Events, func: Any, recorded: tuple[Any, ...], named: dict[str, Any], args: tuple[Any, ...], kwargs: Any
 ) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -14,12 +14,12 @@ import torch
 
 from unrolled.recording.events import UnrecordableError
 
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), contextlib.__file__)
 _LONGEST = 60
 _INTO_A_LEAF = "eaf Variable that requires grad"  # torch says so of arguments: when a step is tried, all have gradients
 
 
-@contextmanager
+@contextlib.contextmanager
 def named_in_refusals() -> Iterator[None]:
     """A context in which a step runs: what refuses it also says which line did what is refused.
 
@@ -37,10 +37,12 @@ def named_in_refusals() -> Iterator[None]:
         raise UnrecordableError(after(why, _line_of(error))) from error
 
 
-def _line_of(error: Exception) -> str:
+def _line_of(error: BaseException) -> str:
     """The innermost line of a user's that led to an error; empty if there is none."""
     lines = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
-    return _written(lines[-1][0].f_code.co_filename, lines[-1][1]) if lines else ""
+    if not lines:
+        return "" if error.__context__ is None else _line_of(error.__context__)
+    return _written(lines[-1][0].f_code.co_filename, lines[-1][1])
 
 
 def after(reason: str, line: str) -> str:

@@ -14,7 +14,7 @@ from unrolled.autograd_graph import differentiable
 from unrolled.cells.base import shown_path
 from unrolled.internals import has_memory, watching
 from unrolled.recording.checks import Asked, at_outputs, on_entries
-from unrolled.recording.events import RawProgram, UnrecordableError
+from unrolled.recording.events import RawProgram, UnrecordableError, needed
 from unrolled.recording.externals import Constant, Found, OutsideTensor, held_tensors
 from unrolled.recording.functions import fold_functions
 from unrolled.recording.fused_layers import UnfusedLayers
@@ -175,7 +175,7 @@ def _recorded(
     }
     externals = tuple([_located(cell, known, tape, value) for value in tape.externals])
     outputs += [each.value for each in tape.asked]
-    if not {*inputs, *tape.externals}.issuperset(live_in(tape.events, outputs)):
+    if not {*inputs, *tape.externals}.issuperset(live_in(needed(tape.events, outputs), outputs)):
         raise UnrecordableError("it asks for numbers inside of an autograd.Function; ask outside of it")
     program = RawProgram(tape.tensors, inputs + tape.externals, tape.events, outputs)
     return program, externals, structure, tape.asked

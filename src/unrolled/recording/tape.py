@@ -19,7 +19,7 @@ from unrolled.internals import DispatchMode
 from unrolled.recording.checks import WRITTEN_OUT, Asked, asks, users_line
 from unrolled.recording.draws import draws, fills, formula
 from unrolled.recording.events import Events, UnrecordableError
-from unrolled.recording.functional import as_full, counterpart, note_written
+from unrolled.recording.functional import as_full, counterpart, note_written, refuse_if_more_is_written
 from unrolled.recording.memory import Memory, Region
 from unrolled.recording.program import Draw, Ref, refs_of
 from unrolled.recording.view_writes import ViewStep
@@ -223,7 +223,10 @@ class Tape(DispatchMode):
         return tensor
 
     def _write_in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._refuse_foreign_write(func, args)
+        if func is _ATEN.copy_.default and Region.of(args[0]) == Region.of(args[1]):  # as Python's `x[i] += y` ends
+            return func(*args, **kwargs)
+        refuse_if_more_is_written(func, args)
+        self._refuse_others_tensor(func, args[0])
         recorded, named = self._numbered(args), {name: self._numbered(arg) for name, arg in kwargs.items()}
         seen = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors_of((args, tuple(kwargs.values()))))
         value = note_written(self._events, func, recorded, named, args, kwargs)
@@ -242,17 +245,8 @@ class Tape(DispatchMode):
         self.memory.show(result, value, source, ViewStep(target, recorded[1:]), carries=carries)
         return result
 
-    def _refuse_foreign_write(self, func: Any, args: Any) -> None:
-        """Before it is run: what the step did not make is not the recording's to change."""
-        written = [a for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        if any(argument.is_out for argument in written):
-            raise UnrecordableError(f"{func} writes into its `out=`; take what it returns instead")
-        if len(written) != 1 or written[0] is not func._schema.arguments[0] or not isinstance(args[0], Tensor):
-            names = ", ".join(argument.name for argument in written)
-            raise UnrecordableError(f"{func} writes into {names}, which has no functional counterpart")
-        self._refuse_others_tensor(func, args[0])
-
     def _refuse_others_tensor(self, func: Any, tensor: Tensor) -> None:
+        """Before it is run: what the step did not make is not the recording's to change."""
         if not self.memory.owns(tensor):
             raise UnrecordableError(
                 f"{func} writes in place into a tensor that the step did not make; write into a copy: x = x.clone()"
