@@ -339,3 +339,18 @@ def test_a_refusal_names_the_line_and_the_remedy(write: Callable[[Tensor, Tensor
     found = decision(WritingCell(_of(write)).double(), _inputs(), "eager")
     assert found.engine == "reference"
     assert re.search(why, found.why), found.why
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_of_torch_that_make_a_weight_are_recorded(wrap: Callable[..., nn.Module], training: bool) -> None:
+    cell = WritingCell(_of(torch.mul))
+    wrap(cell.linear)
+    cell.double().train(training)
+    found = decision(cell, _inputs(), "eager")
+    if training and wrap is nn.utils.spectral_norm:
+        assert (found.engine, "spectral_norm that changes its buffers" in found.why) == ("reference", True)
+    else:
+        assert found.plan is not None, found.why
+        assert_as_reference(cell, _inputs(), engine="eager")

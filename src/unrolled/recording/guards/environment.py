@@ -152,7 +152,7 @@ class Environment:
             raise UnrecordableError(f"its step can read {reach.hidden[0]}, whose changes cannot be seen")
         if lasting:
             raise IrreversibleError(_changes(lasting[0]))
-        why = why or (f"{watched.hooked} has hooks, which must be called for every copy" if watched.hooked else "")
+        why = why or watched.hooked
         if why:
             raise UnrecordableError(why)
 

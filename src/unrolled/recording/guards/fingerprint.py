@@ -21,10 +21,10 @@ from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.kinds import (
     BOOKKEEPING,
     BY_IDENTITY,
-    has_hooks,
     held_by,
     is_comparable,
     is_function_of_torch,
+    what_hooks_ask,
 )
 from unrolled.recording.guards.places import PLAIN
 
@@ -77,7 +77,7 @@ class _Freezer:
         tensors = tuple(
             [(key, self.kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
         )
-        return (name, type(module), plain, tensors, has_hooks(module))
+        return (name, type(module), plain, tensors, what_hooks_ask(module))
 
     def kind(self, tensor: Tensor | None) -> Any:
         """What of a tensor a program depends on, and which one it is: it may be held by other names."""

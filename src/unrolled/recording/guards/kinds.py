@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from unrolled.recording.guards.places import CONTAINERS, PLAIN, is_small
 
@@ -153,7 +155,15 @@ def is_function_of_torch(value: Any) -> bool:
     return type(value).__module__.startswith("torch.") and callable(value) and not isinstance(value, nn.Module)
 
 
-def has_hooks(module: Any) -> bool:
-    """Whether a module has hooks, which must be called for every copy."""
+def what_hooks_ask(module: Any) -> str:
+    """What a module's hooks ask of whoever runs it, in words; empty where there are none, or nothing is asked.
+
+    Torch's own that make a weight before the module runs are a part of what it computes: they are recorded.
+    """
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, hooks, None) for hooks in names)
+    kinds = {type(hook) for hooks in names for hook in (getattr(module, hooks, None) or {}).values()}
+    if not kinds <= {WeightNorm, SpectralNorm}:
+        return "has hooks, which must be called for every copy"
+    if SpectralNorm in kinds and module.training:
+        return "has a spectral_norm that changes its buffers at every step in training; in eval it does not"
+    return ""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unrolled.internals import DispatchMode, has_memory
 from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.guards.generators import state_of
-from unrolled.recording.guards.kinds import has_hooks
+from unrolled.recording.guards.kinds import what_hooks_ask
 from unrolled.recording.guards.names import names_in
 from unrolled.recording.guards.reach import Reachable
 from unrolled.recording.lines import named_in_refusals
@@ -55,7 +55,7 @@ class WatchedStep(_Profiled):
 
     Attributes:
         states: of generators of random numbers, by the generator's id, before anything was drawn.
-        hooked: a module that has hooks, by its name; empty if none of those that ran has any.
+        hooked: a module whose hooks must be called, by its name, and why; empty if none of those that ran has any.
     """
 
     def __init__(self, reach: Reachable, twin: nn.Module) -> None:
@@ -137,8 +137,9 @@ class WatchedStep(_Profiled):
         self._reach.enter(code, frame)
         if code in self._calls:
             module = frame.f_locals.get("self")
-            if has_hooks(module):
-                self.hooked = self.hooked or self._names.get(id(module), "") or "it"
+            asked = what_hooks_ask(module)
+            if asked:
+                self.hooked = self.hooked or f"{self._names.get(id(module), '') or 'it'} {asked}"
 
 
 class _NoWrites(DispatchMode):
