@@ -66,18 +66,15 @@ class Convolutions(Joins, Products):
             windows = [window.turned() for window in windows]
             for dim in range(2, len(weight.dims)):
                 weight = weight.flipped(dim)
-        seen = self._seen(image, windows)
         weight = self._by_group(weight, groups, transposed)
-        by_channel = groups == image.dims[0]
-        result = self._tap_by_tap(seen, weight) if by_channel else self._as_products(seen, weight)
-        places = len(windows)
-        result = self.reshaped(result, (*out[1:], out[0])).permuted([places, *range(places)])
-        return [result if bias is None else self._biased(result, self.argument(op, 2))]
-
-    def _biased(self, result: View, bias: View) -> View:
-        for dim in range(1, len(result.dims)):
-            bias = bias.unsqueezed(dim)
-        return self.compute("add", result, bias)
+        if groups == image.dims[0]:
+            result = self._entry_by_entry(_seen(self._framed(image, windows, 1), windows), weight)
+        else:
+            result = self._as_products(_seen(self._with_channels_last(image, windows), windows), weight)
+        result = self.reshaped(result, out)
+        if bias is not None:
+            result = self.compute("add", result, _for_places(self.argument(op, 2), len(windows)))
+        return [result]
 
     def _by_group(self, weight: View, groups: int, transposed: bool) -> View:
         """Weights as `[groups, size..., in, out]` of a group."""
@@ -87,27 +84,21 @@ class Convolutions(Joins, Products):
         channels = (1, 2) if transposed else (2, 1)
         return grouped.permuted([0, *range(3, 3 + len(size)), *channels])
 
-    def _seen(self, image: View, windows: Sequence[_Windows]) -> View:
-        """What each window sees: `[count..., size..., channels]`."""
+    def _with_channels_last(self, image: View, windows: Sequence[_Windows]) -> View:
+        """An image `[channels, places...]` as far as windows reach, in memory with each place's channels together."""
         places = len(windows)
-        view = image.permuted([*range(1, places + 1), 0])
-        for dim, window in enumerate(windows):
-            view = self._framed(view, dim, window)
-        if view.strides != contiguous(view.dims) or isinstance(view.node, Input):
-            view = self.compute("same", view)
-        steps = view.strides[:places]
-        return View(
-            view.node,
-            (*(window.count for window in windows), *(window.size for window in windows), image.dims[0]),
-            (
-                *(step * window.stride for step, window in zip(steps, windows, strict=True)),
-                *(step * window.dilation for step, window in zip(steps, windows, strict=True)),
-                view.strides[-1],
-            ),
-            view.offset,
-        )
+        turned = self._framed(image.permuted([*range(1, places + 1), 0]), windows, 0)
+        if turned.strides != contiguous(turned.dims) or isinstance(turned.node, Input):
+            turned = self.compute("same", turned)
+        return turned.permuted([places, *range(places)])
 
-    def _framed(self, view: View, dim: int, window: _Windows) -> View:
+    def _framed(self, view: View, windows: Sequence[_Windows], first: int) -> View:
+        """A view whose places, its dimensions from the first on, reach as far as windows do."""
+        for dim, window in enumerate(windows, first):
+            view = self._as_far_as(view, dim, window)
+        return view
+
+    def _as_far_as(self, view: View, dim: int, window: _Windows) -> View:
         """A dimension as long as its windows reach, with zeros where the input has no entries."""
         n, before, apart, length = view.dims[dim], window.before, window.apart, window.length
         first = max(0, -(before // apart))
@@ -119,26 +110,43 @@ class Convolutions(Joins, Products):
         return self.padded(kept, replaced(view.dims, dim, length), dim, start, apart)
 
     def _as_products(self, seen: View, weight: View) -> View:
-        """What each group's windows see, times its weights: `[count..., out]`."""
-        (groups, *_, inner, outer), channels = weight.dims, len(seen.dims) - 1
-        counts = seen.dims[: channels // 2]
+        """What each group's windows see, times its weights: `[out, count...]`."""
+        (groups, *_, inner, outer), places = weight.dims, (len(seen.dims) - 1) // 2
+        counts, order = seen.dims[1 : places + 1], [*range(1, len(seen.dims)), 0]
         results = [
-            self.add(Convolution((*counts, outer), self.real, part, self.selected(weight, 0, group)))
+            self.add(Convolution((outer, *counts), self.real, part.permuted(order), self.selected(weight, 0, group)))
             for group in range(groups)
-            for part in [self.cut(seen, channels, group * inner, inner)]
+            for part in [self.cut(seen, 0, group * inner, inner)]
         ]
-        return self.joined((*counts, groups * outer), len(counts), results, self.real)
+        return self.joined((groups * outer, *counts), 0, results, self.real)
 
-    def _tap_by_tap(self, seen: View, weight: View) -> View:
-        """Where each channel is a group: entry after entry of all windows, times a number for each channel."""
+    def _entry_by_entry(self, seen: View, weight: View) -> View:
+        """Where each channel is a group, `[channels, out, count...]`: an entry of all windows after the other."""
         places = (len(seen.dims) - 1) // 2
         total: View | None = None
-        for tap in product(*map(range, weight.dims[1 : places + 1])):
-            entries, factors = seen, self.selected(weight, len(weight.dims) - 2, 0)
-            for place in reversed(tap):
-                entries = self.selected(entries, len(entries.dims) - 2, place)
+        for entry in product(*map(range, weight.dims[1 : places + 1])):
+            numbers, factors = seen, self.selected(weight, len(weight.dims) - 2, 0)
+            for place in reversed(entry):
+                numbers = self.selected(numbers, len(numbers.dims) - 1, place)
                 factors = self.selected(factors, len(factors.dims) - 2, place)
-            term = self.compute("mul", entries.unsqueezed(len(entries.dims)), factors)
+            term = self.compute("mul", numbers.unsqueezed(1), _for_places(factors, places))
             total = term if total is None else self.compute("add", total, term)
         assert total is not None
         return total
+
+
+def _seen(view: View, windows: Sequence[_Windows]) -> View:
+    """What each window sees of an image `[channels, places...]`: `[channels, count..., size...]`."""
+    channels, *steps = view.strides
+    counts, sizes = [window.count for window in windows], [window.size for window in windows]
+    from_window = (step * window.stride for step, window in zip(steps, windows, strict=True))
+    from_entry = (step * window.dilation for step, window in zip(steps, windows, strict=True))
+    dims, strides = (view.dims[0], *counts, *sizes), (channels, *from_window, *from_entry)
+    return View(view.node, dims, strides, view.offset)
+
+
+def _for_places(view: View, places: int) -> View:
+    """A number for each channel, as one for all places of it."""
+    for _ in range(places):
+        view = view.unsqueezed(len(view.dims))
+    return view

@@ -125,7 +125,7 @@ class Product(Node):
 
 @dataclass(eq=False)
 class Convolution(Node):
-    """What windows see, `[windows..., K...]`, times a fixed matrix: a view `[K..., N]` of a fixed value."""
+    """What windows see, `[windows..., K...]`, times a fixed matrix, a view `[K..., N]`: `[N, windows...]`."""
 
     seen: View = None  # type: ignore[assignment]
     matrix: View = None  # type: ignore[assignment]

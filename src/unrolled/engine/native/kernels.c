@@ -243,7 +243,7 @@ static NOINLINE void small_product(real *restrict out, const real *x, int64_t x_
 INLINE real larger(real a, real b) { return (b > a) | (b != b) ? b : a; }
 INLINE real smaller(real a, real b) { return (b < a) | (b != b) ? b : a; }
 
-typedef void (*convolution)(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const int64_t *starts,
+typedef void (*convolution)(real *out, int64_t out_by_column, const real *x, int64_t x_by_row, const int64_t *starts,
                             int64_t runs, const real *packed, int64_t rows, int64_t K, int64_t N);
 
 /* What one thread does: the rows from `begin` to `end`, the steps from `first` to `last`. */

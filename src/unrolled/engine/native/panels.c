@@ -53,8 +53,8 @@ typedef void (*block_function)(real *, int64_t, const real *, int64_t, const rea
 static const block_function blocks[] = {0, FOR_EACH_BLOCK(NAME_OF_BLOCK)};
 
 /* Rows of a convolution: each has several runs of K entries, whose first ones lie at `starts`. The sums stay in registers
-   from run to run. */
-INLINE void block_of_runs(const int ROWS, real *out, int64_t out_by_row, const real *x, int64_t x_by_row,
+   from run to run, and are written column by column. */
+INLINE void block_of_runs(const int ROWS, real *out, int64_t out_by_column, const real *x, int64_t x_by_row,
                           const int64_t *starts, int64_t runs, const real *packed, int64_t K, int64_t columns) {
   lanes sum[ROW_BLOCK][2];
   _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = (lanes){0};
@@ -69,17 +69,14 @@ INLINE void block_of_runs(const int ROWS, real *out, int64_t out_by_row, const r
       }
     }
   }
-  _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; ++r)
-    if (columns == PANEL)
-      memcpy(out + r * out_by_row, sum[r], sizeof sum[r]);
-    else
-      memcpy(out + r * out_by_row, sum[r], (size_t)columns * sizeof(real));
+  for (int64_t n = 0; n < columns; ++n)
+    for (int r = 0; r < ROWS; ++r) out[n * out_by_column + r] = sum[r][n / LANES][n % LANES];
 }
 
 #define ROWS_OF_WINDOWS(R)                                                                                       \
-  static void windows_##R(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const int64_t *starts, \
+  static void windows_##R(real *out, int64_t out_by_column, const real *x, int64_t x_by_row, const int64_t *starts, \
                           int64_t runs, const real *packed, int64_t K, int64_t columns) {                        \
-    block_of_runs(R, out, out_by_row, x, x_by_row, starts, runs, packed, K, columns);                            \
+    block_of_runs(R, out, out_by_column, x, x_by_row, starts, runs, packed, K, columns);                            \
   }
 FOR_EACH_BLOCK(ROWS_OF_WINDOWS)
 
@@ -88,13 +85,13 @@ typedef void (*windows_function)(real *, int64_t, const real *, int64_t, const i
 #define NAME_OF_WINDOWS(R) windows_##R,
 static const windows_function windows[] = {0, FOR_EACH_BLOCK(NAME_OF_WINDOWS)};
 
-static void convolve(real *out, int64_t out_by_row, const real *x, int64_t x_by_row, const int64_t *starts,
+static void convolve(real *out, int64_t out_by_column, const real *x, int64_t x_by_row, const int64_t *starts,
                      int64_t runs, const real *packed, int64_t rows, int64_t K, int64_t N) {
   int64_t pieces = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
   for (int64_t n = 0; n < N; n += PANEL, packed += runs * K * PANEL)
     for (int64_t piece = 0, r = 0; piece < pieces; ++piece) {
       int64_t many = (rows - r + pieces - piece - 1) / (pieces - piece);
-      windows[many](out + r * out_by_row + n, out_by_row, x + r * x_by_row, x_by_row, starts, runs, packed, K,
+      windows[many](out + n * out_by_column + r, out_by_column, x + r * x_by_row, x_by_row, starts, runs, packed, K,
                     N - n < PANEL ? N - n : PANEL);
       r += many;
     }
