@@ -391,7 +391,9 @@ def test_a_complex_cell_runs_native_with_the_loops_numbers(kind: type[nn.Module]
             same(one, other)
 
 
-@pytest.mark.parametrize("options", [{"checkpoint": lambda T: ur.segments(T, 2)}, {"memory": "100 KB"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"checkpoint": lambda T: ur.segments(T, 2)}, {"memory": "100 KB"}], ids=["segments", "budget"]
+)
 def test_a_complex_state_crosses_segments_and_resets(options: dict[str, Any]) -> None:
     cell, x = _made(Gated)
     resets = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.bool)
