@@ -849,3 +849,36 @@ def test_gradients_without_a_contraction_are_added_up_in_chunks(steps, monkeypat
     cell, x = Scaled().double(), torch.randn(steps, 3, 4, dtype=F64)
     assert decision(cell, x, "eager").engine == "eager"
     assert_as_reference(cell, x, engine="eager")
+
+
+class Scaled(torch.autograd.Function):
+    """`a x y`, with gradients of its own; what is no tensor, and what has no gradient, may stand anywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, a: float, x: Tensor, how: str, mask: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, mask)
+        return a * x * y + mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, y, mask = ctx.saved_tensors
+        return None, grad * y * mask, None, None, 2 * grad * x
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("constant", ["x", "y", "none"])
+def test_arguments_of_a_function_that_have_no_gradient_stand_anywhere(engine, constant):
+    class Cell(UserCell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(I, H).double()
+
+        def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = self.linear(input), torch.tanh(state)
+            given = (x.detach() if constant == "x" else x, y.detach() if constant == "y" else y)
+            state = Scaled.apply(0.5, given[0], "by hand", (x > 0).to(x.dtype), given[1]) + 0.1 * x
+            return state, state
+
+    inputs = torch.randn(4, 3, I, dtype=F64)
+    assert decision(Cell(), inputs, engine).engine == engine
+    assert_as_reference(Cell(), inputs, engine=engine)

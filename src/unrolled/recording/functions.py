@@ -32,7 +32,8 @@ def _fold(tape: Tape, node: Any, outputs: list[int]) -> None:
     made = {value for event in inside for value in event.outputs}
     leaves = [(value, get_gradient_edge(x)) for value, x in tape.leaves.items()]
     by_edge = {(edge.node, edge.output_nr): value for value, edge in leaves} | tape.memory.edges
-    sources = [by_edge.get(edge) for edge in node.next_functions]
+    # Of those that need a gradient only: what is no tensor has no edge, but `backward` returns a None for it.
+    sources = [by_edge.get(edge) for edge in node.next_functions if edge[0] is not None]
     backward, saved, tangents, grads = _record_backward(tape, node, outputs, sources)
     inputs = list(dict.fromkeys([*live_in(inside), *(source for source in sources if source is not None)]))
     kept = [value for value in saved if value in made and value not in outputs]
@@ -88,9 +89,10 @@ def _record_backward(
     events = tape.events[start:]
     del tape.events[start:]
     returned = returned if isinstance(returned, tuple) else (returned,)
+    wanted = [grad for grad, needed in zip(returned, node.needs_input_grad, strict=False) if needed]
     grads = {
         source: tape.number(grad)
-        for source, grad in zip(sources, returned, strict=False)
+        for source, grad in zip(sources, wanted, strict=True)
         if source is not None and grad is not None
     }
     saved = [value for value in live_in(events) if value not in tangents]

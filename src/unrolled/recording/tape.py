@@ -22,7 +22,7 @@ from unrolled.recording.events import Events, UnrecordableError
 from unrolled.recording.functional import as_full, counterpart, note_written, refuse_if_more_is_written
 from unrolled.recording.memory import Memory, Region
 from unrolled.recording.program import Draw, Ref, refs_of
-from unrolled.recording.view_writes import ViewStep
+from unrolled.recording.view_writes import ViewStep, within
 
 
 class GivenGenerators(TorchFunctionMode):
@@ -184,6 +184,8 @@ class Tape(DispatchMode):
     def _write(self, func: Any, recorded: Any, named: dict[str, Any], args: tuple[Any, ...], result: Any) -> None:
         results = result if isinstance(result, list | tuple) else (result,)
         target = _ANY_LAYOUT.get(func, func)
+        if func is _ATEN.slice_scatter.default:
+            recorded = within(recorded, result)
         call = as_full(func, recorded, result) or (target, recorded, named)
         outputs = self._note(call[0], call[1], results, call[2])
         source = Region.of(args[0]) if args and isinstance(args[0], Tensor) else None

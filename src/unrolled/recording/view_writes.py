@@ -79,6 +79,16 @@ def _scattered(target: Any) -> Callable[[ViewStep, tuple[Ref, Tensor], tuple[Ref
     return counterpart
 
 
+def within(args: tuple[Any, ...], whole: Tensor) -> tuple[Any, ...]:
+    """The arguments of `slice_scatter` with None for an end beyond the last entry, which torch's vmap does not take."""
+    beyond = len(args) > 4 and args[4] is not None and args[4] >= whole.shape[args[2]]
+    return (*args[:4], None, *args[5:]) if beyond else args
+
+
+def _sliced(step: ViewStep, whole: tuple[Ref, Tensor], part: tuple[Ref, Tensor]) -> Operation:
+    return _ATEN.slice_scatter.default, within((whole[0], part[0], *step.args), whole[1])
+
+
 def _split(step: ViewStep, whole: tuple[Ref, Tensor], part: tuple[Ref, Tensor]) -> Operation:
     sizes, dim = step.args[0], step.arg(1, 0)
     lengths = sizes if isinstance(sizes, tuple) else (sizes,) * step.many
@@ -97,7 +107,7 @@ _COUNTERPARTS: dict[str, Callable[[ViewStep, tuple[Ref, Tensor], tuple[Ref, Tens
     **dict.fromkeys(("transpose", "t", "_conj", "_neg_view"), _the_same),
     "view_as_real": lambda step, whole, part: (_ATEN.view_as_complex.default, (part[0],)),
     "view_as_complex": lambda step, whole, part: (_ATEN.view_as_real.default, (part[0],)),
-    "slice": _scattered(_ATEN.slice_scatter.default),
+    "slice": _sliced,
     "select": _scattered(_ATEN.select_scatter.default),
     "diagonal": _scattered(_ATEN.diagonal_scatter.default),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
