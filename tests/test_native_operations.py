@@ -43,6 +43,14 @@ def _matrix(x: Tensor) -> Tensor:
     return x.unsqueeze(2) * x.flip(-1).unsqueeze(1)
 
 
+def _lines(x: Tensor) -> Tensor:
+    return x.unsqueeze(1)
+
+
+def _image(x: Tensor) -> Tensor:
+    return x.view(-1, 1, 2, 3)
+
+
 def _whole(x: Tensor) -> Tensor:
     """A place within the row for each entry."""
     return (7 * x).long().abs() % H
@@ -181,6 +189,81 @@ PACKS: dict[str, list[Callable[[Tensor], Tensor]]] = {
             x * (_whole(x).amax(-1, keepdim=True) - _whole(x).prod(-1, keepdim=True).clamp(max=2)) + (x > 0).cumsum(-1)
         ),
     ],
+    "losses": [
+        lambda x: F.mse_loss(x, x.flip(-1), reduction="none") + F.l1_loss(x, x.flip(-1), reduction="none"),
+        lambda x: F.smooth_l1_loss(x, x.flip(-1), reduction="none", beta=0.3),
+        lambda x: F.huber_loss(x, x.flip(-1), reduction="none", delta=0.4),
+        lambda x: F.soft_margin_loss(x, x.detach().sign(), reduction="none"),
+        lambda x: F.binary_cross_entropy(x.sigmoid(), x.abs() / 2, reduction="none"),
+        lambda x: (
+            F.binary_cross_entropy((x > 0).to(x.dtype), x.detach().sigmoid(), x.detach().abs(), reduction="none") / 99
+        ),
+        lambda x: F.binary_cross_entropy_with_logits(20 * x, x.flip(-1).sigmoid(), x.detach().abs(), reduction="none"),
+        lambda x: F.binary_cross_entropy_with_logits(x, x.abs(), pos_weight=1 + x.detach().abs(), reduction="none"),
+        lambda x: x * F.cross_entropy(x, x.flip(-1).argmax(1), reduction="none").unsqueeze(1),
+        lambda x: x * F.cross_entropy(x, _whole(x)[:, 0], reduction="none", ignore_index=2).unsqueeze(1),
+        lambda x: F.nll_loss(x.view(-1, 2, 3), _whole(x)[:, :3] % 2, reduction="none").repeat(1, 2) * x,
+        lambda x: F.gaussian_nll_loss(x, x.flip(-1), x * x + 0.1, reduction="none"),
+    ],
+    "resampling": [
+        lambda x: (
+            F.pad(_lines(x), (2, 1), mode="reflect")[:, 0, 1:7] * F.pad(_lines(x), (5, 0), mode="reflect")[:, 0, :6]
+        ),
+        lambda x: F.pad(_image(x), (1, 2, 1, 0), mode="reflect").flatten(1)[:, :H],
+        lambda x: (
+            F.pad(_lines(x), (3, 1), mode="replicate")[:, 0, 2:8] + F.pad(_lines(x), (2, 1), mode="circular")[:, 0, 3:]
+        ),
+        lambda x: F.pad(_image(x), (1, 2, 0, 2), mode="replicate").flatten(1)[:, 5 : 5 + H],
+        lambda x: F.avg_pool1d(_lines(x), 3, 1, 1)[:, 0] + F.avg_pool1d(_lines(x), 2).repeat(1, 1, 2)[:, 0],
+        lambda x: F.avg_pool2d(_image(x), 2, 1, 1, count_include_pad=False).flatten(1)[:, :H],
+        lambda x: F.avg_pool2d(_image(x), (1, 2), ceil_mode=True).flatten(1)[:, :1] * x,
+        lambda x: F.avg_pool2d(_image(x), (2, 1), 1, divisor_override=3).flatten(1).repeat(1, 2),
+        lambda x: F.adaptive_avg_pool1d(_lines(x), 4)[:, 0, :3].repeat(1, 2),
+        lambda x: F.adaptive_avg_pool2d(_image(x), (1, 2)).flatten(1).repeat(1, 3),
+        lambda x: F.interpolate(_lines(x), scale_factor=2)[:, 0, 1::2] + F.interpolate(_lines(x), size=8)[:, 0, 1:7],
+        lambda x: F.interpolate(_lines(x), size=4, mode="nearest-exact")[:, 0, :1] * x,
+        lambda x: F.interpolate(_lines(x), scale_factor=1.7, mode="linear")[:, 0, 3:9],
+        lambda x: F.interpolate(_image(x), size=(3, 4), mode="bilinear", align_corners=True).flatten(1)[:, 2:8],
+        lambda x: F.interpolate(_image(x), scale_factor=(2, 3), mode="bicubic").flatten(1)[:, 4:10],
+        lambda x: F.interpolate(x.view(-1, 1, 1, 2, 3), size=(2, 3, 2), mode="trilinear").flatten(1)[:, 2:8],
+    ],
+    "windows": [
+        lambda x: F.max_pool1d(_lines(x), 3, 1, 1)[:, 0] + F.max_pool1d(_lines(x).relu(), 2).repeat(1, 1, 2)[:, 0],
+        lambda x: F.max_pool2d(_image(x), 2, 1, 1, ceil_mode=True).flatten(1)[:, 1:7],
+        lambda x: F.max_pool2d(_image(x).relu(), (1, 2), 1, (0, 1), (1, 2)).flatten(1)[:, :H].repeat(1, 2)[:, :H],
+        lambda x: F.max_pool3d(x.view(-1, 1, 1, 2, 3), (1, 2, 2), 1).flatten(1).repeat(1, 3),
+        lambda x: x * F.max_pool2d(_image(x), 2, return_indices=True)[1].flatten(1),
+        lambda x: F.adaptive_max_pool2d(_image(x), (2, 2)).flatten(1)[:, :3].repeat(1, 2),
+        lambda x: F.adaptive_max_pool1d(_lines(x), 4)[:, 0, 1:].repeat(1, 2),
+        lambda x: F.unfold(_image(x), 2, padding=1, stride=(1, 2)).flatten(1)[:, 6 : 6 + H],
+        lambda x: F.unfold(_image(x), (1, 2), dilation=(1, 2)).flatten(1)[:, :3].repeat(1, 2),
+        lambda x: F.fold(x.repeat(1, 4).view(-1, 4, 6), (3, 4), 2).flatten(1)[:, 3:9],
+        lambda x: x.unfold(1, 3, 1).sum(2).repeat(1, 2)[:, :H] * x.unfold(1, 2, 2).prod(2).repeat(1, 2),
+        lambda x: F.pixel_shuffle(x.repeat(1, 2)[:, :8].view(-1, 4, 1, 2), 2).flatten(1)[:, :H],
+        lambda x: F.pixel_unshuffle(x.repeat(1, 2)[:, :8].view(-1, 1, 2, 4), 2).flatten(1)[:, 2:8],
+        lambda x: F.channel_shuffle(x.view(-1, 6, 1, 1), 2).flatten(1),
+    ],
+    "special": [
+        lambda x: torch.lgamma(x + 1.5) + torch.digamma(x + 1.5) + torch.polygamma(1, x + 1.6) * 0.1,
+        lambda x: torch.digamma(x - 2.1) / 100 + torch.lgamma(x * x * 20 + 0.1) / 100,
+        lambda x: torch.erfinv(x * 0.9) + torch.erfinv(x / 2) * torch.special.ndtr(x),
+        lambda x: torch.special.i0(9 * x) / 1000 + torch.special.i0e(40 * x) + torch.special.i1(x),
+        lambda x: torch.special.i1e(50 * x) + torch.special.entr(x.abs()) + torch.special.xlog1py(x, x.abs()),
+        lambda x: torch.logaddexp2(x, x.flip(-1)),
+    ],
+    "algebra": [
+        lambda x: torch.linalg.cross(x.view(-1, 2, 3), x.flip(-1).view(-1, 2, 3)).flatten(1),
+        lambda x: torch.linalg.cross(x.view(-1, 3, 2), x.flip(-1)[:, :3, None] + 1, dim=1).flatten(1),
+        lambda x: torch.diag_embed(x, 1)[:, 0, 1:] + torch.diag_embed(x, -1, 1, 2).sum(1)[:, :H] * x,
+        lambda x: torch.diag_embed(x.view(-1, 2, 3), 0, 1, 3).sum(1).flatten(1)[:, :H],
+        lambda x: _matrix(x).diagonal(1, 1, 2).sum(1, keepdim=True) * x + _matrix(x).diagonal(-2, 2, 1)[:, :1],
+        lambda x: torch.aminmax(x.relu(), dim=1, keepdim=True)[0] + torch.aminmax(x, dim=-1)[1].unsqueeze(1) * x,
+        lambda x: torch.cdist(x.view(-1, 2, 3), x.flip(-1).view(-1, 2, 3)).flatten(1)[:, :3].repeat(1, 2),
+        lambda x: torch.cdist(x.view(-1, 3, 2), x.view(-1, 3, 2)).sum(2).repeat(1, 2),
+        lambda x: torch.cdist(x.view(-1, 3, 2), x.flip(-1).view(-1, 3, 2), p=1).sum(2).repeat(1, 2),
+        lambda x: torch.kthvalue(x, 2, 1, keepdim=True)[0] + x.kthvalue(4)[0].unsqueeze(1) * x,
+        lambda x: F.bilinear(x, x.flip(-1)[:, :2], torch.ones(H, H, 2, dtype=x.dtype).cumsum(1) / 9),
+    ],
 }
 
 
@@ -195,6 +278,23 @@ def test_many_operations_in_one_loop_of_c(pack, dtype):
     for B in (1, 2, 3, 5):
         x, state = torch.randn(4, B, H, dtype=dtype), 0.7 * torch.rand(B, H, dtype=dtype) - 0.4
         assert_as_reference(cell, x, state, engine="native", rnn=fast, what=f"B={B}")
+
+
+def test_gradients_pass_where_a_grid_of_32_bits_has_numbers():
+    torch.manual_seed(3)
+    cell = ManyCell([lambda x: torch.fake_quantize_per_tensor_affine(3 * x, 0.07, 1, -3, 9)])
+    x = torch.randn(5, 3, H)
+    assert decision(cell, x, "native").engine == "native"
+    assert_as_reference(cell, x, engine="native")
+
+
+def test_a_probability_beyond_one_is_left_to_torch():
+    cell = ManyCell([lambda x: F.binary_cross_entropy(x.abs(), torch.ones_like(x), reduction="none")])
+    fast, x = unrolled(cell, "native"), torch.zeros(3, 2, H)
+    assert decision(cell, x, "native").engine == "native"
+    for wrong in (2.0, float("nan")):
+        with pytest.raises(RuntimeError, match="between 0 and 1"):
+            fast(x, torch.full((2, H), wrong))
 
 
 # -- cells of the literature -----------------------------------------------------------------------------------------

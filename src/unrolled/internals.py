@@ -63,6 +63,12 @@ def watching() -> str | None:
     return f"a {foreign[0]} looks at every operation, and is to see those of the loop" if foreign else None
 
 
+def unmoded() -> AbstractContextManager[None]:
+    """A context in which no mode at all sees what is run, for what is asked of torch in the middle of a recording."""
+    guard: AbstractContextManager[None] = _python_dispatch._disable_current_modes()
+    return guard
+
+
 def _looks_on(mode: Any) -> bool:
     return type(mode).__name__ != "DeviceContext" and type(mode).__module__.partition(".")[0] != "unrolled"
 

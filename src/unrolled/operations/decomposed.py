@@ -1,7 +1,7 @@
 """Decompositions: operations that a step backward has written down as simpler ones, so that engines need to know few.
 
-The formulas are torch's own, but for those of attention, convolution and batch norm. They live in a module that torch
-does not promise to keep: where one is missing, its operation is recorded as it is, and runs on torch operations.
+The formulas are torch's own, but for those of families with files of their own. They live in a module that torch does
+not promise to keep: where one is missing, its operation is recorded as it is, and runs on torch operations.
 """
 
 from __future__ import annotations
@@ -13,15 +13,41 @@ from typing import Any
 import torch
 
 from unrolled.internals import decomposition_table
-from unrolled.operations import attention, spatial
+from unrolled.operations import (
+    attention,
+    bilinear,
+    diagonals,
+    distances,
+    losses,
+    maxima,
+    quantization,
+    resampling,
+    spatial,
+    vectors,
+    windows,
+)
 from unrolled.operations.operation import OPERATIONS, Cost, Operation, declare
 from unrolled.operations.row_rules import Rows, along
 
+_FAMILIES = (
+    attention,
+    bilinear,
+    diagonals,
+    distances,
+    losses,
+    maxima,
+    quantization,
+    resampling,
+    spatial,
+    vectors,
+    windows,
+)
 _FORMULA_ONLY = """
     silu silu_backward gelu gelu_backward mish mish_backward softplus softplus_backward elu elu_backward leaky_relu
     leaky_relu_backward hardtanh hardtanh_backward hardswish_backward log_sigmoid_backward addcmul addcdiv xlogy celu
     selu _prelu_kernel_backward logit logit_backward logaddexp sinc glu_backward native_group_norm_backward
 """
+
 
 declare(
     {
@@ -33,6 +59,7 @@ declare(
         "square": Operation(cost=Cost.LIGHT, decomposed=True),
         "logsumexp": Operation(along(1, 2), decomposed=True),
         **dict.fromkeys(("linalg_vector_norm", "norm"), Operation(along(2, 3), decomposed=True)),
+        "aminmax": Operation(along(1, 2), decomposed=True),
         "_log_softmax": Operation(along(1, default=-1), decomposed=True),
         "_log_softmax_backward_data": Operation(along(2), decomposed=True),
         "native_layer_norm": Operation(Rows.layer_norm, cost=Cost.FUSED, decomposed=True),
@@ -48,11 +75,10 @@ def _formulas() -> dict[Any, Callable[..., Any]]:
     names = [name for name, operation in OPERATIONS.items() if operation.decomposed]
     packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     overloads = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    return (
-        {overload: known[overload] for overload in overloads if overload in known}
-        | attention.FORMULAS
-        | spatial.FORMULAS
-    )
+    formulas = {overload: known[overload] for overload in overloads if overload in known}
+    for family in _FAMILIES:
+        formulas |= family.FORMULAS
+    return formulas
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from unrolled.operations.layout import RowLayout, UnsupportedError
-from unrolled.operations.nodes import Join, Scalar, View, Write, contiguous, replaced
+from unrolled.operations.nodes import Join, Scalar, Scan, View, Write, contiguous, replaced
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
 from unrolled.operations.row_rules import Rows, along
 from unrolled.operations.views import Views
@@ -141,6 +141,19 @@ class Joins(Views):
     @lowers("scalar_tensor", Operation(alike=True, cost=Cost.FUSED))
     def _full(self, op: Op) -> list[View]:
         return self._literal(op, op.args[-1])
+
+    @lowers("arange", Operation())
+    def _arange(self, op: Op) -> list[View]:
+        """Counted: a running sum of ones."""
+        known = self.values[op.outputs[0]]
+        ends = op.args
+        start, step = (ends[0] if len(ends) > 1 else 0), (ends[2] if len(ends) > 2 else 1)
+        dims, dtype = RowLayout.of(known).dims, self.checked(known.dtype)
+        kind = self.real if dtype == self.real else torch.int64
+        ones = self.compute("literal", 1, dims=dims, dtype=kind)
+        counted = self.add(Scan(dims, kind, "cumsum", ones, dims[0]))
+        steps = self.compute("mul", counted, step, dtype=kind)
+        return [self.cast(self.compute("add", steps, start - step, dtype=kind), dtype)]
 
     def _literal(self, op: Op, number: Scalar) -> list[View]:
         value = self.values[op.outputs[0]]

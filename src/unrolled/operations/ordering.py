@@ -92,6 +92,13 @@ class Ordering(Indexing, Reductions):
         view, (dim,) = self.argument(op, 0), self._dims(op, op.args[1])
         return self._with_values(op, self.places("median", view, dim, 1), dim, kept=bool(self.argument(op, 2, False)))
 
+    @lowers("kthvalue", Operation(along(2, 3, default=-1)))
+    def _kthvalue(self, op: Op) -> list[View]:
+        view, (dim,) = self.argument(op, 0), self._dims(op, self.argument(op, 2, -1))
+        places = self.places("sorted_up_apart", view, dim, view.dims[dim])
+        one = self.cut(places, dim, op.args[1] - 1, 1)
+        return self._with_values(op, one, dim, kept=bool(self.argument(op, 3, False)))
+
     # -- among sorted numbers
 
     @lowers("searchsorted", Operation(search(1, 0)))

@@ -69,12 +69,6 @@ class Rows:
         """Where the first argument has them."""
         return self.all_at(self.place(self.arg(0)))
 
-    def unreduced(self) -> list[Place]:
-        """A loss of every entry: its last argument says that it does not add them up."""
-        if self.op.args[-1] != 0:
-            raise CouplesRowsError(f"{self.op.name} adds up over the rows")
-        return self.pointwise()
-
     def pointwise(self) -> list[Place]:
         """What is done entry by entry: all that is read must have its rows in the same place."""
         rank = len(self.out())

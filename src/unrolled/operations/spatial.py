@@ -18,7 +18,7 @@ from unrolled.operations.row_rules import Place, Rows
 from unrolled.recording.program import Size
 
 
-def _in_front(rows: Rows) -> list[Place]:
+def in_front(rows: Rows) -> list[Place]:
     """What is done for each row by itself, the rows in front of all that has any."""
     for value in rows.op.inputs:
         if rows.places.get(value) not in (None, 0):
@@ -32,7 +32,7 @@ def convolution_rows(rows: Rows) -> list[Place]:
     """Row by row, by weights that are the same for all rows."""
     if any(rows.place(ref) is not None for ref in rows.op.args[1:3]):
         raise rows.refusal("has weights with rows")
-    return _in_front(rows)
+    return in_front(rows)
 
 
 def _batch_norm(grads: int, training: int) -> Callable[[Rows], list[Place]]:
@@ -66,31 +66,19 @@ def _dimensions(name: str, *counts: int) -> list[str]:
 
 
 _BY_ROW = [
-    "max_pool2d_with_indices",
-    "max_pool2d_with_indices_backward",
-    "max_pool3d_with_indices",
-    "max_pool3d_with_indices_backward",
-    *_dimensions("avg_pool{}d", 1, 2, 3),
-    *_dimensions("_adaptive_avg_pool{}d", 2, 3),
-    *_dimensions("adaptive_max_pool{}d", 2, 3),
-    *_dimensions("upsample_nearest{}d", 1, 2, 3),
-    *_dimensions("_upsample_nearest_exact{}d", 1, 2, 3),
-    *_dimensions("upsample_linear{}d", 1),
-    *_dimensions("upsample_bilinear{}d", 2),
-    *_dimensions("upsample_bicubic{}d", 2),
-    *_dimensions("upsample_trilinear{}d", 3),
     *_dimensions("_upsample_bilinear{}d_aa", 2),
     *_dimensions("_upsample_bicubic{}d_aa", 2),
-    *_dimensions("reflection_pad{}d", 1, 2, 3),
-    *_dimensions("replication_pad{}d", 1, 2, 3),
     *_dimensions("grid_sampler_{}d", 2, 3),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "affine_grid_generator"),
-    *("_cdist_forward", "_cdist_backward"),
+    *("affine_grid_generator", "avg_pool1d", "max_pool1d"),
 ]
+
+# By torch's own formulas.
+_BY_FORMULA = ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 
 declare(
     {
-        **dict.fromkeys(_BY_ROW, Operation(_in_front)),
+        **dict.fromkeys(_BY_ROW, Operation(in_front)),
+        **dict.fromkeys(_BY_FORMULA, Operation(in_front, decomposed=True)),
         "convolution_backward": Operation(convolution_rows, contracts=(0, 0, None)),
         "native_batch_norm": Operation(_batch_norm(0, 5)),
         "native_batch_norm_backward": Operation(_batch_norm(1, 7)),

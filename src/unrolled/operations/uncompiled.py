@@ -5,8 +5,7 @@ from __future__ import annotations
 from unrolled.operations.operation import Operation, declare
 from unrolled.operations.row_rules import Rows, along
 
-_ALONG_SOME = "nansum kthvalue mode"
-_LOSSES = "mse_loss binary_cross_entropy binary_cross_entropy_with_logits"
+_ALONG_SOME = "nansum mode"
 
 declare(
     {
@@ -20,6 +19,5 @@ declare(
         **dict.fromkeys(("multinomial", "_sample_dirichlet"), Operation(along(-1, default=-1))),
         **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), Operation(along(1))),
         "diagonal_scatter": Operation(Rows.diagonal_scatter),
-        **dict.fromkeys(_LOSSES.split(), Operation(Rows.unreduced)),
     }
 )

@@ -67,7 +67,9 @@ def one_file(sources: Sequence[Source]) -> str:
     (real,) = {source.real for source in sources}
     kernels = dict.fromkeys(kernel for source in sources for kernel in source.kernels)
     functions = [source.function(f"loop_{number}") for number, source in enumerate(sources)]
-    return "".join([c_text(real, "kernels.c", "places.c", "ordering.c", "ordering.c"), *kernels, *functions])
+    return "".join(
+        [c_text(real, "kernels.c", "special.c", "places.c", "ordering.c", "ordering.c"), *kernels, *functions]
+    )
 
 
 _FUNCTION = """

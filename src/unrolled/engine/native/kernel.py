@@ -196,8 +196,8 @@ class _EntryLoop:
         name, kind = self.made[node], c_type(node)
         arguments = [self._argument(argument, node) for argument in node.arguments]
         operation = OPERATIONS[node.name]
-        declined = self.memory.declined() if "{declined}" in operation.integers and node.whole_numbers else ""
         expression = operation.integers if node.whole_numbers else operation.expression
+        declined = self.memory.declined() if "{declined}" in expression else ""
         expression = expression.format(*arguments, type=kind, declined=declined)
         register = "int" if node.dtype == torch.bool else kind
         self.inside.append(f"const {register} {name} = {expression};")

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import torch
 
 from unrolled.operations.convolutions import Convolutions
-from unrolled.operations.elementwise import Arithmetic
 from unrolled.operations.layout import RowLayout, UnsupportedError
+from unrolled.operations.losses import Losses
 from unrolled.operations.nodes import Lowered
 from unrolled.operations.ordering import Ordering
+from unrolled.operations.special import Special
 from unrolled.plan.loops import LoopProgram
 
 
-class _Lowering(Arithmetic, Convolutions, Ordering):
+class _Lowering(Losses, Special, Convolutions, Ordering):
     """Lowering by the rules of all families."""
 
 

@@ -4,6 +4,12 @@
 
 INLINE void decline(int64_t *declined) { __atomic_store_n(declined, 1, __ATOMIC_RELAXED); }
 
+/* Zero, if x is a probability. */
+INLINE real probable(real x, int64_t *declined) {
+  if (!(x >= 0 && x <= 1)) decline(declined);
+  return 0;
+}
+
 /* Where index k of n lies. */
 INLINE int64_t place_of(int64_t k, int64_t n, int from_end, int64_t *declined) {
   k = from_end && k < 0 ? k + n : k;
