@@ -175,6 +175,7 @@ def test_a_state_that_grows_is_refused_by_name_and_the_remedy_runs_as_c():
         "seen = torch.arange(N) >= N - count.unsqueeze(1)",
     ):
         assert told in str(refusal.value)
+        assert told in ur.unroll(growing).plan(inputs).why
     ring.load_state_dict(growing.state_dict())
     _checked(ring, inputs, resets=False)
     state, outputs = growing.initial_state(3, dtype=F64), []

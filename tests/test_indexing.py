@@ -201,6 +201,11 @@ FAILING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scatter": lambda h, k: h.scatter(1, k, h),
     "scatter_add": lambda h, k: h.scatter_add(1, k, 2 * h),
     "rows": lambda h, k: h[torch.arange(len(h)), k[:, 0]].unsqueeze(-1),
+    "rows, put": lambda h, k: h.index_put((torch.arange(len(h)), k[:, 0]), h[:, 1]),
+    "rows, added": lambda h, k: torch.index_put(
+        h, (torch.arange(len(h)).unsqueeze(1), k), h[:, :1].expand(k.shape), accumulate=True
+    ),
+    "rows, put in place": lambda h, k: (2 * h).index_put_((torch.arange(len(h)), k[:, 1]), h[:, 0]),
     "rows of matrices": lambda h, k: h.view(-1, 2, 2)[torch.arange(len(h)), k[:, 0] // 2, k[:, 1] - 2].unsqueeze(-1),
     "table": lambda h, k: F.embedding(k[:, 0], torch.ones(4, H, dtype=h.dtype)) * h,
     "quotient": lambda h, k: h * (5 // (k - 4)),

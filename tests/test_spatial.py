@@ -113,6 +113,30 @@ def test_rows_of_any_length_keep_the_plan_and_the_numbers_of_each_row_alone(name
         assert net.ran == "eager", net.plan(inputs, lengths=LENGTHS).why
 
 
+def test_group_norm_of_images_on_the_path_runs_as_c_with_lengths():
+    torch.manual_seed(1)
+    cell = SignalCell(lambda cell, x: cell.group_norm(cell.conv(x))).double()
+    cell.group_norm = nn.GroupNorm(1, CHANNELS).double()
+    nn.init.uniform_(cell.group_norm.weight, 0.5, 2.0)
+    inputs = torch.randn(T, B, CHANNELS, PLACES, dtype=F64)
+    net = unrolled(cell, "native")
+    assert_as_reference(cell, inputs, engine="native", rnn=net)
+    batch = Batch(inputs, LENGTHS, None, None)
+    assert_match(answers(net, batch, "list"), answers(net, batch))
+    assert net.ran == "native", net.plan(inputs, lengths=LENGTHS).why
+
+
+def test_gradients_of_weights_alone_where_rows_are_coupled():
+    """The second of three results, which is done for each step by itself, is the only one that is read."""
+    torch.manual_seed(1)
+    cell = SignalCell(lambda cell, x: cell.conv(x - x.mean(0))).double()
+    cell.conv.bias = None
+    inputs = torch.randn(T, B, CHANNELS, PLACES, dtype=F64)
+    net = unrolled(cell, "eager")
+    assert_as_reference(cell, inputs, engine="eager", rnn=net)
+    assert net.ran == "eager", net.plan(inputs).why
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("options", [((1, 1), (0, 0), (1, 1), 1), ((2, 3), (1, 2), (2, 1), 2)])

@@ -18,6 +18,7 @@ from unrolled.autograd_graph import differentiable
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.cell_call import CellCall
+from unrolled.errors import UnrolledError
 from unrolled.execution.answers import OtherAnswerError
 from unrolled.execution.protocol import LoopRunner
 from unrolled.execution.run import run_plan
@@ -125,14 +126,14 @@ def refuse_failing_steps(call: CellCall, why: str) -> None:
     """Run a call on a twin of its cell.
 
     Raises:
-        FailingStepError: if that raises; it says why there is no plan.
+        FailingStepError: if that raises; it says what is wrong with the cell, or else why there is no plan.
     """
     twin = Twin(call.cell).module
     try:
         with silent(), torch.no_grad():
             reference.run(CheckedStep(twin, call.context), call.inputs, call.state, call.extent)
     except Exception as error:
-        raise FailingStepError(why) from error
+        raise FailingStepError(str(error) if isinstance(error, UnrolledError) else why) from error
 
 
 def _by_the_cell(call: CellCall) -> list[Tensor | None]:

@@ -112,12 +112,16 @@ class BatchedOps:
 
         def once(*values: Tensor) -> tuple[Tensor, ...]:
             results = run_op(op, dict(zip(entries, values, strict=True)), self.extent.batch)
-            return tuple(result for result in results if result is not None)
+            return tuple(result for v, result in zip(op.outputs, results, strict=False) if v >= 0)
 
         run = _one_by_one(once, dims) if isinstance(op.target, Custom) else torch.vmap(once, in_dims=dims)
+        made: Sequence[Entry]
         if self.sums.issuperset(v for v in op.outputs if v >= 0):
-            return [Total(total) for total in self._in_chunks(op, run, tensors, dims)]
-        return [TimeSeries(result, self.extent) for result in run(*tensors)]
+            made = [Total(total) for total in self._in_chunks(op, run, tensors, dims)]
+        else:
+            made = [TimeSeries(result, self.extent) for result in run(*tensors)]
+        left = iter(made)
+        return [next(left) if v >= 0 else made[0] for v in op.outputs]  # what nobody reads is one of the others
 
     def _in_chunks(
         self, op: Op, run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Sequence[int | None]

@@ -161,8 +161,22 @@ def batch_norm_backward(
     return of_normal * factor, of_weight, grad.sum(over) if wanted[2] else None
 
 
+def group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, places: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`aten.native_group_norm`: torch's own formula sets strides, which tells nobody where the rows are."""
+    grouped, by_channel = input.reshape([N, groups, C // groups * places]), [1, C, *[1] * (input.dim() - 2)]
+    variance, mean = torch.var_mean(grouped, [2], unbiased=False, keepdim=True)
+    factor = (variance + eps).rsqrt()
+    result = ((grouped - mean) * factor).reshape(input.shape)
+    result = result if weight is None else result * weight.view(by_channel)
+    result = result if bias is None else result + bias.view(by_channel)
+    return result, mean.view([N, groups]), factor.view([N, groups])
+
+
 FORMULAS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.convolution_backward.default: convolution_backward,
     torch.ops.aten.native_batch_norm.default: batch_norm,
     torch.ops.aten.native_batch_norm_backward.default: batch_norm_backward,
+    torch.ops.aten.native_group_norm.default: group_norm,
 }

@@ -54,8 +54,9 @@ class AlongRows:
         """`x[rows, k]`."""
         return self.flat.gather(1, self.places).reshape(self.selected).permute(self.to_there)
 
-    def written(self, value: Tensor) -> Tensor:
-        """What x is after `x[rows, k] = value`."""
+    def written(self, value: Tensor, *, added: bool = False) -> Tensor:
+        """What x is after `x[rows, k] = value`, or `+=` that counts every entry."""
         values = value.expand([self.selected[d] for d in self.to_there]).permute(self.to_here)
-        flat = self.flat.scatter(1, self.places, values.reshape(self.places.shape))
+        scatter = self.flat.scatter_add if added else self.flat.scatter
+        flat = scatter(1, self.places, values.reshape(self.places.shape))
         return flat.reshape(self.by_row.shape).permute([self.order.index(d) for d in range(len(self.order))])

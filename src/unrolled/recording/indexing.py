@@ -19,6 +19,7 @@ from unrolled.recording.along_rows import AlongRows
 from unrolled.recording.events import UnrecordableError
 
 _READ, _WRITE, _ARANGE = Tensor.__getitem__, Tensor.__setitem__, torch.arange
+_PUTS = (Tensor.index_put, torch.index_put, Tensor.index_put_, torch.index_put_)
 
 
 class FixedShapes(TorchFunctionMode):
@@ -34,6 +35,8 @@ class FixedShapes(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _WRITE:
             return self._write(*args)
+        if func in _PUTS:
+            return self._put(func, *args, **kwargs)
         result = self._read(*args) if func is _READ else func(*args, **kwargs)
         if func is _ARANGE and _from_zero(args, kwargs) and not result.dtype.is_floating_point:
             self._counting[id(result)] = result, 0
@@ -99,6 +102,15 @@ class FixedShapes(TorchFunctionMode):
             torch.ops.aten.index_put_(view, _by_dimension(found), value.to(x.dtype))
         else:
             view.copy_(rows.written(value.to(x.dtype)))
+
+    def _put(self, func: Any, x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+        """`x.index_put(indices, values)`, or into x itself; masks are left to it."""
+        found = {d: index for d, index in enumerate(indices) if index is not None}
+        rows = None if any(map(_is_mask, found.values())) else self._along_rows(x, found)
+        if rows is None:
+            return func(x, indices, values, accumulate)
+        result = rows.written(values, added=accumulate)
+        return x.copy_(result) if func in _PUTS[2:] else result
 
 
 def _from_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
