@@ -882,3 +882,45 @@ def test_arguments_of_a_function_that_have_no_gradient_stand_anywhere(engine, co
     inputs = torch.randn(4, 3, I, dtype=F64)
     assert decision(Cell(), inputs, engine).engine == engine
     assert_as_reference(Cell(), inputs, engine=engine)
+
+
+def _unseen(x: Tensor) -> Tensor:
+    y = x * 1.5
+    with torch.no_grad():
+        y[:, ::2].clamp_(min=-0.1)
+    return y
+
+
+STATISTICS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "batch norm": lambda cell, x: F.batch_norm(x, cell.a.detach(), (cell.a * cell.a).detach() + 1, cell.b, cell.a),
+    "of a count": lambda cell, x: F.batch_norm(x, (cell.a > 0).to(x.dtype), cell.b.detach().abs() + 1, cell.a, cell.b),
+    "instance norm": lambda cell, x: F.instance_norm(
+        x.unsqueeze(-1), cell.a.detach(), cell.b.detach().exp(), cell.b, cell.a, use_input_stats=False
+    ).squeeze(-1),
+}
+BESIDE_COMPLEX: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a Function": lambda cell, x: Surrogate.apply(x - 0.1) + x,
+    "a Function of several": lambda cell, x: Scaled.apply(0.5, x, "by hand", (x > 0).to(x.dtype), torch.tanh(x)),
+    "a write that autograd does not see": lambda cell, x: _unseen(x),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [*STATISTICS, *BESIDE_COMPLEX])
+def test_functions_beside_complex_numbers_and_statistics_without_gradients(engine, name):
+    class Cell(UserCell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(I, H).double()
+            self.a, self.b = nn.Parameter(torch.randn(H, dtype=F64)), nn.Parameter(torch.randn(H, dtype=F64))
+
+        def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.linear(input) + state
+            made = (STATISTICS | BESIDE_COMPLEX)[name](self, x)
+            if name in BESIDE_COMPLEX:
+                made = made + (torch.complex(made, x) * torch.exp(1j * self.a)).imag
+            return made, torch.tanh(made)
+
+    inputs, cell = torch.randn(4, 3, I, dtype=F64), Cell()
+    assert decision(cell, inputs, engine).engine == engine, decision(cell, inputs, engine).why
+    assert_as_reference(cell, inputs, engine=engine)

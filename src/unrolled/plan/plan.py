@@ -220,7 +220,7 @@ class _Planner:
         """A loop with its way back."""
         parts = inputs_in_parts(self.recorded, self.recording)
         wanted_of_step = {part for v in self.requires_grad for part in parts[v]}
-        requires_grad = self.recording.program.dependents({*wanted_of_step, *self.recording.state})
+        requires_grad = self.recording.program.with_gradient({*wanted_of_step, *self.recording.state})
         forward, widened, step = derive_backward(loop, wanted, requires_grad, self.values, ROWS)
         inputs = zip(widened.program.inputs, loop.program.inputs, strict=True)
         forward_rows, _ = find_rows(widened.program, {v: self.rows[known] for v, known in inputs if known in self.rows})

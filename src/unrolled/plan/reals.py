@@ -17,11 +17,10 @@ from torch import Tensor
 from unrolled.operations.pairs import Pair, formula_of
 from unrolled.recording.checks import at_outputs
 from unrolled.recording.events import RawProgram, UnrecordableError
-from unrolled.recording.functions import fold_functions
 from unrolled.recording.generators import generators_of
 from unrolled.recording.interpret import run_op
 from unrolled.recording.merge import merge
-from unrolled.recording.program import Custom, Op, Program, resolved
+from unrolled.recording.program import Custom, Op, Program, Ref, resolved
 from unrolled.recording.record import ROWS, Recording
 from unrolled.recording.tape import Tape
 
@@ -83,29 +82,41 @@ class _OnPairs:
             leaves = [_leaf(part) for part in in_parts([tensor])]
             numbers += [tape.add(leaf) for leaf in leaves]
             self.values[value] = Pair(*leaves) if len(leaves) > 1 else leaves[0]
-        with torch.enable_grad(), tape:
+        with torch.enable_grad():
             for op in self.program.ops:
-                self.run(op)
-            found = [self.values[v] for v in self.program.outputs]
-            results = [part for x in found for part in (x.parts if isinstance(x, Pair) else [x])]
-        outputs = [tape.number(part) for part in results]
-        fold_functions(tape)
+                self.run(op, tape)
+        found = [self.values[v] for v in self.program.outputs]
+        outputs = [tape.number(part) for x in found for part in (x.parts if isinstance(x, Pair) else [x])]
         return RawProgram(tape.tensors, numbers, tape.events, outputs)
 
-    def run(self, op: Op) -> None:
+    def run(self, op: Op, tape: Tape) -> None:
         """Run an operation."""
-        if self.is_selection(op):
-            found: Sequence[Any] = [self.stacked[op.inputs[0]][op.args[2]]]
-        elif self.is_complex(op):
-            found = self.by_formula(op)
+        if isinstance(op.target, Custom) and not self.is_complex(op):
+            found: Sequence[Any] = self.as_it_is(op, tape)
         else:
-            found = run_op(op, self.values, self.rows)
+            with tape:
+                found = self.on_parts(op)
         made = {v: result for v, result in zip(op.outputs, found, strict=False) if v >= 0}
         for value, result in made.items():
             self.check(op, value, result)
         self.values |= made
         if op.base in ("stack", "view_as_real"):
             self.remember(op)
+
+    def as_it_is(self, op: Op, tape: Tape) -> Sequence[Any]:
+        """The results of a Function of real numbers: it is an operation already, with a backward of its own."""
+        results = [_leaf(result) for result in run_op(op, self.values, self.rows)]
+        given = tuple(Ref(tape.number(tensor)) for tensor in resolved(op.args, self.values, self.rows))
+        made = tape.note(op.target, given, tuple(results))
+        for result, number in zip(results, made, strict=True):
+            tape.memory.put(result, number, own=True)
+        return results
+
+    def on_parts(self, op: Op) -> Sequence[Any]:
+        """The results of any other operation."""
+        if self.is_selection(op):
+            return [self.stacked[op.inputs[0]][op.args[2]]]
+        return self.by_formula(op) if self.is_complex(op) else run_op(op, self.values, self.rows)
 
     def by_formula(self, op: Op) -> Sequence[Any]:
         """The results of an operation on complex numbers."""

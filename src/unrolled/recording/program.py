@@ -199,6 +199,14 @@ class Program:
                 found.update(v for v in op.outputs if v >= 0)
         return found
 
+    def with_gradient(self, values: Iterable[int]) -> set[int]:
+        """These values and all that have a gradient by any of them: what is detached or counted has none."""
+        found = set(values)
+        for op in self.ops:
+            if op.base != "detach" and found.intersection(op.inputs):
+                found.update(v for v in op.outputs if v >= 0 and self.values[v].differentiable)
+        return found
+
     def made_of(self, values: Iterable[int]) -> set[int]:
         """These values and all that depend on no others, nor on chance."""
         found = set(values)
