@@ -86,6 +86,12 @@ BOUND: dict[str, Callable[..., Tensor]] = {
     "gumbel": lambda cell, h, x: F.gumbel_softmax(h) + F.gumbel_softmax(h, hard=True),
     "straight through": lambda cell, h, x: Rounded.apply(h),
     "Normal": lambda cell, h, x: torch.distributions.Normal(h, h.exp(), validate_args=False).rsample(),
+    "attention, then noise": lambda cell, h, x: (
+        F.scaled_dot_product_attention(*[torch.stack([h, x], 1).unsqueeze(1)] * 3)[:, 0, 0] + torch.rand_like(h) * h
+    ),
+    "masked attention, then dropout": lambda cell, h, x: F.dropout(
+        F.scaled_dot_product_attention(*[torch.stack([h, x], 1).unsqueeze(1)] * 3, is_causal=True)[:, 0, 1], 0.4
+    ),
     "native dropout": lambda cell, h, x: torch.native_dropout(h, 0.4, True)[0],
 }
 

@@ -39,6 +39,17 @@ def silent() -> Iterator[None]:
         yield
 
 
+def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation draws random numbers: fused attention is tagged as if it did, dropout or not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    if func is torch.ops.aten.native_dropout.default:
+        return given["train"] is not False and given["p"] > 0
+    dropout = [argument for argument in func._schema.arguments if argument.name == "dropout_p"]
+    return not dropout or bool(given.get("dropout_p", dropout[0].default_value))
+
+
 class _Own(threading.local):
     drawing = False
 
@@ -76,7 +87,7 @@ class OwnDraws(DispatchMode):
     ) -> Any:
         """Run an operation, with a generator where it draws and was given none."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or _own.drawing:
+        if _own.drawing or not draws(func, args, kwargs):
             return func(*args, **kwargs)
         _own.drawing = True  # torch does not tell one generator from another here: contexts around this one let it be
         try:

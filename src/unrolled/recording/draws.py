@@ -15,17 +15,6 @@ from torch import Tensor
 _ATEN = torch.ops.aten
 
 
-def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation draws random numbers: fused attention is tagged as if it did, dropout or not."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    if func is _ATEN.native_dropout.default:
-        return given["train"] is not False and given["p"] > 0
-    dropout = [argument for argument in func._schema.arguments if argument.name == "dropout_p"]
-    return not dropout or bool(given.get("dropout_p", dropout[0].default_value))
-
-
 def fills(func: Any) -> bool:
     """Whether an operation that draws reads of its first argument only what the result is to look like."""
     if func is _ATEN.rrelu_with_noise_.default:

@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
 from unrolled.recording.checks import WRITTEN_OUT, Asked, asks, users_line
-from unrolled.recording.draws import draws, fills, formula
+from unrolled.recording.draws import fills, formula
 from unrolled.recording.events import Events, UnrecordableError
 from unrolled.recording.functional import as_full, counterpart, note_written, refuse_if_more_is_written
 from unrolled.recording.memory import Memory, Region
 from unrolled.recording.program import Draw, Ref, refs_of
 from unrolled.recording.view_writes import ViewStep, within
+from unrolled.unseen import draws
 
 
 class GivenGenerators(TorchFunctionMode):
