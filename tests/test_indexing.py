@@ -244,6 +244,18 @@ def _with_nan(h: Tensor, k: Tensor) -> Tensor:
     return torch.where(k > 1, torch.nan, h)
 
 
+class SortedGradient(torch.autograd.Function):
+    """The state itself, whose gradient is multiplied by the places of its largest entries."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * (1 + grad.topk(2, -1)[1].sum(-1, keepdim=True))
+
+
 TIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "topk": lambda h, k: h.relu().topk(2, -1)[1].sum(-1, keepdim=True) + h.relu().topk(3, -1)[0].sum(-1, keepdim=True),
     "sort": lambda h, k: torch.cat([h.relu()] * 5, -1).sort(-1)[1][:, :H] * h,
@@ -265,6 +277,30 @@ def test_which_of_equal_numbers_comes_first_is_as_torch_has_it(name):
     found = decision(cell, x, "native")
     assert found.engine == "native", found.why
     assert_as_reference(cell, x, engine="native")
+
+
+def test_what_is_declined_is_said_to_have_run_eagerly():
+    """Ties in the forward pass; in the backward pass, whose first gradients are zeros; in neither."""
+    torch.manual_seed(5)
+    cell = Indexed(lambda h, k: SortedGradient.apply(h) + h.topk(2, -1)[0].sum(-1, keepdim=True)).double()
+    rnn, x = unrolled(cell, "native"), (torch.randn(T, B, H, dtype=F64), torch.zeros(T, B, H, dtype=torch.int64))
+    tied, apart = torch.zeros(B, H, dtype=F64), torch.randn(B, H, dtype=F64)
+    weights = torch.randn(T, B, H, dtype=F64)
+    none_at_the_end = torch.cat([weights[:-1], torch.zeros(1, B, H)])
+    for first, counted, ran in (
+        (tied, weights, ("eager", "eager")),
+        (apart, none_at_the_end, ("native", "eager")),
+        (apart, weights, ("native", "native")),
+    ):
+        outputs, _ = rnn(x, (first,))
+        ran_forward = rnn.ran
+        (outputs * counted).sum().backward()
+        assert (ran_forward, rnn.ran) == ran
+        found = [w.grad for w in cell.parameters()]
+        cell.zero_grad()
+        (unrolled(cell, "reference")(x, (first,))[0] * counted).sum().backward()
+        assert_match(found, [w.grad for w in cell.parameters()])
+        cell.zero_grad()
 
 
 @pytest.mark.parametrize("name", ["Allocation", "Feedback"])

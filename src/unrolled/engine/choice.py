@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -18,10 +17,15 @@ class Runner:
 
     Args:
         use_native: False to run all loops by the eager engine.
+
+    Attributes:
+        declined: whether the eager engine ran a loop since this was last set to False, as C has no answer for its
+            numbers.
     """
 
     def __init__(self, use_native: bool) -> None:
         self.use_native = use_native
+        self.declined = False
         self.no_compiler = ""  # why loops cannot be compiled here at all
         self._refused: dict[LoopProgram, str] = {}
 
@@ -59,7 +63,8 @@ class Runner:
         """Run all steps; see `execution.protocol.LoopRunner`."""
         on_cpu = inputs.states[0].device.type == "cpu"
         if self.use_native and on_cpu and self._emits(loop):
-            # What C has no answer for torch is asked: it raises its own error, or breaks ties as it does.
-            with contextlib.suppress(native.DeclinedError):
+            try:
                 return native.run_compiled(loop, inputs)
+            except native.DeclinedError:  # torch raises its own error for these numbers, or breaks ties as it does
+                self.declined = True
         return eager.run_loop(loop, inputs)

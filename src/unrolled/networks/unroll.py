@@ -40,7 +40,6 @@ class Unrolled(BoundedNetwork):
         cell: the cell, shared by all copies.
         batch_first: whether inputs and outputs are `[B, T, ...]`.
         reverse: whether the state is passed on from the last copy to the first.
-        ran: the engine that the latest call ran on; the reference before the first one.
         truncation: how far gradients flow back, and how often losses are taken; None for all copies.
         checkpointing: the memory budget or the schedule; None for full storage.
     """
@@ -65,7 +64,7 @@ class Unrolled(BoundedNetwork):
         super().__init__(batch_first=batch_first, horizon=horizon, stride=stride, memory=memory, checkpoint=checkpoint)
         self.cell = cell
         self.reverse = reverse
-        self.ran = "reference"
+        self._ran = "reference"
         self.run_by(engine, quiet=quiet)
 
     def run_by(self, engine: str, *, quiet: bool = False) -> None:
@@ -88,6 +87,19 @@ class Unrolled(BoundedNetwork):
     @engine.setter
     def engine(self, engine: str) -> None:
         self.run_by(engine, quiet=self._plans.quiet)
+
+    @property
+    def ran(self) -> str:
+        """The engine that the latest call ran on, in either direction; the reference before the first one.
+
+        It is the eager one where the native one declined the numbers: ties that torch breaks in an order of its own.
+        """
+        declined = any(plans.runner.declined for plans in self._all_plans())
+        return "eager" if declined and self._ran == "native" else self._ran
+
+    def _all_plans(self) -> list[PlanCache]:
+        """The plans of the cell, and those of the cell with resets if there are any."""
+        return [self._plans] if self._resetting is None else [self._plans, self._resetting[1]]
 
     def plan(
         self,
@@ -190,7 +202,9 @@ class Unrolled(BoundedNetwork):
         return plans, cell, inputs, call.layout.rows(first), context, call.extent
 
     def _run_bounded(self, run: SequenceRun, again: Callable[[], SequenceRun]) -> tuple[Tree, Tree]:
-        self.ran = run.engine
+        self._ran = run.engine
+        for plans in self._all_plans():
+            plans.runner.declined = False
         try:
             return super()._run_bounded(run, again)
         except OtherAnswerError as error:
@@ -199,8 +213,8 @@ class Unrolled(BoundedNetwork):
         if run.rewind is not None:
             run.rewind()
         results = super()._run_bounded(by_the_cell(run), lambda: by_the_cell(again()))
-        self.ran = "reference"
-        for plans in (self._plans, *(self._resetting or ())[1:]):
+        self._ran = "reference"
+        for plans in self._all_plans():
             plans.leave(other.plan, str(other))
         return results
 
