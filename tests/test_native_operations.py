@@ -182,6 +182,9 @@ PACKS: dict[str, list[Callable[[Tensor], Tensor]]] = {
         lambda x: x * (_whole(x).clamp(1, 3) + _whole(x).clamp(min=2) + torch.where(_whole(x) > 2, _whole(x), -1)) / H,
         lambda x: x * ((_whole(x) * 2654435761 + 2**53 + 1) % 10) + x * ((_whole(x) + 2**62) * 4 >> 1).sign(),
         lambda x: x * (_whole(x).int() * 2**30 + 1).sign() + x * (_whole(x).to(torch.int8) * 50 % 7),
+        lambda x: x * ((_whole(x) * 50).to(torch.uint8) >> 9) + x * ((3 - _whole(x)).int() >> 40),
+        # What an integer cannot hold.
+        lambda x: x * ((x * 1e10).int() % 7) + x * ((x * 1e30).long() % 7) + x * (x / 0).to(torch.int16),
         lambda x: (
             x * _whole(x).sum(-1, keepdim=True) / 9 + x * _whole(x).cumsum(-1) / 9 + x * _whole(x).cumprod(-1) / 9
         ),

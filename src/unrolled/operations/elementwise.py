@@ -30,6 +30,7 @@ declare(
         "literal": _c("{0}", Cost.REGISTER),
         "same": _c("{0}", Cost.REGISTER),
         "cast": _c("({type})({0})", Cost.REGISTER),
+        "cut_off": _c("({type})(sizeof({type}) < 8 ? int32_of({0}) : int64_of({0}))", Cost.REGISTER),
         "trunc_divide": _c("FN(trunc)({0} / {1})"),
     }
 )

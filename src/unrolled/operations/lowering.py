@@ -108,11 +108,12 @@ class Lowering:
 
     def cast(self, view: View, dtype: torch.dtype | None) -> View:
         """A view's entries in another dtype."""
-        if dtype in (None, view.dtype):
+        if dtype is None or dtype == view.dtype:
             return view
         if dtype == torch.bool:
             return self.compute("ne", view, 0, dtype=dtype)
-        return self.compute("cast", view, dtype=self.checked(dtype))
+        cut_off = view.dtype.is_floating_point and not dtype.is_floating_point
+        return self.compute("cut_off" if cut_off else "cast", view, dtype=self.checked(dtype))
 
     def elementwise(self, op: Op, name: str, done: Sequence[str] = ()) -> View:
         """Lower an operation that is one expression for each entry; `done` keywords have chosen the expression."""

@@ -18,6 +18,11 @@ INLINE int64_t place_of(int64_t k, int64_t n, int from_end, int64_t *declined) {
   return 0;
 }
 
+/* A floating-point number cut off, as a cast has it: what an integer cannot hold, and NaN, is the least one, as the
+   instruction that torch uses has it. C itself leaves that open. Fewer bits than these are then cut off. */
+INLINE int32_t int32_of(real x) { return x > (real)INT32_MIN - 1 && x < -(real)INT32_MIN ? (int32_t)x : INT32_MIN; }
+INLINE int64_t int64_of(real x) { return x >= (real)INT64_MIN && x < -(real)INT64_MIN ? (int64_t)x : INT64_MIN; }
+
 /* Integers wrap around. */
 
 INLINE int64_t int_add(int64_t a, int64_t b) { return (int64_t)((uint64_t)a + (uint64_t)b); }
@@ -50,7 +55,7 @@ INLINE int64_t int_shift_left(int64_t a, int64_t by, int64_t size) {
 }
 
 INLINE int64_t int_shift_right(int64_t a, int64_t by, int64_t size) {
-  return a >> (by < 0 || by >= size ? size - 1 : by);
+  return a >> (by < 0 || by >= size ? 63 : by);
 }
 
 INLINE int64_t int_power(int64_t a, int64_t e) {
