@@ -90,8 +90,7 @@ class Indexing(Views):
         dims = selection(2, {0: len(self.values[index.value].shape)})
         return [self._selected_entries(op, dims, {0: index}, from_end=False)]
 
-    @lowers("index_add", Operation(along_index))
-    @lowers("index_copy index_fill", Operation(along_index))
+    @lowers("index_add index_copy index_fill", Operation(along_index))
     def _along_index(self, op: Op) -> list[View]:
         base, have, index = self.argument(op, 0), self.layout(op), self.argument(op, 2)
         dim, source = have.dim(op.args[1], "an index"), op.args[3]

@@ -1,7 +1,7 @@
 """Integers: the C of one entry where all that an operation reads are whole numbers, and what else they need.
 
 Their arithmetic is done in 64 bits and wraps around, as torch's does; what is stored in fewer bits is cut off there.
-A division by zero is an error that torch is left to raise (see `kernels.c`, `declined`).
+A division by zero is an error that torch is left to raise (see `places.c`, `decline`).
 """
 
 from __future__ import annotations

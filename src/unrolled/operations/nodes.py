@@ -224,7 +224,7 @@ class Put(Node):
 
 @dataclass(eq=False)
 class Find(Node):
-    """Places of entries along the last dimension of a view, found by a function of C: `name` in `places.c`.
+    """Places of entries along the last dimension of a view, found by a function of C: `name` in `ordering.c`.
 
     Attributes:
         name: the function.

@@ -4,10 +4,13 @@ To add an operation, declare it in the file of its family, under torch's name wi
 
 - An element-wise one is a row of the table in `elementwise.py`: the C of one entry, and its cost. Torch's own tag says
   that it acts row by row.
-- Any other is a method of a family (`views`, `joins`, `reductions`, `products`, `indexing`, `ordering`) under the
-  decorator `lowers`, with its `Operation`. The method writes the operation in nodes; `rows` names the rule by which
-  time is folded into the batch.
+- One that moves, adds up or multiplies entries is a method of a family (`views`, `joins`, `reductions`, `products`,
+  `convolutions`, `indexing`, `ordering`) under the decorator `lowers`, with its `Operation`. The method writes the
+  operation in nodes; `rows` names the rule by which time is folded into the batch.
+- One that simpler operations compute is `decomposed`: by torch's own formula, or by one in the `FORMULAS` of a file
+  that `decomposed.py` lists.
 - One that no compiled loop does is a row in `uncompiled.py`, with its rule for the rows.
+- Of integers it is a row in `integers.py`; of complex numbers a formula under the decorator `on_pairs` (`pairs.py`).
 - A new family is a file that `__init__.py` imports, and a base of the class in `engine/native/lower.py`.
 
 An operation that is in no table is run by torch: for all steps at once if it is tagged as pointwise, else step by step.

@@ -4,30 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Protocol
 
+from unrolled.engine.native.memory import Memory
 from unrolled.engine.native.text import index, merged, nest
-from unrolled.operations.nodes import Convolution, Node, View, contiguous
-
-
-class Memory(Protocol):
-    """Where a convolution finds what it reads and writes."""
-
-    def pointer(self, node: Node, *, written: bool = False) -> str:
-        """The memory of a node."""
-        ...
-
-    def row_of(self, view: View) -> str:
-        """Where row b of a view begins."""
-        ...
-
-    def packed(self, matrix: View) -> str:
-        """A matrix in panels."""
-        ...
-
-    def convolve(self) -> str:
-        """The function of the runtime."""
-        ...
+from unrolled.operations.nodes import Convolution, contiguous
 
 
 def convolved(node: Convolution, memory: Memory) -> Iterator[str]:

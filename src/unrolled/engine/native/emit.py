@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from unrolled.engine.native.build import c_text
-from unrolled.engine.native.kernel import kernel, row_stride
+from unrolled.engine.native.kernel import kernel
 from unrolled.engine.native.lower import lower, state_buffers
+from unrolled.engine.native.memory import row_stride
 from unrolled.engine.native.schedule import Kernels
 from unrolled.engine.native.text import c_type
 from unrolled.operations.nodes import Input, Lowered, Node, Product, View

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 
+from unrolled.engine.native.memory import Memory
 from unrolled.engine.native.text import c_type, index, nest
-from unrolled.operations.nodes import At, Find, Node, Put, Take, View, contiguous
-
-
-class Memory(Protocol):
-    """Where a kernel finds what it reads and writes."""
-
-    def pointer(self, node: Node, *, written: bool = False) -> str:
-        """The memory of a node."""
-        ...
-
-    def row_of(self, view: View) -> str:
-        """Where row b of a view begins."""
-        ...
-
-    def declined(self) -> str:
-        """Where it is noted that the numbers are declined."""
-        ...
+from unrolled.operations.nodes import At, Find, Put, Take, contiguous
 
 
 def placed(node: Take | Put | Find, memory: Memory) -> Iterator[str]:
