@@ -232,6 +232,42 @@ def test_an_input_that_lies_otherwise_is_drawn_for_as_the_loop_does():
     assert rnn.ran == "native"
 
 
+def test_a_context_or_weights_that_lie_otherwise_are_drawn_for_as_the_loop_does():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images, self.matrix = (nn.Parameter(torch.randn(*n, dtype=F64)) for n in ((H, H, 2, 2), (2, H)))
+
+        def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Tensor:
+            return torch.zeros(batch_size, H, dtype=F64)
+
+        def forward(self, x: Tensor, h: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            weights = (self.images * torch.rand_like(self.images)).sum((2, 3))
+            noise = (F.dropout(context, 0.5) + torch.randn_like(context)).sum(1)
+            h = torch.tanh(x + h @ weights + noise + (self.matrix * torch.rand_like(self.matrix)).sum(0))
+            return h, h
+
+    cell, x, context = Noisy(), torch.randn(T, B, H, dtype=F64), torch.randn(B, 2, H, dtype=F64)
+    rnn, reference = ur.unroll(cell, engine="eager"), ur.unroll(cell, engine="reference")
+
+    def compare(context: Tensor, ran: str) -> None:
+        found = []
+        for network in (rnn, reference):
+            torch.manual_seed(0)
+            found.append((network(x, context=context), torch.get_rng_state()))
+        assert_match(*found)
+        assert rnn.ran == ran
+
+    for _ in range(4):  # the latest of them has a witness
+        compare(context, "eager")
+    with pytest.warns(UserWarning, match="how its arguments lie in memory"):
+        compare(context.transpose(1, 2).contiguous().transpose(1, 2), "reference")
+    cell.to(memory_format=torch.channels_last)
+    compare(context, "eager")
+    cell.matrix.data = cell.matrix.data.t().contiguous().t()
+    compare(context, "eager")
+
+
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "poisson": (lambda cell, h, x: torch.poisson(h.detach().abs()), "whose distribution depends on the state"),
     "multinomial": (

@@ -196,6 +196,39 @@ def test_a_branch_is_the_references_at_every_call(engine, made_with):
     assert [str(w.message).endswith(plan.why) for w in told] == [True]
 
 
+def test_a_branch_that_keeps_from_an_error_is_the_cells_and_errors_are_its_own():
+    class Ring(nn.Module):
+        """A memory of H places, written one after the other; `turn` says what happens at the end."""
+
+        def __init__(self, turn: bool) -> None:
+            super().__init__()
+            self.turn = turn
+
+        def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            memory, at = state
+            if (at >= H).any():
+                if not self.turn:
+                    raise OverflowError("the memory is full")
+                at = torch.where(at >= H, torch.zeros_like(at), at)
+            memory = memory.scatter(1, at.unsqueeze(1), x[:, :1])
+            return memory.gather(1, at.unsqueeze(1)) + memory, (memory, at + 1)
+
+    x, state = torch.randn(2 * H, B, I).double(), (torch.zeros(B, H).double(), torch.zeros(B, dtype=torch.long))
+    for engine in ("eager", "native"):
+        rnn = ur.unroll(Ring(turn=True), engine=engine)
+        rnn(x[:3], state)
+        assert rnn.ran == engine
+        with pytest.warns(UserWarning, match="is False where it was recorded, and going on so raised"):
+            found = rnn(x, state)
+        assert_match(found, ur.unroll(Ring(turn=True), engine="reference")(x, state))
+    rnn = ur.unroll(Ring(turn=False), engine="eager")
+    with pytest.raises(ur.CellError, match="the memory is full") as raised:
+        rnn(x, state)
+    assert isinstance(raised.value.__cause__, OverflowError)
+    rnn(x[:3], state)
+    assert rnn.ran == "eager"
+
+
 def test_a_branch_within_a_row_takes_lengths():
     def squashing(cell: Cell, x: Tensor, h: Tensor) -> tuple[Tree, Tensor]:
         if not (x.abs() < 1).all():

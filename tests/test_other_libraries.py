@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import transforms
 
 import unrolled as ur
 from matching import assert_match
@@ -427,3 +428,39 @@ def test_a_tensor_with_a_graph_out_of_reach_is_named_as_what_it_is():
     assert recorded(cell) == (
         "it cannot be copied to be recorded: it holds a tensor with a graph where it cannot be found; detach it"
     )
+
+
+class Transformed(Cell):
+    """Calls an object of torch's that has settings."""
+
+    def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(input, self.call(state))
+
+
+def normed(cell: Cell) -> Cell:
+    cell.linear = nn.utils.spectral_norm(cell.linear)
+    return cell
+
+
+def settings_of(cell: nn.Module) -> Any:
+    """What holds the settings that a test changes."""
+    return next(iter(cell.linear._forward_pre_hooks.values()), None) or cell.call
+
+
+@pytest.mark.parametrize(
+    ("made", "changed"),
+    [
+        (lambda: Transformed(call=transforms.AffineTransform(0.5, 1.0)), ("scale", 3.0)),
+        (lambda: Transformed(call=transforms.PowerTransform(torch.tensor(2.0))), ("exponent", torch.tensor(4.0))),
+        (lambda: normed(Cell()), ("dim", 1)),
+    ],
+    ids=["transform", "power", "hook"],
+)
+def test_settings_of_torchs_own_objects_are_compared(made, changed):
+    cell, x = made().eval(), inputs()
+    rnn = unrolled(cell, "eager")
+    for _ in range(4):  # the latest of them has a witness
+        rnn(x)
+    setattr(settings_of(cell), *changed)
+    assert_match(rnn(x), unrolled(cell, "reference")(x))
+    assert rnn.ran == "eager"

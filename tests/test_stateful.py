@@ -246,3 +246,87 @@ def test_an_attribute_without_tensors_is_no_state():
 def test_inside_of_a_wrapper_the_shape_is_not_known():
     with pytest.raises(ur.StateError, match="has the shape that its input gives it"):
         ur.unroll(ur.DropoutCell(ur.as_cell(Neuron(), state_attributes=("v",)), 0.5))(torch.randn(T, B, I))
+
+
+class Held(nn.Module):
+    """Starts from a buffer, which a reset, if it has one, computes from another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("v", torch.zeros(1, H, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.v + x
+        return torch.tanh(self.v)
+
+
+class Reset(Held):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = torch.zeros(1, H, dtype=F64)
+
+    def reset(self) -> None:
+        self.v = 2 * self.start
+
+
+class Listed(Reset):
+    """Starts from a number in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = [torch.zeros(1, H, dtype=F64)]
+
+    def reset(self) -> None:
+        self.v = self.start[0] - 1
+
+
+@pytest.mark.parametrize("kind", [Held, Reset, Listed])
+def test_what_a_fresh_module_has_is_read_at_every_call(kind):
+    net, x = kind(), torch.randn(T, B, H, dtype=F64)
+    rnn = ur.unroll(net, engine="eager")
+    for _ in range(4):
+        rnn(x)
+    for tensor in [net.v] if kind is Held else net.start if kind is Listed else [net.start]:
+        tensor.fill_(0.7)
+    assert_match(rnn(x)[0], by_hand(copy.deepcopy(net), x))
+    assert rnn.ran == "eager"
+
+
+def test_another_setting_may_keep_its_state_elsewhere():
+    class Double(Neuron):
+        w: Any = 0.0
+        twice = False
+
+        def reset(self) -> None:
+            self.v = self.w = 0.0
+
+        def forward(self, current: Tensor) -> Tensor:
+            self.v = 0.5 * self.v + current
+            if self.twice:
+                self.w = 0.3 * self.w + self.v
+            return torch.tanh(self.w if self.twice else self.v)
+
+    net, x = Double(), torch.randn(T, B, H, dtype=F64)
+    rnn = ur.unroll(net, engine="eager")
+    for net.twice, names in ((False, ["v"]), (True, ["v", "w"]), (False, ["v"])):
+        for _ in range(2):
+            outputs, state = rnn(x)
+            assert_match(outputs, by_hand(copy.deepcopy(net), x))
+        assert (list(state), rnn.ran) == (names, "eager")
+
+
+def test_a_start_that_is_trained_is_no_number():
+    class Learned(Held):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.ones(1, H, dtype=F64))
+
+        def reset(self) -> None:
+            self.v = self.start * 1
+
+    net, x = Learned(), torch.randn(T, B, H, dtype=F64)
+    with pytest.raises(ur.StateError, match="its reset computes it from parameters, to which no gradient would flow"):
+        ur.unroll(net)(x)
+    x.requires_grad_()
+    outputs, _ = ur.unroll(ur.as_cell(net, state_attributes=("v",)), engine="eager")(x, {"v": net.start.expand(B, H)})
+    assert_match(numbers(net, outputs, x), numbers(net, by_hand(net, x), x))

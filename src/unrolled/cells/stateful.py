@@ -20,10 +20,11 @@ class AttributeStep:
 
     Args:
         names: the attributes, by their paths: `"v"`, `"1.v"`. The state is a dict of what stands in them.
+        found: whether they were found in the module as it is, and nobody has named them.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], *, found: bool = False) -> None:
+        self.names, self.found = tuple(names), found
 
     def __call__(self, module: nn.Module, input: Tree, state: dict[str, Tree]) -> tuple[Tree, Tree]:
         """Run one step; the module is left as it was.

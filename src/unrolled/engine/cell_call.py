@@ -56,10 +56,10 @@ class CellCall:
 
     @property
     def lies_in_order(self) -> bool:
-        """Whether each step's input and the state lie in memory as they are read, as those did that were recorded."""
+        """Whether each step's input, state and context lie in memory as they are read, as those that were recorded."""
         leading = 0 if self.extent.ragged else 1
         layouts = [(x.shape[leading:], x.stride()[leading:]) for x in leaves(self.inputs)]
-        layouts += [(x.shape, x.stride()) for x in leaves(self.state)]
+        layouts += [(x.shape, x.stride()) for x in (*leaves(self.state), *leaves(self.context))]
         return all(_descend(sizes, strides) for sizes, strides in layouts)
 
     def tensors(self) -> Iterator[Tensor]:

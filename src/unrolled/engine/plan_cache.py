@@ -157,7 +157,7 @@ class PlanCache:
             if decision.plan is None:
                 return decision
             if decision.plan.draws and not call.lies_in_order:
-                why = "what it draws goes by how its input and state lie in memory, and these do not as they are read"
+                why = "what it draws goes by how its arguments lie in memory, and these do not as they are read"
                 return self._announce_once(Decision(None, "reference", f"{why}; pass them contiguous()"))
             t = decision.turns.next(call.extent.steps, always=bool(decision.open))
             if t is None:

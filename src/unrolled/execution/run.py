@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from unrolled.execution.answers import refuse_other_answers
+from unrolled.execution.answers import errors_as_other_answers, refuse_other_answers
 from unrolled.execution.batched import BatchedOps
 from unrolled.execution.loop_function import LoopUnderAutograd
 from unrolled.execution.protocol import LoopRunner
@@ -73,7 +74,8 @@ def run_plan(
         reverse=reverse,
     )
     first = in_parts(leaves(state))
-    last = stages.run(env, first)
+    with errors_as_other_answers(plan) if checked else nullcontext():
+        last = stages.run(env, first)
     if checked:
         refuse_other_answers(plan, env)
     outputs = [batched.over_time(env[plan.copies.get(v, v)], plan.rows.get(v)) for v in recording.outputs]

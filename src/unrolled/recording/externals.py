@@ -114,6 +114,7 @@ class Constant:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _made(constant: Constant) -> Tensor:
     if not constant.numbers:
         return torch.zeros(constant.shape, dtype=constant.dtype, device=constant.device)

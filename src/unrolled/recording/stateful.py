@@ -22,11 +22,14 @@ from unrolled.recording.record import Recording, samples_of
 from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, unflatten
 from unrolled.unseen import OwnDraws, silent, unseen
 
-_known: WeakKeyDictionary[nn.Module, tuple[Any, Tree]] = WeakKeyDictionary()
+_proved: WeakKeyDictionary[nn.Module, tuple[Any, TreeSpec, dict[str, Tree]]] = WeakKeyDictionary()
+"""For a cell what was proved last: its guards, the kind of input, and its state after a step."""
 
 
 def state_of_fresh(cell: AdaptedCell, input: Tree) -> Tree:
     """The state that the first copy of a stateful module receives: what the module has after its own reset.
+
+    Its numbers are read anew at every call; in which attributes it is, and in what shapes, as guards say.
 
     Args:
         cell: the module, adapted; if nobody has said in which attributes its state is, they are found and kept in it.
@@ -36,12 +39,17 @@ def state_of_fresh(cell: AdaptedCell, input: Tree) -> Tree:
         StateError: if it cannot be proved which attributes are the state, or what a fresh module has in them.
     """
     with unseen():
-        step = cell.step if isinstance(cell.step, AttributeStep) else AttributeStep(_found(cell, input))
-        cell.step = step
-        key: Any = (_guards(cell), TreeSpec.of(input))
-        if _known.get(cell, (None, None))[0] != key or key[0] is None:
-            _known[cell] = key, _started(cell.module, step, cell.display_name, input)
-    return map_leaves(Tensor.clone, _known[cell][1])
+        guards, known = _guards(cell), _proved.get(cell)
+        moved = known is None or guards is None or known[0] != guards
+        step = cell.step
+        if not isinstance(step, AttributeStep) or (step.found and moved and guards is not None):
+            step = AttributeStep(_found(cell, input), found=True)
+        at_first = _at_first(cell.module, step.names, cell.display_name)
+        if known is None or moved or known[1] != TreeSpec.of(input) or step is not cell.step:
+            after = _state_after(cell.module, step.names, at_first, cell.display_name, input)
+            cell.step = step
+            known = _proved[cell] = _guards(cell), TreeSpec.of(input), after
+    return {name: _filled(at_first[name], value) for name, value in known[2].items()}
 
 
 def _guards(cell: nn.Module) -> Any:
@@ -128,31 +136,50 @@ def _fresh_twin(module: nn.Module) -> nn.Module:
     """A copy of a module after its own reset, if it has one; `reset_mem` is snntorch's."""
     twin = twin_of(module)
     for part in twin.modules():
-        for name in ("reset", "reset_mem"):
-            if callable(getattr(part, name, None)):
-                getattr(part, name)()
-                break
+        for reset in _resets_of(part)[:1]:
+            reset()
     return twin
 
 
-def _started(module: nn.Module, step: AttributeStep, called: str, input: Tree) -> Tree:
-    """The state of a fresh module, in the shapes that it has after a step; from it the first step must be the same."""
-    twin = _fresh_twin(module)
-    before = {name: get_attribute(twin, name) for name in step.names}
+def _resets_of(part: nn.Module) -> list[Callable[[], Any]]:
+    return [way for name in ("reset", "reset_mem") if callable(way := getattr(part, name, None))]
+
+
+def _at_first(module: nn.Module, names: Sequence[str], called: str) -> dict[str, Any]:
+    """What stands in a module's attributes after its own reset, as numbers."""
+    with torch.enable_grad():
+        fresh = _fresh_twin(module) if any(map(_resets_of, module.modules())) else module
+    found = {name: get_attribute(fresh, name) for name in names}
+    computed = [x for value in found.values() for x in _tensors_of(value) if x.requires_grad and not x.is_leaf]
+    if fresh is not module and computed:
+        raise _unknown(called, names, "its reset computes it from parameters, to which no gradient would flow")
+    return found
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
     try:
-        by_itself = _outcome(twin, step.names, lambda: twin(input))
-        state = {name: _filled(before[name], by_itself[1][name]) for name in step.names}
-        other = _fresh_twin(module)
-        for name, value in state.items():
-            set_attribute(other, name, map_leaves(Tensor.clone, value))
-        same = _alike(by_itself, _outcome(other, step.names, lambda: other(input)))
+        return leaves(value)
+    except TypeError:  # a number, say
+        return []
+
+
+def _state_after(
+    module: nn.Module, names: Sequence[str], at_first: dict[str, Any], called: str, input: Tree
+) -> dict[str, Tree]:
+    """The state after a first step; from what stands there at first, in these shapes, that step must be the same."""
+    twin, other = _fresh_twin(module), _fresh_twin(module)
+    try:
+        by_itself = _outcome(twin, names, lambda: twin(input))
+        for name in names:
+            set_attribute(other, name, _filled(at_first[name], by_itself[1][name]))
+        same = _alike(by_itself, _outcome(other, names, lambda: other(input)))
     except CellError:
         raise
     except Exception as error:
-        raise _unknown(called, step.names, f"{type(error).__name__}: {error}") from error
+        raise _unknown(called, names, f"{type(error).__name__}: {error}") from error
     if not same:
-        raise _unknown(called, step.names, "its first step is another one from zeros of that shape")
-    return state
+        raise _unknown(called, names, "its first step is another one from zeros of that shape")
+    return map_leaves(Tensor.detach, by_itself[1])
 
 
 def _outcome(module: nn.Module, names: Sequence[str], call: Callable[[], Tree]) -> tuple[Tree, dict[str, Tree]]:

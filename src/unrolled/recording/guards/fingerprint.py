@@ -26,7 +26,7 @@ from unrolled.recording.guards.kinds import (
     is_function_of_torch,
     what_hooks_ask,
 )
-from unrolled.recording.guards.places import PLAIN
+from unrolled.recording.guards.places import PLAIN, kind_of
 
 
 def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
@@ -77,14 +77,16 @@ class _Freezer:
         tensors = tuple(
             [(key, self.kind(t)) for group in (module._parameters, module._buffers) for key, t in group.items()]
         )
-        return (name, type(module), plain, tensors, what_hooks_ask(module))
+        # Those that a recording may have: what they do to a weight goes by their settings.
+        hooks = self.value(tuple(getattr(module, "_forward_pre_hooks", {}).values()), "a hook")
+        return (name, type(module), plain, tensors, what_hooks_ask(module), hooks)
 
     def kind(self, tensor: Tensor | None) -> Any:
         """What of a tensor a program depends on, and which one it is: it may be held by other names."""
         if tensor is None:
             return None
         number = self.tensors.setdefault(id(tensor), len(self.tensors))
-        return (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor), number)
+        return (*kind_of(tensor), number)
 
     def value(self, value: Any, name: str) -> Any:
         if isinstance(value, PLAIN):

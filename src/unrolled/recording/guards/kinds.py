@@ -150,9 +150,14 @@ def held_by(thing: Any) -> dict[str, Any] | None:
     return {**(held or {}), **slots}
 
 
+_OPERATIONS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor), torch.jit.ScriptFunction)
+
+
 def is_function_of_torch(value: Any) -> bool:
-    """Whether an object is called like a function, and torch's."""
-    return type(value).__module__.startswith("torch.") and callable(value) and not isinstance(value, nn.Module)
+    """Whether an object is a function of torch's that has no settings."""
+    if isinstance(value, _OPERATIONS):
+        return True
+    return type(value).__module__.startswith("torch.") and callable(value) and held_by(value) is None
 
 
 def what_hooks_ask(module: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 """What stands where there is nothing."""
@@ -197,8 +198,13 @@ class KindOfTensor(Place):
     """What of a tensor a step can ask without reading its numbers."""
 
     def now(self) -> Any:
-        tensor = self.owner  # a plain tuple, as it is made at every call
-        return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
+        return kind_of(self.owner)
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What of a tensor a recording depends on, as plain values; how it lies in memory says which draw goes where."""
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return tuple(tensor.shape), strides, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
 
 
 def is_small(values: np.ndarray | np.generic) -> bool:
