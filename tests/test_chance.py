@@ -93,6 +93,9 @@ BOUND: dict[str, Callable[..., Tensor]] = {
         F.scaled_dot_product_attention(*[torch.stack([h, x], 1).unsqueeze(1)] * 3, is_causal=True)[:, 0, 1], 0.4
     ),
     "native dropout": lambda cell, h, x: torch.native_dropout(h, 0.4, True)[0],
+    "native dropout of nothing, which draws too": lambda cell, h, x: (
+        torch.native_dropout(h, 0.0, True)[0] + torch.rand_like(h)
+    ),
 }
 
 
