@@ -142,7 +142,7 @@ class Unrolled(BoundedNetwork):
             return Plan(*title, decision.engine, decision.why, schedule=schedule)
         witnessed = f"; every call has a witness, since {decision.open}" if decision.open else ""
         names = contract.state_names(self.cell)
-        lines = dict.fromkeys(each.where for each in decision.plan.reals.asked)
+        lines = dict.fromkeys(each.line for each in decision.plan.reals.asked)
         asked = f"; asked of all steps at once: {', '.join(lines)}" if lines else ""
         found = report(decision.plan, *title, decision.engine, decision.why + asked + witnessed, names)
         return replace(found, schedule=schedule)

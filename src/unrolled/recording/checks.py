@@ -7,9 +7,6 @@ check of all rows (`(x >= 0).all()`) is put on the entries before they are reduc
 
 from __future__ import annotations
 
-import sys
-import traceback
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unrolled.recording.lines import after
 from unrolled.recording.program import Custom, Op, Program, Ref, Value
 
 _ATEN = torch.ops.aten
@@ -28,15 +26,15 @@ class Asked(NamedTuple):
     Attributes:
         value: the value whose entries are all true or all false, by its number.
         answer: which of the two.
-        where: the line that asked.
+        line: of the user's code, where it asked.
     """
 
     value: int
     answer: bool
-    where: str
+    line: str
 
     def __str__(self) -> str:
-        return f"what is asked in {self.where} is {self.answer} where it was recorded"
+        return f"{after('what it asks', self.line)} is {self.answer} where it was recorded"
 
 
 def _same(one: Tensor, other: Tensor) -> Tensor | None:
@@ -62,22 +60,6 @@ def asks(func: Any, args: tuple[Any, ...]) -> bool:
     return func in WRITTEN_OUT or func in _ASSERTIONS
 
 
-def users_line(raised: types.TracebackType | None = None) -> str:
-    """The innermost line that is neither this package's nor torch's, as 'line 3 of cell.py'.
-
-    Args:
-        raised: where an error was raised; None for what runs now.
-    """
-    stack = traceback.walk_stack(sys._getframe()) if raised is None else reversed([*traceback.walk_tb(raised)])
-    lines = [(frame, line) for frame, line in stack if not _is_library(frame)]
-    frame, line = lines[0]
-    return f"line {line} of {frame.f_code.co_filename.rpartition('/')[2]}"
-
-
-def _is_library(frame: types.FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("unrolled", "torch")
-
-
 def at_outputs(program: Program, asked: Sequence[Asked]) -> tuple[Asked, ...]:
     """What is asked, of the values that are the last outputs of a program."""
     values = program.outputs[len(program.outputs) - len(asked) :]
@@ -97,7 +79,7 @@ def on_entries(program: Program, asked: Sequence[Asked]) -> tuple[Program, tuple
     """
     spreading = _Spreading(program)
     found = dict.fromkeys(
-        [Asked(*entry, each.where) for each in asked for entry in spreading.entries(each.value, each.answer)]
+        [Asked(*entry, each.line) for each in asked for entry in spreading.entries(each.value, each.answer)]
     )
     results = program.outputs[: len(program.outputs) - len(asked)]
     outputs = (*results, *(each.value for each in found))

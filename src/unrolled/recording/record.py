@@ -133,7 +133,7 @@ def record_step(
     if others != [externals, output]:
         raise UnrecordableError("it reads or returns other tensors at another batch size")
     for each, other in zip(asked, again, strict=False):
-        if (each.answer, each.where) != (other.answer, other.where):
+        if (each.answer, each.line) != (other.answer, other.line):
             raise UnrecordableError(
                 f"what it does depends on the numbers in its tensors: {each}, and not of other rows"
             )

@@ -16,10 +16,11 @@ from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from unrolled.internals import DispatchMode
-from unrolled.recording.checks import WRITTEN_OUT, Asked, asks, users_line
+from unrolled.recording.checks import WRITTEN_OUT, Asked, asks
 from unrolled.recording.draws import fills, formula
 from unrolled.recording.events import Events, UnrecordableError
 from unrolled.recording.functional import as_full, counterpart, note_written, refuse_if_more_is_written
+from unrolled.recording.lines import after
 from unrolled.recording.memory import Memory, Region
 from unrolled.recording.program import Draw, Ref, refs_of
 from unrolled.recording.view_writes import ViewStep, within
@@ -140,14 +141,14 @@ class Tape(DispatchMode):
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an operation answers that asks for True or False; the recording rests on it."""
         if self.memory.in_backward:
-            raise UnrecordableError(f"the backward of an autograd.Function asks for numbers in {users_line()}")
+            raise UnrecordableError(after("the backward of an autograd.Function asks for numbers", self._events.line))
         answer = func(*args, **kwargs)
         asked = args[0]
         if func in WRITTEN_OUT:
             with self:
                 asked = WRITTEN_OUT[func](*args, **kwargs)
         if asked is not None:
-            self.asked.append(Asked(self.number(asked), answer is not False, users_line()))
+            self.asked.append(Asked(self.number(asked), answer is not False, self._events.line))
         return answer
 
     def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
