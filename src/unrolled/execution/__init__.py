@@ -2,6 +2,7 @@
 
 In come a `StepPlan`, the cell whose tensors it reads, the tensors of a segment, and a `LoopRunner`, which is all that
 an engine has to be. Random numbers are drawn ahead of the loops (`draws`); what the steps asked of their numbers is
-looked at when all have run (`answers`). Out come the outputs and the last state, under autograd: outside of loops by ordinary operations
-on all copies at once, and through loops by an autograd Function that runs the step backward as a loop too.
+looked at when all have run (`answers`). Out come the outputs and the last state, under autograd: outside of loops by
+ordinary operations on all copies at once, and through loops by an autograd Function that runs the step backward as a
+loop too.
 """

@@ -4,6 +4,6 @@ A cell is a Python object, and what its step reads may change: in the cell (`fin
 objects outside of it (`environment`). What lies outside is found by watching one step of a copy of the cell (`twin`,
 `watch`): the code that runs names what it can read (`names`), which leads on through objects of several `kinds`
 (`reach`) to `places`, whose values are compared at every call. That nothing of a step before is read is proved by
-recording several on one twin (`scratch`). In comes a cell with arguments for a step; out comes a
-fingerprint, equal at two calls only if a plan made at one holds at the other.
+recording several on one twin (`scratch`). In comes a cell with arguments for a step; out comes a fingerprint, equal at
+two calls only if a plan made at one holds at the other.
 """
