@@ -25,8 +25,7 @@ class Source:
 
     Attributes:
         kernels: C functions that a step calls; alike kernels are one.
-        setup: the C of what a run begins with.
-        step: the C of one step.
+        parts: the C of one step, in pieces that are functions.
         real: the dtype of its numbers.
         matrices: the views of fixed values that it reads packed.
         only_packed: the positions of fixed values that it reads in no other way.
@@ -36,8 +35,7 @@ class Source:
     """
 
     kernels: tuple[str, ...]
-    setup: str
-    step: str
+    parts: tuple[str, ...]
     real: torch.dtype
     matrices: tuple[View, ...]
     only_packed: frozenset[int]
@@ -47,7 +45,11 @@ class Source:
 
     def function(self, name: str) -> str:
         """The C function that runs the loop over some rows and steps."""
-        return _FUNCTION % {"name": name, "setup": self.setup, "step": self.step}
+        # The only one becomes part of the loop again, and what it needs only once is moved out of it.
+        kind = "static" if len(self.parts) == 1 else "static NOINLINE"
+        parts = [_PART % {"kind": kind, "name": f"{name}_{n}", "body": part} for n, part in enumerate(self.parts)]
+        calls = [f"{name}_{n}({', '.join(_STEP)});" for n in range(len(self.parts))]
+        return "".join(parts) + _LOOP % {"name": name, "step": _indented(calls, 2)}
 
 
 def emit(loop: LoopProgram) -> Source:
@@ -73,11 +75,22 @@ def one_file(sources: Sequence[Source]) -> str:
     )
 
 
-_FUNCTION = """
+MOST_CALLS = 64
+"""Of kernels in one part of a step: a function with all pointers of a long one takes the compiler too long."""
+
+_STEP = "task", "number", "begin", "most", "t", "rows", "at", "skipped", "received", "passed_on"
+
+_PART = """
+%(kind)s void %(name)s(const loop_task *task, int64_t number, int64_t begin, int64_t most, int64_t t, int64_t rows,
+    int64_t at, int64_t skipped, int64_t received, int64_t passed_on) {
+  (void)number; (void)most; (void)t; (void)at; (void)skipped; (void)received; (void)passed_on;
+%(body)s
+}
+"""
+
+_LOOP = """
 void %(name)s(const loop_task *task, int64_t number) {
   const int64_t batch = task->batch, begin = task->begin, most = task->end - begin, *const offsets = task->offsets;
-  (void)most; (void)number;
-%(setup)s
   for (int64_t i = task->first; i < task->last; ++i) {
     const int64_t t = task->reverse ? task->steps - 1 - i : i;
     const int64_t alive = (offsets ? offsets[t + 1] - offsets[t] : batch) - begin, rows = alive < most ? alive : most;
@@ -87,7 +100,6 @@ void %(name)s(const loop_task *task, int64_t number) {
     /* The buffer of a state has one step more: what a step receives lies before what it passes on, or after it. */
     const int64_t early = t ? batch + (offsets ? offsets[t - 1] : at - batch) : 0, late = batch + at;
     const int64_t received = task->reverse ? late : early, passed_on = task->reverse ? early : late;
-    (void)at; (void)skipped; (void)received; (void)passed_on;
 %(step)s
   }
 }
@@ -100,6 +112,7 @@ class _Emitter:
         self.names = {node: f"n{number}" for number, node in enumerate(lowered.nodes)}
         self.functions: dict[str, None] = {}
         self.matrices: dict[View, int] = {}
+        self.places: dict[Node, int] = {}
         self.scratch = 0
         self.flops = self.weights = 0
         self.state_buffers = state_buffers(loop)
@@ -107,9 +120,9 @@ class _Emitter:
     def source(self) -> Source:
         body = [self._kernel(nodes) for nodes in self.kernels.order]
         body += [self._total(number, view) for number, view in enumerate(self.lowered.totals)]
-        setup, step = self._pointers()
-        code = tuple(self.functions), _indented(setup, 1), _indented([*step, *body], 2)
+        parts = tuple(self._part(body[n : n + MOST_CALLS]) for n in range(0, len(body), MOST_CALLS))
         matrices = tuple(self.matrices), self._only_packed("\n".join(body))
+        code = tuple(self.functions), parts
         return Source(*code, self.lowered.real, *matrices, self.scratch, self.flops, self.weights)
 
     def _only_packed(self, body: str) -> frozenset[int]:
@@ -119,42 +132,44 @@ class _Emitter:
 
     # -- memory
 
-    def _pointers(self) -> tuple[list[str], list[str]]:
-        """Pointers: those for the whole run, and those that move with t."""
-        setup: list[str] = []
-        step: list[str] = []
-        for node in self.lowered.nodes:
-            name, kind = self.names[node], c_type(node)
-            if isinstance(node, Input):
-                self._input(node, setup, step)
-            elif node in self.kernels.stored:
-                buffer = self.kernels.stored[node]
-                if buffer is not None:
-                    at = "passed_on" if buffer in self.state_buffers else "at"
-                    start = f"({kind} *)task->buffers[{buffer}] + ({at} + begin) * {node.size}"
-                    step.append(f"{kind} *const {name} = {start};")
-                else:
-                    setup.append(f"{kind} *const {name} = ({kind} *)(task->scratch + {self.scratch} * most);")
-                    self.scratch += -(-node.size * node.dtype.itemsize // 64) * 64
-        return setup, step
+    def _part(self, calls: Sequence[str]) -> str:
+        """Some calls, after the pointers that they mention."""
+        mentioned = {int(number) for call in calls for number in re.findall(r"\bn(\d+)", call)}
+        pointers = [line for number in sorted(mentioned) for line in self._pointer(self.lowered.nodes[number])]
+        return _indented([*pointers, *calls], 1)
 
-    def _input(self, node: Input, setup: list[str], step: list[str]) -> None:
+    def _pointer(self, node: Node) -> list[str]:
+        """What says where the memory of a node is, and how far apart its rows are."""
+        name, kind = self.names[node], c_type(node)
+        if isinstance(node, Input):
+            return self._input(node)
+        buffer = self.kernels.stored[node]
+        if buffer is None:
+            return [f"{kind} *const {name} = ({kind} *)(task->scratch + {self._place_of(node)} * most);"]
+        at = "passed_on" if buffer in self.state_buffers else "at"
+        return [f"{kind} *const {name} = ({kind} *)task->buffers[{buffer}] + ({at} + begin) * {node.size};"]
+
+    def _place_of(self, node: Node) -> int:
+        """Where a node's scratch memory begins, in bytes per row."""
+        if node not in self.places:
+            self.places[node] = self.scratch
+            self.scratch += -(-node.size * node.dtype.itemsize // 64) * 64
+        return self.places[node]
+
+    def _input(self, node: Input) -> list[str]:
         a, b, _ = self.loop.counts
         name, kind = self.names[node], c_type(node)
         place = {"sequence": 0, "fixed": a, "state": a + b}[node.kind] + node.position
-        base, rows = f"(const {kind} *)task->inputs[{place}]", f"task->by_row[{place}]"
-        if node.kind == "fixed":
-            at = f" + begin * {rows}" if node.rows else ""
-            setup.append(f"const {kind} *const {name} = {base}{at};")
-            setup.append(f"const int64_t {name}_row = {rows if node.rows else 0}; (void){name}; (void){name}_row;")
-        elif node.kind == "sequence":
-            setup.append(f"const int64_t {name}_row = {rows};")
-            start = f"{base} + t * task->by_step[{place}] + (skipped + begin) * {name}_row"
-            step.append(f"const {kind} *const {name} = {start};")
-        else:
-            buffer = self.state_buffers[node.position]
-            start = f"(const {kind} *)task->buffers[{buffer}] + (received + begin) * {node.size}"
-            step.append(f"const {kind} *const {name} = {start}; (void){name};")
+        if node.kind == "state":
+            base, start = f"task->buffers[{self.state_buffers[node.position]}]", f"(received + begin) * {node.size}"
+            return [f"const {kind} *const {name} = (const {kind} *){base} + {start};"]
+        start = f"begin * {name}_row"
+        if node.kind == "sequence":
+            start = f"t * task->by_step[{place}] + (skipped + begin) * {name}_row"
+        return [
+            f"const int64_t {name}_row = task->by_row[{place}];",
+            f"const {kind} *const {name} = (const {kind} *)task->inputs[{place}] + {start};",
+        ]
 
     # -- kernels
 
