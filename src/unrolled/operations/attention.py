@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from unrolled.operations.operation import Operation, declare
 from unrolled.operations.row_rules import Place, Rows
 
 
-def _rows(first: int, count: int) -> Operation:
-    """The record of an operation that reads so many tensors from the first one on, and has all rows in front."""
+def _rows(first: int, count: int) -> Callable[[Rows], list[Place]]:
+    """A rule for what reads so many tensors from the first one on, and has all rows in front."""
 
     def rule(rows: Rows) -> list[Place]:
         mask = rows.keyword("attn_mask")
@@ -29,15 +28,7 @@ def _rows(first: int, count: int) -> Operation:
             raise rows.refusal("looks at other rows")
         return rows.all_at(0)
 
-    return Operation(rule, decomposed=True)
-
-
-declare(
-    {
-        "_scaled_dot_product_flash_attention_for_cpu": _rows(0, 3),
-        "_scaled_dot_product_flash_attention_for_cpu_backward": _rows(0, 6),
-    }
-)
+    return rule
 
 
 def attention(
@@ -127,7 +118,9 @@ def _added_up(grad: Tensor, x: Tensor) -> Tensor:
     return grad if many == 1 else grad.reshape(B, heads, many, S, E).sum(2)
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
-}
+declare(
+    {
+        "_scaled_dot_product_flash_attention_for_cpu": Operation(_rows(0, 3), formula=attention),
+        "_scaled_dot_product_flash_attention_for_cpu_backward": Operation(_rows(0, 6), formula=attention_backward),
+    }
+)

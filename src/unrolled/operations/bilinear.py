@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -22,9 +22,6 @@ def _rows(rows: Rows) -> list[Place]:
     if 0 not in of_none:
         raise rows.refusal("has weights for each row")
     return [0]
-
-
-declare({"_trilinear": Operation(_rows, decomposed=True)})
 
 
 def trilinear(
@@ -63,4 +60,4 @@ def _unsqueezed(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {torch.ops.aten._trilinear.default: trilinear}
+declare({"_trilinear": Operation(_rows, formula=trilinear)})

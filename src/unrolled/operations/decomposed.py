@@ -1,6 +1,6 @@
 """Decompositions: operations that a step backward has written down as simpler ones, so that engines need to know few.
 
-The formulas are torch's own, but for those of families with files of their own. They live in a module that torch does
+The formulas are torch's own where an operation does not have one in its record. Torch's live in a module that it does
 not promise to keep: where one is missing, its operation is recorded as it is, and runs on torch operations.
 """
 
@@ -13,35 +13,9 @@ from typing import Any
 import torch
 
 from unrolled.internals import decomposition_table
-from unrolled.operations import (
-    attention,
-    bilinear,
-    diagonals,
-    distances,
-    losses,
-    maxima,
-    quantization,
-    resampling,
-    spatial,
-    vectors,
-    windows,
-)
 from unrolled.operations.operation import OPERATIONS, Cost, Operation, declare
 from unrolled.operations.row_rules import Rows, along
 
-_FAMILIES = (
-    attention,
-    bilinear,
-    diagonals,
-    distances,
-    losses,
-    maxima,
-    quantization,
-    resampling,
-    spatial,
-    vectors,
-    windows,
-)
 _FORMULA_ONLY = """
     silu silu_backward gelu gelu_backward mish mish_backward softplus softplus_backward elu elu_backward leaky_relu
     leaky_relu_backward hardtanh hardtanh_backward hardswish_backward log_sigmoid_backward addcmul addcdiv xlogy celu
@@ -64,7 +38,6 @@ declare(
         "_log_softmax_backward_data": Operation(along(2), decomposed=True),
         "native_layer_norm": Operation(Rows.layer_norm, cost=Cost.FUSED, decomposed=True),
         "native_layer_norm_backward": Operation(Rows.layer_norm_backward, decomposed=True),
-        "native_group_norm": Operation(Rows.group_norm, decomposed=True),
     }
 )
 
@@ -72,13 +45,13 @@ declare(
 @cache
 def _formulas() -> dict[Any, Callable[..., Any]]:
     known = decomposition_table()
-    names = [name for name, operation in OPERATIONS.items() if operation.decomposed]
+    names = [name for name, operation in OPERATIONS.items() if operation.decomposed or operation.formula]
     packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     overloads = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    formulas = {overload: known[overload] for overload in overloads if overload in known}
-    for family in _FAMILIES:
-        formulas |= family.FORMULAS
-    return formulas
+    own = {name: operation.formula for name, operation in OPERATIONS.items() if operation.formula is not None}
+    return {overload: known[overload] for overload in overloads if overload in known} | {
+        getattr(torch.ops.aten, name).default: formula for name, formula in own.items()
+    }
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +22,6 @@ def _rows(first: int) -> Callable[[Rows], list[Place]]:
         return [[d for d in range(rank) if d not in new][place]]
 
     return rule
-
-
-declare(
-    {
-        "diag_embed": Operation(_rows(2), decomposed=True),
-        "diagonal_backward": Operation(_rows(3), decomposed=True),
-    }
-)
 
 
 def diag_embed(x: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
@@ -56,7 +47,9 @@ def _on_diagonal(x: Tensor, down: int, across: int, offset: int, dim1: int, dim2
     return matrices.permute([order.index(d) for d in range(rank)])
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.diag_embed.default: diag_embed,
-    torch.ops.aten.diagonal_backward.default: diagonal_backward,
-}
+declare(
+    {
+        "diag_embed": Operation(_rows(2), formula=diag_embed),
+        "diagonal_backward": Operation(_rows(3), formula=diagonal_backward),
+    }
+)

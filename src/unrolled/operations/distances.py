@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +18,6 @@ def _shortened(rows: Rows) -> list[Place]:
     if place != rows.arg(2) % len(rows.out()):
         raise rows.refusal("takes a length over the rows")
     return [place]
-
-
-declare(
-    {
-        **dict.fromkeys(("_cdist_forward", "_cdist_backward"), Operation(in_front, decomposed=True)),
-        "renorm": Operation(_shortened, decomposed=True),
-    }
-)
 
 
 def cdist(x: Tensor, y: Tensor, p: float, compute_mode: int | None) -> Any:
@@ -48,7 +39,10 @@ def cdist_backward(grad: Tensor, x: Tensor, y: Tensor, p: float, distance: Tenso
     return (factor.unsqueeze(-1) * apart).sum(-2)
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten._cdist_forward.default: cdist,
-    torch.ops.aten._cdist_backward.default: cdist_backward,
-}
+declare(
+    {
+        "_cdist_forward": Operation(in_front, formula=cdist),
+        "_cdist_backward": Operation(in_front, formula=cdist_backward),
+        "renorm": Operation(_shortened, decomposed=True),
+    }
+)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unrolled.operations.elementwise import Arithmetic
@@ -48,26 +47,6 @@ def _loss(reduction: int) -> Operation:
     return Operation(_unreduced(reduction), decomposed=True)
 
 
-declare(
-    {
-        **dict.fromkeys(("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"), _loss(2)),
-        **dict.fromkeys(
-            ("mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward", "soft_margin_loss_backward"),
-            _loss(3),
-        ),
-        "binary_cross_entropy_with_logits": _loss(4),
-        "binary_cross_entropy_backward": _loss(4),
-        **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), Operation(_of_classes(2, 3), decomposed=True)),
-        **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), Operation(_of_classes(3, 4), decomposed=True)),
-        # An expression that only nodes have: minus the logarithms, no less than -100, of a probability and its rest.
-        "surprise": Operation(
-            expression="probable({0}, {declined}) + ({1} - 1) * ur_clamp(ur_log1p(-{0}), -100, NAN) "
-            "- {1} * ur_clamp(ur_log({0}), -100, NAN)"
-        ),
-    }
-)
-
-
 def cross_entropy_of_logits(
     x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
 ) -> Any:
@@ -80,9 +59,24 @@ def cross_entropy_of_logits(
     return loss if weight is None else loss * weight
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.binary_cross_entropy_with_logits.default: cross_entropy_of_logits
-}
+declare(
+    {
+        **dict.fromkeys(("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"), _loss(2)),
+        **dict.fromkeys(
+            ("mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward", "soft_margin_loss_backward"),
+            _loss(3),
+        ),
+        "binary_cross_entropy_with_logits": Operation(_unreduced(4), formula=cross_entropy_of_logits),
+        "binary_cross_entropy_backward": _loss(4),
+        **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), Operation(_of_classes(2, 3), decomposed=True)),
+        **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), Operation(_of_classes(3, 4), decomposed=True)),
+        # An expression that only nodes have: minus the logarithms, no less than -100, of a probability and its rest.
+        "surprise": Operation(
+            expression="probable({0}, {declined}) + ({1} - 1) * ur_clamp(ur_log1p(-{0}), -100, NAN) "
+            "- {1} * ur_clamp(ur_log({0}), -100, NAN)"
+        ),
+    }
+)
 
 
 class Losses(Arithmetic):

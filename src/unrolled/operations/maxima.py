@@ -99,8 +99,4 @@ _NAMED: dict[str, Callable[..., Any]] = {
     **{f"adaptive_max_pool{n}d_backward": _backward(n) for n in (2, 3)},
 }
 
-declare(dict.fromkeys(_NAMED, Operation(in_front, decomposed=True)))
-
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    getattr(torch.ops.aten, name).default: formula for name, formula in _NAMED.items()
-}
+declare({name: Operation(in_front, formula=formula) for name, formula in _NAMED.items()})

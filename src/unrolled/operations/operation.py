@@ -7,8 +7,7 @@ To add an operation, declare it in the file of its family, under torch's name wi
 - One that moves, adds up or multiplies entries is a method of a family (`views`, `joins`, `reductions`, `products`,
   `convolutions`, `indexing`, `ordering`) under the decorator `lowers`, with its `Operation`. The method writes the
   operation in nodes; `rows` names the rule by which time is folded into the batch.
-- One that simpler operations compute is `decomposed`: by torch's own formula, or by one in the `FORMULAS` of a file
-  that `decomposed.py` lists.
+- One that simpler operations compute has a `formula`, a function of tensors, or is `decomposed` by torch's own.
 - One that no compiled loop does is a row in `uncompiled.py`, with its rule for the rows.
 - Of integers it is a row in `integers.py`; of complex numbers a formula under the decorator `on_pairs` (`pairs.py`).
 - A new family is a file that `__init__.py` imports, and a base of the class in `engine/native/lower.py`.
@@ -70,6 +69,8 @@ class Operation:
         factors: of a product, the positions of its factors among the arguments.
         moves: whether it does no arithmetic, only moves entries or repeats them.
         decomposed: whether a step backward is recorded with torch's formula of simpler operations in its place.
+        formula: such a formula where it is not torch's: it takes what the operation takes, in torch's default overload,
+            and may return NotImplemented.
         expression: of an element-wise operation, the C of one entry, with `{0}`, `{1}`, ... for the arguments.
         integers: likewise where all that it reads are integers; empty where it is not for them.
         keywords: keyword arguments that follow the positional ones in the expression, with their defaults.
@@ -86,6 +87,7 @@ class Operation:
     factors: tuple[int, int] | None = None
     moves: bool = False
     decomposed: bool = False
+    formula: Callable[..., Any] | None = None
     expression: str = ""
     integers: str = ""
     keywords: tuple[tuple[str, Any], ...] = ()

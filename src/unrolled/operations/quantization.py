@@ -7,7 +7,6 @@ number becomes the lowest one.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,6 @@ from torch import Tensor
 
 from unrolled.operations.operation import Operation, declare
 from unrolled.operations.row_rules import Rows
-
-_OF_NUMBERS = "fake_quantize_per_tensor_affine_cachemask"
-
-declare({_OF_NUMBERS: Operation(Rows.first, decomposed=True)})
 
 
 def _float(number: float) -> float:
@@ -36,4 +31,4 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int)
     return (inside - zero_point) * scale, (grid >= low) & (grid <= high)
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {getattr(torch.ops.aten, _OF_NUMBERS).default: fake_quantize}
+declare({"fake_quantize_per_tensor_affine_cachemask": Operation(Rows.first, formula=fake_quantize)})

@@ -188,6 +188,4 @@ _NAMED: dict[str, Callable[..., Any]] = {
     **{f"_adaptive_avg_pool{n}d_backward": _adaptive_backward(n) for n in (2, 3)},
 }
 
-declare(dict.fromkeys(_NAMED, Operation(in_front, decomposed=True)))
-
-FORMULAS: dict[Any, Callable[..., Any]] = {getattr(_ATEN, name).default: formula for name, formula in _NAMED.items()}
+declare({name: Operation(in_front, formula=formula) for name, formula in _NAMED.items()})

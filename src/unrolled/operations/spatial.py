@@ -75,16 +75,6 @@ _BY_ROW = [
 # By torch's own formulas.
 _BY_FORMULA = ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 
-declare(
-    {
-        **dict.fromkeys(_BY_ROW, Operation(in_front)),
-        **dict.fromkeys(_BY_FORMULA, Operation(in_front, decomposed=True)),
-        "convolution_backward": Operation(convolution_rows, contracts=(0, 0, None)),
-        "native_batch_norm": Operation(_batch_norm(0, 5)),
-        "native_batch_norm_backward": Operation(_batch_norm(1, 7)),
-    }
-)
-
 
 def convolution_backward(
     grad: Tensor,
@@ -174,9 +164,13 @@ def group_norm(
     return result, mean.view([N, groups]), factor.view([N, groups])
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.convolution_backward.default: convolution_backward,
-    torch.ops.aten.native_batch_norm.default: batch_norm,
-    torch.ops.aten.native_batch_norm_backward.default: batch_norm_backward,
-    torch.ops.aten.native_group_norm.default: group_norm,
-}
+declare(
+    {
+        **dict.fromkeys(_BY_ROW, Operation(in_front)),
+        **dict.fromkeys(_BY_FORMULA, Operation(in_front, decomposed=True)),
+        "convolution_backward": Operation(convolution_rows, contracts=(0, 0, None), formula=convolution_backward),
+        "native_batch_norm": Operation(_batch_norm(0, 5), formula=batch_norm),
+        "native_batch_norm_backward": Operation(_batch_norm(1, 7), formula=batch_norm_backward),
+        "native_group_norm": Operation(Rows.group_norm, formula=group_norm),
+    }
+)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,9 +16,6 @@ def _rows(rows: Rows) -> list[Place]:
     return places
 
 
-declare({"linalg_cross": Operation(_rows, decomposed=True)})
-
-
 def cross(a: Tensor, b: Tensor, *, dim: int = -1) -> Tensor:
     """`aten.linalg_cross`: of `[..., 3, ...]`, which broadcast."""
     x, y = ([_part(v, dim, i) for i in range(3)] for v in (a, b))
@@ -33,4 +27,4 @@ def _part(x: Tensor, dim: int, place: int) -> Tensor:
     return part
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {torch.ops.aten.linalg_cross.default: cross}
+declare({"linalg_cross": Operation(_rows, formula=cross)})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +17,6 @@ def _rows(rows: Rows) -> list[Place]:
     if place is None or place in (rank, rows.arg(2) % rank):
         raise rows.refusal("works along the rows")
     return [place]
-
-
-declare(
-    {
-        "unfold_backward": Operation(_rows, decomposed=True),
-        **dict.fromkeys(("im2col", "col2im"), Operation(in_front, decomposed=True)),
-    }
-)
 
 
 def unfold_backward(grad: Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
@@ -79,8 +70,10 @@ def _added_up(x: Tensor, within: int, along: int, size: int, dilation: int, step
     return sum(parts[1:], parts[0])
 
 
-FORMULAS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.unfold_backward.default: unfold_backward,
-    torch.ops.aten.im2col.default: im2col,
-    torch.ops.aten.col2im.default: col2im,
-}
+declare(
+    {
+        "unfold_backward": Operation(_rows, formula=unfold_backward),
+        "im2col": Operation(in_front, formula=im2col),
+        "col2im": Operation(in_front, formula=col2im),
+    }
+)
