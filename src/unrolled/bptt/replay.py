@@ -50,10 +50,11 @@ class AmbientState:
 
     def seed(self, random: RandomState) -> None:
         """Set the generators back."""
-        torch.set_rng_state(random[0])
-        for device, state in zip(self._cuda, random[1:], strict=False):
+        (cpu, *cuda), by_hand = random[: 1 + len(self._cuda)], random[1 + len(self._cuda) :]
+        torch.set_rng_state(cpu)
+        for device, state in zip(self._cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
-        self._set_by_hand(random[1 + len(self._cuda) :])
+        self._set_by_hand(by_hand)
 
     def _set_by_hand(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self._by_hand, states, strict=True):

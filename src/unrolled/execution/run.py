@@ -19,6 +19,7 @@ from unrolled.plan.plan import StepPlan
 from unrolled.plan.reals import in_parts
 from unrolled.recording.generators import bound
 from unrolled.recording.program import Value
+from unrolled.recording.record import Recording
 from unrolled.trees import Tree, leaves, unflatten
 
 
@@ -53,15 +54,9 @@ def run_plan(
     Raises:
         OtherAnswerError: if a step gives another answer to what it asks than was recorded.
     """
-    recording = plan.reals
-    sequences = in_parts(leaves(inputs))
-    fold = 0 if extent.ragged else None
-    env: dict[int, Entry] = {
-        v: TimeSeries(leaf, extent, fold) for v, leaf in zip(recording.inputs, sequences, strict=True)
-    }
-    context_leaves = [] if context is None else in_parts(leaves(context))
-    externals = [external.fetch(cell) for external in recording.externals]
-    env.update(zip(recording.fixed, [*context_leaves, *externals], strict=True))
+    recording, first = plan.reals, in_parts(leaves(state))
+    env = _given(recording, cell, inputs, context, extent)
+    given = [*first, *(entry.tensor if isinstance(entry, TimeSeries) else entry for entry in env.values())]
     batched = BatchedOps(bound(recording.program, cell), plan.rows, plan.coupled, extent, affine=runner.affine)
     stages = SegmentStages(
         stages=plan.stages,
@@ -73,7 +68,6 @@ def run_plan(
         read=plan.read,
         reverse=reverse,
     )
-    first = in_parts(leaves(state))
     with errors_as_other_answers(plan) if checked else nullcontext():
         last = stages.run(env, first)
     if checked:
@@ -82,9 +76,18 @@ def run_plan(
     ends = [plan.recording.program.values[v] for v in (*plan.recording.outputs, *plan.recording.next_state)]
     copies = [v in plan.copies for v in recording.outputs] + [True] * len(last)
     tensors, own = zip(*_joined(zip([*outputs, *last], copies, strict=True), ends), strict=True)
-    results = list(_owned_by_caller(tensors, own, [*sequences, *first, *context_leaves, *externals]))
+    results = list(_owned_by_caller(tensors, own, given))
     many = len(plan.recording.outputs)
     return unflatten(recording.structures[3], results[:many]), unflatten(recording.structures[1], results[many:])
+
+
+def _given(recording: Recording, cell: nn.Module, inputs: Tree, context: Tree, extent: Extent) -> dict[int, Entry]:
+    """What a step reads and does not make, but for its state, by the values of its program."""
+    fold = 0 if extent.ragged else None
+    sequences = [TimeSeries(leaf, extent, fold) for leaf in in_parts(leaves(inputs))]
+    fixed = [] if context is None else in_parts(leaves(context))
+    fixed += [external.fetch(cell) for external in recording.externals]
+    return dict(zip((*recording.inputs, *recording.fixed), [*sequences, *fixed], strict=True))
 
 
 def _joined(parts: Iterator[tuple[Tensor, bool]], ends: Sequence[Value]) -> Iterator[tuple[Tensor, bool]]:

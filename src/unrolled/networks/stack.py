@@ -88,8 +88,8 @@ class Stack(BoundedNetwork, Layered):
         batch_first: whether inputs and outputs are `[B, T, ...]`.
         horizon: as in `unroll`; all layers are cut at one place.
         stride: as in `unroll`.
-        memory: as in `unroll`; all layers run within a segment.
-        checkpoint: as in `unroll`.
+        memory: as in `unroll`; all layers run within a segment, and so draw random numbers segment by segment.
+        checkpoint: as in `unroll`; one and the same schedule has every engine draw the same numbers.
 
     Raises:
         OptionError: for no layer, one that is batch-first, a dropout that is no probability, sizes that do not fit, or
@@ -229,8 +229,8 @@ def stack(
         engine: as in `unroll`.
         horizon: as in `unroll`; all layers are cut at one place.
         stride: as in `unroll`.
-        memory: as in `unroll`; all layers run within a segment.
-        checkpoint: as in `unroll`.
+        memory: as in `unroll`; all layers run within a segment, and so draw random numbers segment by segment.
+        checkpoint: as in `unroll`; one and the same schedule has every engine draw the same numbers.
 
     Returns:
         A module: `outputs, states = rnn(inputs, states=None, lengths=None, resets=None, context=None)`; states is a
