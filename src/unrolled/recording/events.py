@@ -19,6 +19,11 @@ class IrreversibleError(UnrecordableError):
     """A step that does something which cannot be put back: it is not even tried."""
 
 
+def depends_on_numbers(how: str) -> UnrecordableError:
+    """The refusal of a step that goes another way with other numbers, which a program cannot."""
+    return UnrecordableError(f"what it does depends on the numbers in its tensors: {how}")
+
+
 @dataclass(frozen=True)
 class Event(Op):
     """One operation as it ran, its tensors replaced by the numbers of values.

@@ -14,7 +14,7 @@ from unrolled.autograd_graph import differentiable
 from unrolled.cells.base import shown_path
 from unrolled.internals import has_memory, watching
 from unrolled.recording.checks import Asked, at_outputs, on_entries
-from unrolled.recording.events import RawProgram, UnrecordableError, needed
+from unrolled.recording.events import RawProgram, UnrecordableError, depends_on_numbers, needed
 from unrolled.recording.externals import Constant, Found, OutsideTensor, held_tensors
 from unrolled.recording.functions import fold_functions
 from unrolled.recording.fused_layers import UnfusedLayers
@@ -134,9 +134,7 @@ def record_step(
         raise UnrecordableError("it reads or returns other tensors at another batch size")
     for each, other in zip(asked, again, strict=False):
         if (each.answer, each.line) != (other.answer, other.line):
-            raise UnrecordableError(
-                f"what it does depends on the numbers in its tensors: {each}, and not of other rows"
-            )
+            raise depends_on_numbers(f"{each}, and not of other rows")
     input, state, context = flatten(samples[0])[1].children
     a, b, c = (len(leaves(tree)) for tree in samples[0])
     program = merge(first, second, ROWS)

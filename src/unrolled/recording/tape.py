@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from unrolled.internals import DispatchMode
 from unrolled.recording.checks import WRITTEN_OUT, Asked, asks
 from unrolled.recording.draws import fills, formula
-from unrolled.recording.events import Events, UnrecordableError
+from unrolled.recording.events import Events, UnrecordableError, depends_on_numbers
 from unrolled.recording.functional import as_full, counterpart, note_written, refuse_if_more_is_written
 from unrolled.recording.lines import after
 from unrolled.recording.memory import Memory, Region
@@ -259,13 +259,12 @@ class Tape(DispatchMode):
     @staticmethod
     def _refuse_unrecordable(func: Any, args: tuple[Any, ...]) -> None:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise UnrecordableError(
-                "what it does depends on the numbers in its tensors: it takes one of them out, by item(), "
-                "int() or float(); leave it in the tensor, which may be compared"
+            raise depends_on_numbers(
+                "it takes one of them out, by item(), int() or float(); leave it in the tensor, which may be compared"
             )
         dynamic = torch.Tag.dynamic_output_shape in func.tags and not _by_index(func, args)
         if torch.Tag.data_dependent_output in func.tags or dynamic:
-            raise UnrecordableError(f"what it does depends on the numbers in its tensors ({func})")
+            raise depends_on_numbers(str(func))
 
 
 _ATEN = torch.ops.aten

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unrolled.recording.events import UnrecordableError
+from unrolled.recording.events import UnrecordableError, depends_on_numbers
 
 
 class NumbersStayUnread(TorchFunctionMode):
@@ -99,10 +99,7 @@ def _comparison(name: str) -> Callable[[_Item, Any], bool]:
 
 
 def _computes(how: str) -> UnrecordableError:
-    return UnrecordableError(
-        f"what it does depends on the numbers in its tensors: it computes with what item() gives ({how}); leave it in "
-        "the tensor"
-    )
+    return depends_on_numbers(f"it computes with what item() gives ({how}); leave it in the tensor")
 
 
 def _refusal(name: str) -> Callable[..., Any]:
