@@ -32,9 +32,9 @@ processors: .venv/.installed-test
 	ATEN_CPU_CAPABILITY=default UNROLLED_CFLAGS=-march=x86-64-v2 \
 	$(BIN)/pytest -n 2 $(KERNELS) tests/test_checkpointed.py tests/test_more_cells.py
 	ATEN_CPU_CAPABILITY=avx2 UNROLLED_CFLAGS=-march=x86-64-v3 UNROLLED_THREADS=2 \
-	$(BIN)/pytest $(KERNELS) tests/test_checkpointed.py -k "not checkpointed or promised or budget"
+	$(BIN)/pytest -n 2 $(KERNELS) tests/test_checkpointed.py -k "not checkpointed or promised or budget"
 	! grep -qw avx512f /proc/cpuinfo || \
-	UNROLLED_CFLAGS=-march=x86-64-v4 UNROLLED_THREADS=2 $(BIN)/pytest $(KERNELS)
+	UNROLLED_CFLAGS=-march=x86-64-v4 UNROLLED_THREADS=2 $(BIN)/pytest -n 2 $(KERNELS)
 
 # The whole suite on the oldest and on the newest torch that are supported, each in an environment of its own.
 matrix: matrix-2.10.0 matrix-2.14.1

@@ -18,11 +18,11 @@ NETWORKS = {
     ),
     "stack": (
         lambda: ur.stack([ur.GRUCell(3, 4)]),
-        OPTIONS | BOUNDS | {"layers", "dropout", "parts", "networks"},
+        OPTIONS | BOUNDS | {"layers", "dropout", "parts", "networks", "plan"},
     ),
     "Bidirectional": (
         lambda: ur.Bidirectional(ur.GRUCell(3, 4), ur.GRUCell(3, 4)),
-        OPTIONS | {"forwards", "backwards", "parts", "networks"},
+        OPTIONS | {"forwards", "backwards", "parts", "networks", "plan"},
     ),
     "RNN": (lambda: ur.RNN(3, 4), LAYER | WEIGHTS | {"nonlinearity"}),
     "LSTM": (lambda: ur.LSTM(3, 4), LAYER | WEIGHTS),
