@@ -23,7 +23,6 @@ LENGTHS = [4, 0, 2]
 RESETS = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
 
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "max-pool and upsample": ("eager", "the native engine does not emit max_pool2d_with_indices"),
     "Kalman filter": ("eager", "the native engine does not emit _linalg_solve_ex"),
 }
 """For each cell that is not compiled its engine, and what its plan says."""
