@@ -114,7 +114,7 @@ class HyperLSTM(FromZeros):
         zh, zx, zb = (features(small_h).chunk(4, -1) for features in self.features)
         gates = []
         for k in range(4):
-            dh, dx, db = (scale(z[k]) for scale, z in zip(self.scales[3 * k : 3 * k + 3], (zh, zx, zb), strict=True))
+            dh, dx, db = (self.scales[3 * k + n](z[k]) for n, z in enumerate((zh, zx, zb)))
             y = dh * torch.einsum("ij,bj->bi", self.by_h[k], h) + dx * torch.einsum("ij,bj->bi", self.by_x[k], x) + db
             gates.append(self.norms[k](y))
         i, f, g, o = gates
