@@ -167,9 +167,7 @@ class Unrolled(BoundedNetwork):
     def _first_state(self, call: Call) -> Tree:
         cell, batch = self.cell, call.layout.batch
         contract.check_context(cell, call.context, batch)
-        state = own_state(cell, call) if call.state is None else call.state
-        if call.state is not None:
-            contract.check_state(cell, state, call.steps, batch)
+        state = starting_state(cell, call)
         if call.layout.by_length:
             contract.refuse_without_rows(cell, state, batch, "lengths")
             rows = call.layout.rows(state), call.layout.rows(call.context)
@@ -228,11 +226,11 @@ class Unrolled(BoundedNetwork):
         return f"Unrolled[{contract.name_of(self.cell)}]"
 
 
-def own_state(cell: nn.Module, call: Call) -> Tree:
-    """The state that a cell makes itself for a call."""
-    if isinstance(cell, AdaptedCell) and cell.starts_from_input:
+def starting_state(cell: nn.Module, call: Call) -> Tree:
+    """As `contract.starting_state`; of a stateful module, what a fresh one has for the call's first input."""
+    if call.state is None and isinstance(cell, AdaptedCell) and cell.starts_from_input:
         return state_of_fresh(cell, _first_input(call))
-    return contract.make_state(cell, call.steps, call.layout.batch)
+    return contract.starting_state(cell, call.state, call.steps, call.layout.batch)
 
 
 def _first_input(call: Call) -> Tree:
@@ -255,7 +253,7 @@ def fresh_state(rnn: Unrolled, call: Call, first: Tree) -> Tree:
     """
     fresh, batch = call.fresh.get(rnn), call.layout.batch
     if fresh is None:
-        fresh = first if call.state is None else own_state(rnn.cell, call)
+        fresh = first if call.state is None else starting_state(rnn.cell, replace(call, state=None))
     contract.refuse_without_rows(rnn.cell, fresh, batch, "resets")
     return fresh
 
