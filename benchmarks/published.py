@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from examples.published import CELLS, Sizes
+from examples.published import CELLS, Sizes, loop
 from torch import nn
 
 import unrolled as ur
 from benchmarks.timing import Target, in_turn
-from unrolled.trees import Tree, leaves, map_leaves
+from unrolled.trees import Tree, leaves
 
 __all__ = ["targets"]
 
@@ -29,14 +29,6 @@ def _trained(cell: nn.Module, run: Callable[[], Tree]) -> Callable[[], None]:
     return step
 
 
-def _loop(cell: nn.Module, inputs: Tree) -> tuple[Tree, Tree]:
-    state, outputs = cell.initial_state(SIZES.B, torch.device("cpu"), torch.float32), []
-    for t in range(SIZES.T):
-        output, state = cell(map_leaves(lambda x, t=t: x[t], inputs), state)
-        outputs.append(output)
-    return map_leaves(lambda *steps: torch.stack(steps), *outputs), state
-
-
 def targets() -> Iterator[Target]:
     """Each cell's training step over its own loop's; then how many are compiled, and the mean of those."""
     found: dict[str, list[tuple[str, float]]] = {"": [], ", lengths": []}
@@ -50,10 +42,10 @@ def targets() -> Iterator[Target]:
                 if what and not example.rows:
                     continue
                 ours = _trained(cell, lambda call=call, rnn=rnn, inputs=inputs: rnn(inputs, **call))
-                loop = _trained(cell, lambda cell=cell, inputs=inputs: _loop(cell, inputs))
-                mine, theirs = in_turn(ours, loop, rounds=5)
-                found[what].append((rnn.ran, mine / theirs))
-                yield Target(f"{name}{what}: {rnn.ran} / its own loop", mine / theirs, None if what else 1.05)
+                theirs = _trained(cell, lambda cell=cell, inputs=inputs: loop(cell, inputs))
+                mine, its = in_turn(ours, theirs, rounds=5)
+                found[what].append((rnn.ran, mine / its))
+                yield Target(f"{name}{what}: {rnn.ran} / its own loop", mine / its, None if what else 1.05)
     for what, figures in found.items():
         native = [ratio for engine, ratio in figures if engine == "native"]
         yield Target(f"published cells{what}: not compiled, of all", 1 - len(native) / len(figures), 0.15)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from examples.published import CELLS, Sizes
+from examples.published import CELLS, Sizes, loop
 from torch import Tensor, nn
 
 import unrolled as ur
@@ -48,15 +48,6 @@ def problem(name: str) -> tuple[nn.Module, Tree]:
     return cell, map_leaves(lambda x: double(x).requires_grad_(x.is_floating_point()), inputs)
 
 
-def loop(cell: nn.Module, inputs: Tree) -> tuple[Tree, Tree]:
-    """The loop that a user writes."""
-    state, outputs = cell.initial_state(N.B, torch.device("cpu"), torch.float64), []
-    for t in range(N.T):
-        output, state = cell(map_leaves(lambda x, t=t: x[t], inputs), state)
-        outputs.append(output)
-    return map_leaves(lambda *steps: torch.stack(steps), *outputs), state
-
-
 def loss_of(results: Tree) -> Tensor:
     """A loss that no two entries enter alike."""
     found = [torch.view_as_real(x) if x.is_complex() else x for x in leaves(results) if x.requires_grad]
@@ -90,7 +81,7 @@ def test_a_published_cell_gives_the_numbers_of_its_loop_over_five_updates(name):
         map_leaves(lambda x: x.detach().clone().requires_grad_(x.requires_grad), inputs),
     )
     for update in range(5):
-        want = numbers_of(lambda: loop(cell, inputs), cell, inputs)
+        want = numbers_of(lambda: loop(cell, inputs, torch.float64), cell, inputs)
         got = numbers_of(lambda: rnn(ours), rnn.cell, ours)
         assert_match(got, want, f"update {update}: ")
         with torch.no_grad():
@@ -122,5 +113,5 @@ def test_a_published_cell_takes_resets_where_it_is(name):
 def test_a_published_cell_draws_once_under_a_budget(name):
     cell, inputs = problem(name)
     rnn = ur.unroll(cell, checkpoint=ur.segments(N.T, 2))
-    want = numbers_of(lambda: loop(cell, inputs), cell, inputs)
+    want = numbers_of(lambda: loop(cell, inputs, torch.float64), cell, inputs)
     assert_match(numbers_of(lambda: rnn(inputs), cell, inputs), want)

@@ -7,9 +7,9 @@ loop, and `python -m benchmarks published` times it against that loop.
 from __future__ import annotations
 
 from examples.published import chance, fields, gated, memories, neurons, spaces
-from examples.published.example import Example, Sizes
+from examples.published.example import Example, Sizes, loop
 
-__all__ = ["CELLS", "Example", "Sizes"]
+__all__ = ["CELLS", "Example", "Sizes", "loop"]
 
 CELLS: dict[str, Example] = {
     **gated.CELLS,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-Tree = Any
+from unrolled.trees import Tree, leaves, map_leaves
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,16 @@ class Example(NamedTuple):
     inputs: Callable[[Sizes], Tree] = Sizes.normal
     draws: bool = False
     rows: bool = True
+
+
+def loop(cell: nn.Module, inputs: Tree, dtype: torch.dtype = torch.float32) -> tuple[Tree, Tree]:
+    """The loop that a user writes: the outputs `[T, B, ...]` of a cell and its last state, from its own start."""
+    steps, batch = leaves(inputs)[0].shape[:2]
+    state, outputs = cell.initial_state(batch, torch.device("cpu"), dtype), []
+    for t in range(steps):
+        output, state = cell(map_leaves(lambda x, t=t: x[t], inputs), state)
+        outputs.append(output)
+    return map_leaves(lambda *at_steps: torch.stack(at_steps), *outputs), state
 
 
 class FromZeros(nn.Module):
