@@ -15,6 +15,11 @@ def differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def new_leaf(tensor: Tensor) -> Tensor:
+    """A copy with a gradient of its own, if its dtype has gradients."""
+    return tensor.detach().clone().requires_grad_(differentiable(tensor))
+
+
 def nodes_behind(
     tensors: Iterable[Tensor], *, known: Iterable[Tensor] = (), beyond: Callable[[Any], bool] = lambda _: True
 ) -> Iterator[Any]:

@@ -24,7 +24,6 @@ from unrolled.plan.independence import couples_rows
 from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.recording.events import IrreversibleError, UnrecordableError
-from unrolled.recording.generators import generators_of
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
 from unrolled.recording.guards.twin import twin_of, watch_step
@@ -279,7 +278,7 @@ class PlanCache:
 
 def _plan(call: CellCall, *, fuse: bool) -> StepPlan:
     plan = plan_step(call.cell, *call.first_step, call.extent.batch, call.requires_grad, fuse=fuse)
-    outside = [g for g in generators_of(plan.recording.program) if isinstance(g, torch.Generator)]
+    outside = [g for g in plan.recording.program.generators if isinstance(g, torch.Generator)]
     if any(all(g is not known for known in Environment.of(call.cell).generators) for g in outside):
         raise UnrecordableError("it draws from a torch.Generator that is found in no attribute of the cell")
     return plan

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unrolled.autograd_graph import differentiable
+from unrolled.autograd_graph import differentiable, new_leaf
 from unrolled.cells.contract import CheckedStep
 from unrolled.engine import reference
 from unrolled.engine.cell_call import CellCall
@@ -95,8 +95,9 @@ def hold_against_the_cell(plan: StepPlan, call: CellCall, runner: LoopRunner) ->
     copy, wanted = Twin(call.cell), iter(call.requires_grad)
     twin = copy.module
     with torch.enable_grad():
-        inputs = map_leaves(lambda x: _new_leaf(x[:2] if len(x) > 1 else torch.cat([x, x]), next(wanted)), call.inputs)
-        start, extent = map_leaves(_new_leaf, call.state), Extent(2, call.extent.batch)
+        inputs = map_leaves(lambda x: new_leaf(x[:2] if len(x) > 1 else torch.cat([x, x])), call.inputs)
+        inputs = map_leaves(lambda x: x.requires_grad_(next(wanted)), inputs)
+        start, extent = map_leaves(new_leaf, call.state), Extent(2, call.extent.batch)
         sample = replace(call, cell=twin, inputs=inputs, state=start, extent=extent)
         try:
             with OwnDraws():
@@ -139,11 +140,6 @@ def refuse_failing_steps(call: CellCall, why: str) -> None:
 def _by_the_cell(call: CellCall) -> list[Tensor | None]:
     with silent(), OwnDraws():  # each run draws the same random numbers
         return _results(reference.run(CheckedStep(call.cell, call.context), call.inputs, call.state, call.extent), call)
-
-
-def _new_leaf(tensor: Tensor, needed: bool = True) -> Tensor:
-    copy = tensor.detach().clone()
-    return copy.requires_grad_() if needed and differentiable(copy) else copy
 
 
 def _results(results: tuple[Tree, Tree], call: CellCall) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from unrolled.plan.partition import Draws, Loop, Stage, partition, places_of, re
 from unrolled.plan.reals import in_parts, inputs_in_parts, over_reals
 from unrolled.plan.rows import find_rows, rows_in_front
 from unrolled.plan.sums import summable
-from unrolled.recording.generators import bound, generators_of
+from unrolled.recording.generators import bound
 from unrolled.recording.guards.scratch import record_cell
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.interpret import all_values
@@ -86,7 +86,7 @@ class StepPlan:
     fused: frozenset[int]
     requires_grad: frozenset[int]
 
-    @property
+    @cached_property
     def draws(self) -> bool:
         """Whether random numbers are drawn in each step."""
         return any(isinstance(stage, Draws) for stage in self.stages)
@@ -136,7 +136,7 @@ def plan_step(
     tensors = [[*leaves(sample), *externals] for sample in samples]
     reals = over_reals(recording, tensors)
     # A copy's generators, since drawing moves them on.
-    program = bound(reals.program, twin_of(cell)) if generators_of(reals.program) else reals.program
+    program = bound(reals.program, twin_of(cell)) if reals.program.generators else reals.program
     values = [all_values(program, in_parts(x), n) for x, n in zip(tensors, ROWS, strict=True)]
     return _Planner(recording, reals, values, needed, batch_size if fuse else None).plan()
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unrolled.autograd_graph import new_leaf
 from unrolled.operations.pairs import Pair, formula_of
 from unrolled.recording.checks import at_outputs
 from unrolled.recording.events import RawProgram, UnrecordableError
-from unrolled.recording.generators import generators_of
 from unrolled.recording.interpret import run_op
 from unrolled.recording.merge import merge
 from unrolled.recording.program import Custom, Op, Program, Ref, resolved
@@ -48,7 +48,7 @@ def over_reals(recording: Recording, samples: Sequence[Sequence[Tensor]]) -> Rec
     program = recording.program
     if not any(value.dtype.is_complex for value in program.values):
         return recording
-    if generators_of(program):
+    if program.generators:
         raise UnrecordableError("it computes with complex numbers, and draws from a generator that it was given")
     first, second = (_OnPairs(program, rows).record(sample) for sample, rows in zip(samples, ROWS, strict=True))
     sizes = [1 + program.values[v].dtype.is_complex for v in program.inputs]
@@ -79,7 +79,7 @@ class _OnPairs:
         """What it does, on a tape."""
         tape, numbers = Tape(), list[int]()
         for value, tensor in zip(self.program.inputs, inputs, strict=True):
-            leaves = [_leaf(part) for part in in_parts([tensor])]
+            leaves = [new_leaf(part) for part in in_parts([tensor])]
             numbers += [tape.add(leaf) for leaf in leaves]
             self.values[value] = Pair(*leaves) if len(leaves) > 1 else leaves[0]
         with torch.enable_grad():
@@ -105,7 +105,7 @@ class _OnPairs:
 
     def as_it_is(self, op: Op, tape: Tape) -> Sequence[Any]:
         """The results of a Function of real numbers: it is an operation already, with a backward of its own."""
-        results = [_leaf(result) for result in run_op(op, self.values, self.rows)]
+        results = [new_leaf(result) for result in run_op(op, self.values, self.rows)]
         given = tuple(Ref(tape.number(tensor)) for tensor in resolved(op.args, self.values, self.rows))
         made = tape.note(op.target, given, tuple(results))
         for result, number in zip(results, made, strict=True):
@@ -153,7 +153,3 @@ class _OnPairs:
         if op.base != "select" or op.inputs[0] not in self.stacked:
             return False
         return op.args[1] in (-1, len(self.program.values[op.inputs[0]].shape) - 1)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())

@@ -55,7 +55,7 @@ def named(draw: Draw, cell: nn.Module) -> Draw:
 
 def bound(program: Program, cell: nn.Module) -> Program:
     """A program whose draws have the generators that now stand in a cell."""
-    if not any(isinstance(generator, GeneratorPlace) for generator in generators_of(program)):
+    if not any(isinstance(generator, GeneratorPlace) for generator in program.generators):
         return program
     return replace(program, ops=tuple(replace(op, target=_bound(op.target, cell)) for op in program.ops))
 
@@ -64,9 +64,3 @@ def _bound(target: Any, cell: nn.Module) -> Any:
     if isinstance(target, Draw) and isinstance(target.generator, GeneratorPlace):
         return replace(target, generator=target.generator.fetch(cell))
     return target
-
-
-def generators_of(program: Program) -> list[Any]:
-    """What names the generators that a program's draws were given by hand."""
-    found = [op.target.generator for op in program.ops if isinstance(op.target, Draw)]
-    return [generator for generator in found if generator is not None]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from unrolled.autograd_graph import differentiable
 from unrolled.recording.program import Ref
 from unrolled.recording.tape import Tape
 
@@ -24,16 +25,11 @@ def detach_operands(tape: Tape) -> None:
             tape.events.append(event)
             continue
         for value in event.inputs:
-            if value not in off and value not in detached and _may_have_gradient(tape, value):
+            if value not in off and value not in detached and differentiable(tape.tensors[value]):
                 like = tape.tensors[value]
                 (detached[value],) = tape.note(torch.ops.aten.detach.default, (Ref(value),), (like,))
         args, kwargs = _with_others(event.args, detached), _with_others(event.kwargs, detached)
         tape.events.append(replace(event, args=args, kwargs=kwargs, differentiable=True))
-
-
-def _may_have_gradient(tape: Tape, value: int) -> bool:
-    tensor = tape.tensors[value]
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _with_others(tree: Any, others: dict[int, int]) -> Any:

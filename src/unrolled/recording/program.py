@@ -178,6 +178,12 @@ class Program:
         """Computed once: programs are looked up at every call."""
         return self._hash
 
+    @cached_property
+    def generators(self) -> tuple[Any, ...]:
+        """What names the generators that its draws were given by hand."""
+        targets = [op.target for op in self.ops if isinstance(op.target, Draw)]
+        return tuple([draw.generator for draw in targets if draw.generator is not None])
+
     def pruned(self) -> Program:
         """Without the operations that no output depends on; draws stay, for those after them."""
         needed, kept = {v for v in self.outputs if v >= 0}, []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from unrolled.autograd_graph import differentiable
+from unrolled.autograd_graph import new_leaf
 from unrolled.cells.base import shown_path
 from unrolled.internals import has_memory, watching
 from unrolled.recording.checks import Asked, at_outputs, on_entries
@@ -105,7 +105,7 @@ def samples_of(trees: tuple[Tree, Tree, Tree], batch_size: int) -> list[tuple[Tr
         picked = tensor.detach()
         if tensor.dim() > 0 and len(tensor) == batch_size:
             picked = picked[(torch.arange(rows) % batch_size).to(tensor.device)]
-        return picked.clone().requires_grad_(differentiable(tensor))
+        return new_leaf(picked)
 
     return [map_leaves(lambda x, rows=rows: sampled(x, rows), trees) for rows in ROWS]
 

@@ -16,7 +16,7 @@ from unrolled.recording.events import UnrecordableError
 from unrolled.recording.externals import External
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
-from unrolled.recording.guards.scratch import Twin, record_cell
+from unrolled.recording.guards.scratch import Twin, record_cell, same_numbers
 from unrolled.recording.guards.twin import twin_of, watch_step
 from unrolled.recording.record import Recording, samples_of
 from unrolled.trees import Tree, TreeSpec, describe, flatten, leaves, map_leaves, unflatten
@@ -214,9 +214,7 @@ def _like(value: Any, after: Tensor) -> Tensor:
 
 def _alike(one: Tree, other: Tree) -> bool:
     (tensors, structure), (others, same) = flatten(one), flatten(other)
-    return structure == same and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(tensors, others, strict=True)
-    )
+    return structure == same and all(map(same_numbers, tensors, others))
 
 
 def _unknown(called: str, names: Sequence[str], why: str) -> StateError:

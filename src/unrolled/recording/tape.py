@@ -156,8 +156,7 @@ class Tape(DispatchMode):
         by_hand, place = kwargs.get("generator") is not None, args[0] if fills(func) else None
         if by_hand and self.given is None:
             raise UnrecordableError(f"it draws from a generator that cannot be told from others ({func})")
-        draw, named = Draw(func, None, self.given if by_hand else None), {**kwargs}
-        named.pop("generator", None)
+        draw = Draw(func, None, self.given if by_hand else None)
         if func._schema.is_mutable:
             if place is None:
                 raise UnrecordableError(f"how much it draws at random depends on the numbers in its tensors ({func})")
@@ -167,7 +166,7 @@ class Tape(DispatchMode):
         else:
             draw = replace(draw, filled=(place.dtype, place.device))
             recorded = (tuple(place.shape), place.stride(), *self._numbered(args[1:]))
-        named = {name: self._numbered(arg) for name, arg in named.items()}
+        named = {name: self._numbered(arg) for name, arg in kwargs.items() if name != "generator"}
         result = func(*args, **kwargs)
         if place is not None and func._schema.is_mutable:
             (value,) = self._note(draw, recorded, (place,), named)

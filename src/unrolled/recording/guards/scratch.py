@@ -48,7 +48,7 @@ class Twin:
     def overwritten(self) -> list[External]:
         """Where the same tensors stand as at first, with other numbers."""
         pairs = [(place, self._cells[place], x) for place, x in self._at_first.items() if place in self._cells]
-        return [place for place, before, now in pairs if not _equal(before, now)]
+        return [place for place, before, now in pairs if not same_numbers(before, now)]
 
     def left(self) -> list[str]:
         """The attributes in which something else stands than at first, by name."""
@@ -71,7 +71,8 @@ def _by_name(contents: tuple[Any, ...]) -> dict[str, Any]:
     return {f"{path}.{name}".lstrip("."): held for path, _, plain, *_ in contents for name, held in plain}
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, of one shape and with NaN in the same entries as numbers like any other."""
     return torch.equal(one.detach().nan_to_num(), other.detach().nan_to_num())
 
 

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from unrolled.autograd_graph import differentiable
+from unrolled.autograd_graph import new_leaf
 from unrolled.internals import modules_are_patched
 from unrolled.recording.events import UnrecordableError
 from unrolled.recording.externals import held_tensors
@@ -64,12 +64,8 @@ def watch_step(cell: nn.Module, input: Tree, state: Tree, context: Tree) -> None
         return
     own: list[Any] = []
     twin = twin_of(cell, own)
-    arguments = map_leaves(_with_gradient, arguments_of(input, state, context))
+    arguments = map_leaves(new_leaf, arguments_of(input, state, context))
     by = [x for x in (*leaves(arguments), *twin.parameters()) if x.requires_grad]
     with torch.enable_grad():
         environment.watch(twin, own, lambda: twin(*arguments), by)
     environment.agreed.add(kind_of_step())
-
-
-def _with_gradient(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(differentiable(tensor))
