@@ -851,7 +851,7 @@ def test_gradients_without_a_contraction_are_added_up_in_chunks(steps, monkeypat
     assert_as_reference(cell, x, engine="eager")
 
 
-class Scaled(torch.autograd.Function):
+class ScaledProduct(torch.autograd.Function):
     """`a x y`, with gradients of its own; what is no tensor, and what has no gradient, may stand anywhere."""
 
     @staticmethod
@@ -876,7 +876,7 @@ def test_arguments_of_a_function_that_have_no_gradient_stand_anywhere(engine, co
         def forward(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
             x, y = self.linear(input), torch.tanh(state)
             given = (x.detach() if constant == "x" else x, y.detach() if constant == "y" else y)
-            state = Scaled.apply(0.5, given[0], "by hand", (x > 0).to(x.dtype), given[1]) + 0.1 * x
+            state = ScaledProduct.apply(0.5, given[0], "by hand", (x > 0).to(x.dtype), given[1]) + 0.1 * x
             return state, state
 
     inputs = torch.randn(4, 3, I, dtype=F64)
@@ -900,7 +900,7 @@ STATISTICS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 BESIDE_COMPLEX: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a Function": lambda cell, x: Surrogate.apply(x - 0.1) + x,
-    "a Function of several": lambda cell, x: Scaled.apply(0.5, x, "by hand", (x > 0).to(x.dtype), torch.tanh(x)),
+    "a Function of several": lambda cell, x: ScaledProduct.apply(0.5, x, "by hand", (x > 0).to(x.dtype), torch.tanh(x)),
     "a write that autograd does not see": lambda cell, x: _unseen(x),
 }
 
