@@ -103,8 +103,8 @@ def _item(kind: Callable[[Any], Any], way: str = "[0]") -> Callable[[Any], Link]
 
 
 def _unbound(value: Any) -> Any:
-    """A class's attribute that objects read as it is: a function would become a method of theirs."""
-    return staticmethod(value) if isinstance(value, types.FunctionType) else value
+    """A class's attribute that objects read as it is: a function or a cached one would become a method of theirs."""
+    return staticmethod(value) if hasattr(type(value), "__get__") else value
 
 
 def _class_attribute(value: Any) -> Link:

@@ -79,7 +79,8 @@ SLOWLY = ["eager", pytest.param("native", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CELLS)
 def test_every_engine_gives_the_values_and_all_gradients_of_the_reference(name, dtype):
-    for T, B, size in shapes_for(list(CELLS).index(name)):
+    shapes = shapes_for(list(CELLS).index(name))
+    for T, B, size in shapes if dtype == F64 else shapes[: len(LENGTHS)]:
         if size == 1 and name.startswith("LayerNorm"):
             continue  # the norm of one number is 0 whatever it is: its gradients are rounding noise in every engine
         cell = CELLS[name](I, size).to(dtype)

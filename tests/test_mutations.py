@@ -20,6 +20,7 @@ from matching import assert_match
 
 H = 3
 DRAWS = 1000 if "UNROLLED_MUTATIONS" not in os.environ else int(os.environ["UNROLLED_MUTATIONS"])
+"""How many values are set anew, two in each cell."""
 
 # Where a cell's step finds the root of a chain: the source of the step's function, with `{}` for the root.
 ROOTS = {
@@ -94,9 +95,15 @@ def assert_as_the_loop(rnn: nn.Module, cell: nn.Module, x: Tensor) -> None:
         assert_match(got, want)
 
 
-@settings(max_examples=DRAWS, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True)
+@pytest.mark.parametrize("root", sorted(ROOTS))
+@settings(
+    max_examples=-(-DRAWS // (2 * len(ROOTS))),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
 @given(
-    root=st.sampled_from(sorted(ROOTS)),
     names=st.lists(st.sampled_from(sorted(LINKS)), max_size=3),
     array=st.booleans(),
     where=st.integers(0, 4),

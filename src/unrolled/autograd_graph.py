@@ -20,6 +20,32 @@ def new_leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(differentiable(tensor))
 
 
+class _WithGradients(torch.autograd.Function):
+    """A number whose gradients by some tensors are given ones."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor], *ends: Tensor) -> Tensor:
+        ctx.grads = grads
+        return ends[0].detach().new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.grads
+
+
+def with_gradients(ends: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """A number whose gradients by some tensors are given ones.
+
+    Differentiating it is `torch.autograd.grad(ends, ..., grads)`, which imports sympy: over half a second, once in a
+    process, before the first call of a network would give anything.
+
+    Args:
+        ends: what was computed; all need a gradient.
+        grads: the gradient of each of them.
+    """
+    return _WithGradients.apply(grads, *ends)
+
+
 def nodes_behind(
     tensors: Iterable[Tensor], *, known: Iterable[Tensor] = (), beyond: Callable[[Any], bool] = lambda _: True
 ) -> Iterator[Any]:

@@ -6,9 +6,10 @@ Where a release lacks one, what is built on it is not offered, and the rest work
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ def has_memory(tensor: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def broadcast_shape(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """What `torch.broadcast_shapes` gives; that imports sympy, which takes nearly half a second."""
+    sizes = [{n for n in each if n != 1} for each in zip_longest(*map(reversed, shapes), fillvalue=1)]
+    if any(len(each) > 1 for each in sizes):
+        raise RuntimeError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} cannot be broadcast together")
+    return tuple(next(iter(each), 1) for each in reversed(sizes))
 
 
 def watching() -> str | None:

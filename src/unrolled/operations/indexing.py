@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-import torch
-
+from unrolled.internals import broadcast_shape
 from unrolled.operations.index_rules import along_index, index, index_put, indices_of, scatter
 from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import At, Put, Take, View, contiguous, replaced
@@ -170,7 +169,7 @@ class Indexing(Views):
         own, shapes = self.layout(op).shape, [self.values[ref.value].shape for ref in indices.values()]
         if any(not isinstance(n, int) for shape in shapes for n in shape):
             raise UnsupportedError("an index that goes across rows")
-        together = torch.broadcast_shapes(*shapes)
+        together = broadcast_shape(*cast("list[tuple[int, ...]]", shapes))
         return tuple(together[d.of_index] if d.of_index is not None else own[d.own or 0] for d in dims)
 
     def _spread_index(self, ref: Ref, dims: Sequence[Selected], out: RowLayout) -> View:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unrolled.internals import broadcast_shape
 from unrolled.operations.layout import RowLayout, UnsupportedError
 from unrolled.operations.nodes import Compute, Input, Node, Scalar, View, contiguous
 from unrolled.operations.operation import OPERATIONS, operation_of
@@ -103,7 +104,7 @@ class Lowering:
     ) -> View:
         """Add an element-wise computation, broadcast as in torch."""
         shapes = [view.dims for view in arguments if isinstance(view, View)]
-        found = tuple(dims) if dims is not None else tuple(torch.broadcast_shapes(*shapes))
+        found = tuple(dims) if dims is not None else broadcast_shape(*shapes)
         return self.add(Compute(found, dtype or self.real, name, tuple(arguments)))
 
     def cast(self, view: View, dtype: torch.dtype | None) -> View:

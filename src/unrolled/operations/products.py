@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from unrolled.internals import broadcast_shape
 from unrolled.operations.layout import UnsupportedError
 from unrolled.operations.nodes import Compute, Input, MatrixProduct, Product, Scalar, View
 from unrolled.operations.operation import Cost, Linear, Operation, lowers
@@ -73,7 +72,7 @@ class Products(Reductions):
 
     def _multiplied(self, a: View, b: View) -> View:
         """Matrices `[..., n, k]` times `[..., k, m]`. One column is a row of the product turned around."""
-        many = tuple(torch.broadcast_shapes(a.dims[:-2], b.dims[:-2]))
+        many = broadcast_shape(a.dims[:-2], b.dims[:-2])
         if b.dims[-1] == 1:
             a, b = _turned(b), _turned(a)
         n, m = a.dims[-2], b.dims[-1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unrolled.autograd_graph import differentiable
+from unrolled.autograd_graph import differentiable, with_gradients
 from unrolled.operations.decomposed import decomposition
 from unrolled.operations.operation import Cost, operation_of
 from unrolled.plan.fuse import fused
@@ -119,9 +119,9 @@ def _joint(
     by = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
     grad_numbers = [-1] * len(inputs)
     if with_gradient:
-        ends = [outputs[i] for i in with_gradient]
+        end = with_gradients([outputs[i] for i in with_gradient], tangents)
         with tape:
-            grads = torch.autograd.grad(ends, [inputs[i] for i in by], tangents, allow_unused=True)
+            grads = torch.autograd.grad(end, [inputs[i] for i in by], allow_unused=True)
         for i, grad in zip(by, grads, strict=True):
             grad_numbers[i] = -1 if grad is None else tape.number(grad)
     raw = RawProgram(tape.tensors, numbers + tangent_numbers, tape.events, out_numbers + grad_numbers)

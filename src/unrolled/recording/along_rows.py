@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from unrolled.internals import broadcast_shape
 from unrolled.recording.selection import selection
 
 
@@ -27,7 +28,7 @@ class AlongRows:
         self.by_row = x.permute(self.order)
         self.sizes, rest = [x.shape[d] for d in self.named], [x.shape[d] for d in others]
         self.flat = self.by_row.reshape(x.shape[rows], prod(self.sizes), prod(rest))
-        shape = torch.broadcast_shapes(*(index.shape for index in indices.values()))
+        shape = broadcast_shape(*(index.shape for index in indices.values()))
         dims = [d - len(shape) for d in range(len(shape))]
         dims = [counts, *(d for d in dims if d != counts)]
         self.places = self._places(indices, shape, dims)

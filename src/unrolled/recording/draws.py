@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from unrolled.internals import broadcast_shape
+
 _ATEN = torch.ops.aten
 
 
@@ -58,7 +60,7 @@ def _bernoulli_into(result: Tensor, p: Tensor, *, generator: Any = None) -> Tens
 def _normal(mean: Any, std: Any = 1.0, *, generator: Any = None) -> Tensor:
     """As torch does it: of one scale all numbers are drawn with it, of many each is scaled after it is drawn."""
     tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    shape = broadcast_shape(*(x.shape for x in tensors))
     noise = _blank(shape, dtype=tensors[0].dtype, device=tensors[0].device)
     if isinstance(std, Tensor):
         noise = noise.normal_(0, 1, generator=generator) * _detached(std)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrolled.autograd_graph import with_gradients
 from unrolled.internals import DispatchMode, has_memory
 from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.guards.generators import state_of
@@ -179,7 +180,7 @@ def _sets_generator(function: Any) -> bool:
 
 
 def _go_back(ends: Sequence[Tensor], by: Sequence[Tensor]) -> None:
-    torch.autograd.grad(ends, by, [torch.ones_like(x) for x in ends], allow_unused=True)
+    torch.autograd.grad(with_gradients(ends, [torch.ones_like(x) for x in ends]), by, allow_unused=True)
 
 
 _CODES_OF_IMPORT = tuple(
