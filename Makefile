@@ -26,15 +26,15 @@ layers: .venv/.installed-test
 pytest: .venv/.installed-test
 	$(BIN)/pytest -n 2 -m "not slow and not browser and not strangers"
 
-# What knows the processor, as on others: torch's kernels and the emitted C for older ones, one thread and two.
-KERNELS := tests/test_native_operations.py tests/test_plan.py
+# What knows the processor, as on others: torch's kernels and the emitted C for older ones, one thread and two; and what
+# a memory budget promises, since how much room a product takes depends on them.
+KERNELS := -n 2 tests/test_native_operations.py
+PROMISES := tests/test_checkpointed.py -k "not checkpointed or promise or budget"
 processors: .venv/.installed-test
 	ATEN_CPU_CAPABILITY=default UNROLLED_CFLAGS=-march=x86-64-v2 \
-	$(BIN)/pytest -n 2 $(KERNELS) tests/test_checkpointed.py tests/test_more_cells.py
-	ATEN_CPU_CAPABILITY=avx2 UNROLLED_CFLAGS=-march=x86-64-v3 UNROLLED_THREADS=2 \
-	$(BIN)/pytest -n 2 $(KERNELS) tests/test_checkpointed.py -k "not checkpointed or promised or budget"
-	! grep -qw avx512f /proc/cpuinfo || \
-	UNROLLED_CFLAGS=-march=x86-64-v4 UNROLLED_THREADS=2 $(BIN)/pytest -n 2 $(KERNELS)
+	$(BIN)/pytest $(KERNELS) tests/test_more_cells.py $(PROMISES)
+	ATEN_CPU_CAPABILITY=avx2 UNROLLED_CFLAGS=-march=x86-64-v3 UNROLLED_THREADS=2 $(BIN)/pytest $(KERNELS)
+	! grep -qw avx512f /proc/cpuinfo || UNROLLED_CFLAGS=-march=x86-64-v4 UNROLLED_THREADS=2 $(BIN)/pytest $(KERNELS)
 
 # The whole suite on the oldest and on the newest torch that are supported, each in an environment of its own.
 matrix: matrix-2.10.0 matrix-2.14.1

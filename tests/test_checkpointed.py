@@ -23,7 +23,7 @@ import unrolled as ur
 from matching import assert_match
 from problems import PROBLEMS, AttendingCell, NestedCell, uneven_loss
 from unrolled.bptt.allocations import Allocations
-from unrolled.bptt.checkpointing import FixedSchedule
+from unrolled.bptt.checkpointing import FixedSchedule, checkpointing_of
 from unrolled.errors import GradientError, InputError, OptionError
 from unrolled.trees import leaves, map_leaves
 
@@ -498,11 +498,11 @@ def test_allocations_are_those_that_the_allocator_reports(engine: str) -> None:
     ],
 )
 def test_what_is_promised_is_what_is_taken(kind: Any, engine: str, needed: bool) -> None:
-    cell = kind(24, 32)
+    rnn = ur.unroll(kind(24, 32), engine=engine)
     inputs = torch.randn(300, 8, 24, requires_grad=needed)
-    full = peak(ur.unroll(cell, engine=engine), inputs)
+    full = peak(rnn, inputs)
     for share in (0.5, 0.2, 0.1):
-        rnn = ur.unroll(cell, engine=engine, memory=share)
+        rnn.checkpointing = checkpointing_of(share, None, None)
         promised = ur.plan_memory(rnn, inputs).chosen.bytes
         taken = peak(rnn, inputs)
         assert 0.8 * promised <= taken <= 1.05 * promised, (share, taken, promised)
@@ -658,10 +658,10 @@ def test_a_schedule_for_another_sequence_is_refused() -> None:
 
 
 def test_a_budget_below_the_least_says_what_fits() -> None:
-    cell, inputs = ur.LSTMCell(24, 32), torch.randn(3000, 8, 24)
+    cell, inputs = ur.LSTMCell(24, 32), torch.randn(500, 8, 24)
     least = ur.plan_memory(ur.unroll(cell), inputs).options[-1].bytes
     for memory, remedy in ((int(least * 0.95), r"horizon=\d+ would fit"), (1000, "not even one step would fit")):
-        with pytest.raises(OptionError, match=rf"kB, but 3000 steps of 8 rows take at least .*, by .*; {remedy}"):
+        with pytest.raises(OptionError, match=rf"kB, but 500 steps of 8 rows take at least .*, by .*; {remedy}"):
             ur.unroll(cell, memory=memory)(inputs)
     ur.unroll(cell, memory=int(least * 1.01))(inputs)[0].sum().backward()
 

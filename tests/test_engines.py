@@ -65,11 +65,11 @@ CELLS: dict[str, Callable[[int, int], nn.Module]] = {
 LENGTHS, BATCHES, SIZES = (1, 2, 7, 64), (1, 2, 3, 4, 5, 8, 12, 13, 16, 17, 31, 32, 33), (1, 5, 16, 33)
 
 
-def shapes_for(number: int) -> list[tuple[int, int, int]]:
-    """Some (T, B, H) for a cell, such that all cells together meet every length with every size and every batch."""
+def shapes_for(number: int) -> list[tuple[int, int]]:
+    """Some (B, H) for a cell, such that all cells together meet every size and every batch."""
     sizes = itertools.islice(itertools.cycle(SIZES), number, number + 2)
     batches = itertools.islice(itertools.cycle(BATCHES), 3 * number, None)
-    return [(T, next(batches), size) for size in sizes for T in LENGTHS]
+    return list(zip(batches, sizes, strict=False))
 
 
 # One compilation an operation: minutes in all, so that `make slow` runs them.
@@ -79,13 +79,12 @@ SLOWLY = ["eager", pytest.param("native", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CELLS)
 def test_every_engine_gives_the_values_and_all_gradients_of_the_reference(name, dtype):
-    shapes = shapes_for(list(CELLS).index(name))
-    for T, B, size in shapes if dtype == F64 else shapes[: len(LENGTHS)]:
+    for B, size in shapes_for(list(CELLS).index(name))[: 2 if dtype == F64 else 1]:
         if size == 1 and name.startswith("LayerNorm"):
             continue  # the norm of one number is 0 whatever it is: its gradients are rounding noise in every engine
         cell = CELLS[name](I, size).to(dtype)
-        x = torch.randn(T, B, I, dtype=dtype)
-        for engine in ENGINES:
+        for T, engine in itertools.product(LENGTHS, ENGINES):
+            x = torch.randn(T, B, I, dtype=dtype)
             assert decision(cell, x, engine).engine == engine
             assert_as_reference(cell, x, engine=engine, what=f"T={T} B={B} H={size}")
             carried = unrolled(cell, "reference")(x)[1]
@@ -455,7 +454,7 @@ COUPLING: dict[str, Callable[[Tensor], Tensor]] = {
 def test_cells_that_couple_rows(name, where, engine):
     cell = Rowwise(COUPLING[name], on_input=where == "on input", after=where == "after")
     fast = unrolled(cell, engine)
-    for T, B in ((4, 3), (3, H), (4, 4), (5, 2), (2, 8)):
+    for T, B in ((3, H), (4, 4), (5, 2)):
         x, state = torch.randn(T, B, H, dtype=F64), torch.randn(B, H, dtype=F64)
         assert_as_reference(cell, x, state, engine=engine, rnn=fast, what=f"T={T} B={B}")
 
@@ -777,7 +776,7 @@ def test_operations_one_by_one(name, where, engine):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast(torch.zeros(2, 3, H, dtype=F64))
-        for B in (3, 1, 4):
+        for B in (3, 1):
             x, state = torch.randn(5, B, H, dtype=F64), torch.randn(B, H, dtype=F64)
             assert_as_reference(cell, x, state, engine=engine, rnn=fast, what=f"B={B}")
 

@@ -21,7 +21,7 @@ import torch
 import unrolled as ur
 
 torch.manual_seed(0)
-cell = ur.LSTMCell(3, 5).double()
+cell = ur.RNNCell(3, 5).double()
 rnn = ur.unroll(cell)
 x = torch.randn(6, 2, 3, dtype=torch.float64)
 with warnings.catch_warnings(record=True) as caught:

@@ -79,22 +79,22 @@ def answers(
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("with_state", [False, True], ids=["zeros", "state"])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["TBI", "BTI"])
-@pytest.mark.parametrize(("T", "B"), list(itertools.product([1, 2, 7, 64], [1, 3])))
+@pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_all_gradients_are_those_of_torch_nn(kind, form, dtype, T, B, batch_first, with_state, bias):
+def test_values_and_all_gradients_are_those_of_torch_nn(kind, form, dtype, B, batch_first, bias):
     layer_type, options = KINDS[kind]
     layer = layer_type(I, H, batch_first=batch_first, bias=bias, **options).to(dtype)
     ours = FORMS[form](layer, batch_first, bias=bias, **options).to(dtype)
     weights = copy_weights(layer, ours)
-    inputs = torch.randn((B, T, I) if batch_first else (T, B, I), dtype=dtype)
-    state = random_state(layer, B, dtype) if with_state else None
-    want = answers(layer, dict(layer.named_parameters()), inputs, state, cell_state=False)
-    got = answers(ours, {name: weights[name] for name, _ in layer.named_parameters()}, inputs, state, form != "layer")
-    assert_match(got, want)
+    mine = {name: weights[name] for name, _ in layer.named_parameters()}
+    for T, with_state in itertools.product([1, 2, 7, 64], [False, True]):
+        inputs = torch.randn((B, T, I) if batch_first else (T, B, I), dtype=dtype)
+        state = random_state(layer, B, dtype) if with_state else None
+        want = answers(layer, dict(layer.named_parameters()), inputs, state, cell_state=False)
+        assert_match(answers(ours, mine, inputs, state, form != "layer"), want, f"{T=} {with_state=}: ")
 
 
 @pytest.mark.parametrize("with_state", [False, True], ids=["zeros", "state"])
