@@ -28,12 +28,13 @@ pytest: .venv/.installed-test
 
 # What knows the processor, as on others: torch's kernels and the emitted C for older ones, one thread and two; and what
 # a memory budget promises, since how much room a product takes depends on them.
-KERNELS := -n 2 tests/test_native_operations.py
+KERNELS := -n 2 tests/test_native_operations.py tests/test_plan.py
 PROMISES := tests/test_checkpointed.py -k "not checkpointed or promise or budget"
 processors: .venv/.installed-test
 	ATEN_CPU_CAPABILITY=default UNROLLED_CFLAGS=-march=x86-64-v2 \
 	$(BIN)/pytest $(KERNELS) tests/test_more_cells.py $(PROMISES)
-	ATEN_CPU_CAPABILITY=avx2 UNROLLED_CFLAGS=-march=x86-64-v3 UNROLLED_THREADS=2 $(BIN)/pytest $(KERNELS)
+	ATEN_CPU_CAPABILITY=avx2 UNROLLED_CFLAGS=-march=x86-64-v3 UNROLLED_THREADS=2 \
+	$(BIN)/pytest $(KERNELS) $(PROMISES)
 	! grep -qw avx512f /proc/cpuinfo || UNROLLED_CFLAGS=-march=x86-64-v4 UNROLLED_THREADS=2 $(BIN)/pytest $(KERNELS)
 
 # The whole suite on the oldest and on the newest torch that are supported, each in an environment of its own.

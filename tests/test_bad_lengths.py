@@ -134,7 +134,7 @@ def test_lengths_are_refused_for_stacks_with_a_cell_that_couples_rows(options, e
         rnn, x = ur.Stack(layers, **options), torch.randn(T, B, I)
         with pytest.raises(ur.InputError, match=r"acts row by row.*Stepping.*leave lengths= out"):
             rnn(x, lengths=[5, 2, 1])
-    rnn(x)
+        rnn(x)
 
 
 ROWWISE: dict[str, Callable[[], Any]] = {

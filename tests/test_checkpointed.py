@@ -23,7 +23,7 @@ import unrolled as ur
 from matching import assert_match
 from problems import PROBLEMS, AttendingCell, NestedCell, uneven_loss
 from unrolled.bptt.allocations import Allocations
-from unrolled.bptt.checkpointing import FixedSchedule, checkpointing_of
+from unrolled.bptt.checkpointing import Budget, FixedSchedule
 from unrolled.errors import GradientError, InputError, OptionError
 from unrolled.trees import leaves, map_leaves
 
@@ -502,7 +502,7 @@ def test_what_is_promised_is_what_is_taken(kind: Any, engine: str, needed: bool)
     inputs = torch.randn(300, 8, 24, requires_grad=needed)
     full = peak(rnn, inputs)
     for share in (0.5, 0.2, 0.1):
-        rnn.checkpointing = checkpointing_of(share, None, None)
+        rnn.checkpointing = Budget.parsed(share)
         promised = ur.plan_memory(rnn, inputs).chosen.bytes
         taken = peak(rnn, inputs)
         assert 0.8 * promised <= taken <= 1.05 * promised, (share, taken, promised)
