@@ -232,7 +232,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "ordered": lambda cell, x, y: x.sort(-1)[0] - y.sort(-1, descending=True)[0],
     "largest": lambda cell, x, y: x.topk((x.shape[1] + 1) // 2, -1)[0].sum(-1, keepdim=True) * y / x.shape[1],
     "running": lambda cell, x, y: x.cummax(-1)[0] + y.tanh().cumprod(-1) + (x.tanh() + y.tanh()).logcumsumexp(-1) / 4,
-    "middle": lambda cell, x, y: x - y.median(-1, keepdim=True)[0] + x.max(-1, keepdim=True)[0],
+    # Of an expanded tensor torch's median is whatever stands behind its memory.
+    "middle": lambda cell, x, y: x - y.contiguous().median(-1, keepdim=True)[0] + x.max(-1, keepdim=True)[0],
     "counted": lambda cell, x, y: x * (torch.count_nonzero(y > 0, -1).unsqueeze(-1) // 2 % 3).to(x.dtype) + y,
     "pad both": lambda cell, x, y: F.pad(x[:, 1:], (0, 1), value=0.5) + F.pad(y, (1, -1)),
     "unbound": lambda cell, x, y: torch.stack(torch.cat([x, y], -1).unbind(-1)[::2], -1),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn, overrides
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,8 @@ _function_modes = getattr(overrides, "_get_current_function_mode_stack", None)
 _saved_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _interpreters = getattr(_functorch, "get_interpreter_stack", None)
+
+_autocast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 OUTSIDE = tuple(
     getattr(torch._C, name)()
@@ -42,6 +45,16 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+def autocasting() -> bool:
+    """Whether torch chooses dtypes as operations run, on any kind of device; True where torch does not tell."""
+    return bool(_autocast_anywhere())
+
+
+def dual_numbers() -> bool:
+    """Whether there may be forward-mode derivatives; True where torch does not tell."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,10 @@ def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
     Raises:
         TypeError: if a leaf is not a tensor.
     """
+    if isinstance(tree, Tensor):
+        return [tree], _LEAF
+    if type(tree) is tuple and {*map(type, tree)} == {Tensor}:
+        return list(tree), _tuple_of(len(tree))
     found: list[Tensor] = []
     return found, _collect(tree, found)
 
@@ -108,8 +113,16 @@ def unflatten(structure: Structure, tensors: Sequence[Tensor]) -> Tree:
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """The tensors of a tree, in order."""
-    return flatten(tree)[0]
+    """The tensors of a tree, in order.
+
+    Raises:
+        TypeError: if a leaf is not a tensor.
+    """
+    if isinstance(tree, Tensor):
+        return [tree]
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
@@ -163,6 +176,21 @@ def describe(tree: Tree) -> str:
     """A tree's shapes and dtypes on one line: `(float32[3, 4], float32[3, 4])`."""
     tensors, structure = flatten(tree)
     return _describe(structure, iter(tensors))
+
+
+@cache
+def _tuple_of(many: int) -> Structure:
+    """The structure of a tuple of so many tensors, as most states are."""
+    return Structure(tuple, tuple(range(many)), (_LEAF,) * many)
+
+
+def _gather(tree: Tree, found: list[Tensor]) -> None:
+    """What `_collect` does, without the structure: every call of a network comes by here."""
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif tree is not None:
+        for child in tree if isinstance(tree, tuple | list) else _items(tree)[1]:
+            _gather(child, found)
 
 
 def _collect(tree: Tree, found: list[Tensor]) -> Structure:

@@ -86,7 +86,9 @@ def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
 
     It is complex where any of the parameters is: others, a phase say, may well be real.
     """
-    for tensors in (list(cell.parameters()), inputs):
+    # Without the names that torch's own way makes: every call comes by here.
+    parameters = [p for module in cell.modules() for p in module._parameters.values() if p is not None]
+    for tensors in (parameters, inputs):
         dtypes = [x.dtype for x in tensors if differentiable(x)]
         if dtypes:
             return next((dtype for dtype in dtypes if dtype.is_complex), dtypes[0])

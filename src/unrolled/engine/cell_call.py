@@ -62,11 +62,10 @@ class CellCall:
         layouts += [(x.shape, x.stride()) for x in (*leaves(self.state), *leaves(self.context))]
         return all(_descend(sizes, strides) for sizes, strides in layouts)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All arguments' leaves, and the cell's parameters and buffers."""
+    def arguments(self) -> Iterator[Tensor]:
+        """The leaves of inputs, state and context."""
         for tree in (self.inputs, self.state, self.context):
             yield from leaves(tree)
-        yield from tensors_of(self.cell)
 
     def at(self, t: int) -> CellCall:
         """The call of copy t and the next one alone; of copy t alone where the next one has fewer rows.

@@ -26,6 +26,7 @@ from unrolled.plan.plan import StepPlan, plan_step
 from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.guards.environment import Environment
 from unrolled.recording.guards.fingerprint import fingerprint
+from unrolled.recording.guards.look import Look
 from unrolled.recording.guards.twin import twin_of, watch_step
 from unrolled.recording.record import why_not_recorded
 from unrolled.trees import Tree, TreeSpec, map_leaves
@@ -75,6 +76,8 @@ class PlanCache:
         self.runner = Runner(use_native=engine in ("auto", "native"))
         self._decisions: LRUCache[Decision] = LRUCache(_MOST_PLANS)
         self._coupling: LRUCache[bool] = LRUCache(_MOST_PLANS)
+        # By kind of call the latest decision of a plan, and whether it still holds; emptied when a decision goes.
+        self._latest: dict[Any, tuple[Look, Decision]] = {}
         self._announced: set[Decision] = set()
         # What is learnt of cells' surroundings stays for as long as their network is there.
         self._environments: set[Environment] = set()
@@ -123,7 +126,6 @@ class PlanCache:
             context: what is the same at every step, or None.
             extent: how far the inputs reach; None for T and B of their own.
         """
-        self._environments.add(Environment.of(cell))
         call = CellCall.of(cell, inputs, state, context, extent)
         decision = self._witnessed(call)
         if call.extent.ragged and decision.plan is not None and decision.plan.why_not_ragged:
@@ -142,11 +144,13 @@ class PlanCache:
     def leave(self, plan: StepPlan, why: str) -> None:
         """Leave the calls that go by a plan to the reference, from now on."""
         decision = Decision(None, "reference", why)
+        self._latest.clear()
         if self._decisions.replace(lambda known: known.plan is plan, decision):
             self._announce(decision)
 
     def drop(self, plan: StepPlan) -> None:
         """Forget a plan: the next call of its kind makes another one."""
+        self._latest.clear()
         self._decisions.drop(lambda known: known.plan is plan)
 
     def _witnessed(self, call: CellCall) -> Decision:
@@ -176,6 +180,7 @@ class PlanCache:
 
     def _refute(self, decision: Decision, call: CellCall, what: str) -> Decision | None:
         """Drop a recording that a witness spoke against: None to record the step anew, which happens a few times."""
+        self._latest.clear()
         self._decisions.drop(lambda known: known is decision)
         times = self._refutations[call.kind] = self._refutations.get(call.kind, 0) + 1
         message = f"{what}; {decision.open or 'something has changed that cannot be seen'}"
@@ -187,10 +192,25 @@ class PlanCache:
 
     def _decision(self, call: CellCall) -> Decision:
         """The decision that is kept for a call of this kind, made if there is none or if it no longer holds."""
-        why = why_not_recorded(call.tensors())
+        why = why_not_recorded(call.arguments())
         if why is not None:
             return Decision(None, "reference", why)
-        times = self._recordings.get(call.kind, 0)
+        latest = self._latest.get(call.kind)
+        try:
+            if latest is not None and latest[0].cell is call.cell and latest[0].stands():
+                self._recordings.pop(call.kind, None)
+                return latest[1]
+        except UnrecordableError as error:
+            return Decision(None, "reference", str(error))
+        return self._looked_up(call)
+
+    def _looked_up(self, call: CellCall) -> Decision:
+        """The decision by the fingerprint of the cell; while that stays what it is, it is not asked for again."""
+        why = why_not_recorded(tensors_of(call.cell))
+        if why is not None:
+            return Decision(None, "reference", why)
+        self._environments.add(Environment.of(call.cell))
+        look, times = self._look_at(call), self._recordings.get(call.kind, 0)
 
         def make() -> Decision:
             self._recordings[call.kind] = times + 1
@@ -212,7 +232,21 @@ class PlanCache:
             return Decision(None, "reference", str(error))
         if self._recordings.get(call.kind) == times:  # nothing was made
             self._recordings.pop(call.kind, None)
+        if look is not None and decision.plan is not None:
+            self._latest[call.kind] = look, decision
         return decision
+
+    def _look_at(self, call: CellCall) -> Look | None:
+        """A look at the cell before its fingerprint is taken; None where the one that there is will not do better."""
+        known = self._latest.get(call.kind)
+        if known is not None and known[0].cell is call.cell and not known[0].complete:
+            return None
+        if len(self._latest) >= _MOST_PLANS:
+            self._latest.clear()
+        try:
+            return Look(call.cell)
+        except UnrecordableError:  # the fingerprint raises it, too
+            return None
 
     def _moving(self, cell: nn.Module) -> Decision:
         moved = Environment.of(cell).moved or f"what {name_of(cell)} holds"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from unrolled.execution.series import Entry, TimeSeries, Total
+from unrolled.execution.written import StepsWriter
 from unrolled.lengths import Extent
 from unrolled.operations.operation import Linear, operation_of
 from unrolled.plan.sums import contracts_rows
 from unrolled.recording.interpret import run_op
-from unrolled.recording.program import Custom, Op, Program
+from unrolled.recording.program import Custom, Op, Program, live_in
 
 CHUNK_BYTES = 32 << 20
 """How much is held of the steps' shares of a gradient that no product contracts, before they are added up."""
@@ -22,8 +22,7 @@ CHUNK_BYTES = 32 << 20
 Affine: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]
 
 
-@dataclass(frozen=True)
-class BatchedOps:
+class BatchedOps(NamedTuple):
     """Runs operations of a step over a segment.
 
     Attributes:
@@ -32,6 +31,7 @@ class BatchedOps:
         coupled: operations that are not proved to act row by row; these are mapped over T.
         extent: how far the segment reaches.
         sums: values that are wanted added up over all steps, and may be as soon as the rows are contracted.
+        written: what was written of it before, by operations: what they read, and functions for kinds of that.
         affine: a product of large matrices, `(x, y, bias) -> x @ y + bias`, if an engine has one of its own; it
             returns None for those that it leaves to torch.
     """
@@ -40,6 +40,7 @@ class BatchedOps:
     rows: Mapping[int, int]
     coupled: Mapping[int, str]
     extent: Extent
+    written: dict[tuple[int, ...], tuple[list[int], dict[tuple[Any, ...], Callable[..., None]]]]
     sums: frozenset[int] = frozenset()
     affine: Affine | None = None
 
@@ -58,47 +59,49 @@ class BatchedOps:
             raise TypeError("a sum over all steps has no entries of its own")
         return (entry if isinstance(entry, TimeSeries) else TimeSeries.constant(entry, self.extent, rows)).over_time()
 
-    def run(self, ops: Sequence[int], env: MutableMapping[int, Entry]) -> None:
+    def run(self, ops: tuple[int, ...], env: MutableMapping[int, Entry]) -> None:
         """Run some operations; their results are added to `env`."""
-        for number in ops:
-            op = self.program.ops[number]
-            entries = {v: env[v] for v in op.inputs}
-            env.update(zip(op.outputs, self._results(number, op, entries), strict=False))
+        if ops not in self.written:
+            self.written[ops] = live_in([self.program.ops[number] for number in ops]), {}
+        live, functions = self.written[ops]
+        kinds = [type(env[v]) for v in live]
+        key = self.extent.ragged, *kinds
+        if key not in functions:
+            functions[key] = StepsWriter(self, ops, dict(zip(live, kinds, strict=True))).function()
+        functions[key](self, env)
 
-    def _results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
-        """The results of an operation: on sums, once, on all rows of all steps, or for each step."""
-        kinds = {type(entry) for entry in entries.values()}
-        if Total in kinds:
-            return self._on_sums(op, entries)
-        if TimeSeries not in kinds:
+    def way(self, number: int, op: Op, kinds: Mapping[int, type]) -> str:
+        """How an operation is run on entries of these kinds.
+
+        Returns:
+            'once', on what is the same at every step; 'folded', on all rows of all steps at once, or 'contracted',
+            which adds up over them; 'sums', on what was summed, as on one step's, or 'totals', on what has to be added
+            up for that; 'each', step by step, or mapped over the steps.
+        """
+        found = set(kinds.values())
+        if Total in found:
+            return "sums" if operation_of(op).linear is Linear.EACH or found == {Total} else "totals"
+        if TimeSeries not in found:
             by_step = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
-            return self._step_by_step(op, entries) if by_step else run_op(op, entries, self.extent.batch)
-        if all((v in self.rows) == isinstance(entry, TimeSeries) for v, entry in entries.items()):
+            return "each" if by_step else "once"
+        if all((v in self.rows) == (kind is TimeSeries) for v, kind in kinds.items()):
             if number not in self.coupled:
-                return self._folded(op, entries)
+                return "folded"
             if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
-                return [Total(result) for result in self._on_folded(op, entries)]
-        return self._mapped(op, entries)
+                return "contracted"
+        return "each"
 
-    def _on_folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Any]:
-        tensors = {v: e.folded(self.rows[v]) if isinstance(e, TimeSeries) else e for v, e in entries.items()}
-        result = self._affine(op, tensors)
-        if result is not None:
-            return (result,)
-        return run_op(op, tensors, self.extent.rows)
+    def results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """The results of an operation that is run in a way that `way` calls 'totals' or 'each'."""
+        kinds = set(map(type, entries.values()))
+        if Total in kinds:
+            return self._on_totals(op, entries)
+        return self._mapped(op, entries) if TimeSeries in kinds else self._step_by_step(op, entries)
 
-    def _affine(self, op: Op, tensors: Mapping[int, Any]) -> Tensor | None:
-        """A product by the engine's own kernel, if it has one and takes it."""
-        if self.affine is None or op.kwargs or op.name not in ("aten.mm", "aten.addmm"):
-            return None
-        *bias, x, y = (tensors[v] for v in op.inputs)
-        if bias and bias[0].dim() != 1:
-            return None
-        return self.affine(x, y, bias[0] if bias else None)
-
-    def _folded(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
-        results = zip(op.outputs, self._on_folded(op, entries), strict=False)
-        return [TimeSeries(result, self.extent, self.rows[v]) if v in self.rows else result for v, result in results]
+    def made(self, op: Op, way: str) -> type:
+        """The kind of the results of an operation that is run in a way that `way` calls 'totals' or 'each'."""
+        early = self.sums.issuperset(v for v in op.outputs if v >= 0)
+        return Total if way == "totals" or early else TimeSeries
 
     def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation for each step, by vmap; Functions with a backward of their own one after the other."""
@@ -137,12 +140,9 @@ class BatchedOps:
             totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
         return totals
 
-    def _on_sums(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
-        """An operation that is linear in what was summed."""
-        if operation_of(op).linear is Linear.EACH:
-            tensors: dict[int, Any] = {v: e.tensor if isinstance(e, Total) else e for v, e in entries.items()}
-        else:
-            tensors = {v: self.total(v, entry) for v, entry in entries.items()}
+    def _on_totals(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+        """An operation that is linear in all that it reads together: each of that is added up first."""
+        tensors = {v: self.total(v, entry) for v, entry in entries.items()}
         return [Total(result) for result in run_op(op, tensors, self.extent.batch)]
 
     def _step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:

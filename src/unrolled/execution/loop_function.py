@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from unrolled.plan.loops import LoopProgram
 from unrolled.plan.plan import PlannedLoop
 
 
-@dataclass(frozen=True)
-class LoopUnderAutograd:
+class LoopUnderAutograd(NamedTuple):
     """A runner of loops that autograd can go back through.
 
     Attributes:
@@ -50,8 +48,7 @@ class LoopUnderAutograd:
         return LoopResult(emitted, last, lambda state: inputs.received(state, passed_on[state]))
 
 
-@dataclass(frozen=True)
-class _LoopCall:
+class _LoopCall(NamedTuple):
     """A call of a loop, but for its tensors."""
 
     planned: PlannedLoop
@@ -67,7 +64,9 @@ class _LoopCall:
     def backward(self, values: dict[int, Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the loop's inputs, from the values it kept and the gradients of its results."""
         planned, back, extent = self.planned, self.planned.backward, self.extent
-        batched = BatchedOps(back.program, planned.rows, planned.coupled, extent, planned.sums, self.runner.affine)
+        batched = BatchedOps(
+            back.program, planned.rows, planned.coupled, extent, planned.written, planned.sums, self.runner.affine
+        )
         a, b, _ = planned.loop.counts
         start = len(back.kept) + len(back.fixed)
         stages = SegmentStages(
@@ -148,14 +147,13 @@ class _LoopFunction(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         planned, loop = call.planned, call.planned.loop
-        result, kept = call.runner(loop, call.inputs(tensors)), set(planned.backward.kept)
-        emitted = [tensor if v in kept else None for v, tensor in zip(loop.emitted, result.emitted, strict=True)]
-        received = [result.received(n) if v in kept else None for n, v in enumerate(loop.states)]
+        result = call.runner(loop, call.inputs(tensors))
+        emitted = [x if keep else None for keep, x in zip(planned.keeps_emitted, result.emitted, strict=True)]
+        received = [result.received(n) if keep else None for n, keep in enumerate(planned.keeps_states)]
         ctx.save_for_backward(*tensors, *emitted, *received)
         shown = (*result.emitted[: planned.emits], *result.last)
-        unread = {*range(planned.emits)}.difference(planned.backward.emitted)
         ctx.mark_non_differentiable(
-            *(tensor for n, tensor in enumerate(shown) if n in unread or not tensor.is_floating_point())
+            *[x for n, x in enumerate(shown) if n in planned.unread or not x.is_floating_point()]
         )
         return shown
 

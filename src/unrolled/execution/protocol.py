@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,8 +11,7 @@ from unrolled.lengths import Extent
 from unrolled.plan.loops import LoopProgram
 
 
-@dataclass(frozen=True)
-class LoopInputs:
+class LoopInputs(NamedTuple):
     """The tensors that a loop runs on, in the order of its program.
 
     Attributes:
@@ -40,8 +38,7 @@ class LoopInputs:
         return self.extent.shifted(self.states[state], passed_on, reverse=self.reverse)
 
 
-@dataclass(frozen=True)
-class LoopResult:
+class LoopResult(NamedTuple):
     """A loop's results.
 
     Attributes:

@@ -56,8 +56,10 @@ def run_plan(
     """
     recording, first = plan.reals, in_parts(leaves(state))
     env = _given(recording, cell, inputs, context, extent)
-    given = [*first, *(entry.tensor if isinstance(entry, TimeSeries) else entry for entry in env.values())]
-    batched = BatchedOps(bound(recording.program, cell), plan.rows, plan.coupled, extent, affine=runner.affine)
+    given = [*first, *[entry.tensor if isinstance(entry, TimeSeries) else entry for entry in env.values()]]
+    batched = BatchedOps(
+        bound(recording.program, cell), plan.rows, plan.coupled, extent, plan.written, affine=runner.affine
+    )
     stages = SegmentStages(
         stages=plan.stages,
         loops=plan.loops,
@@ -73,9 +75,7 @@ def run_plan(
     if checked:
         refuse_other_answers(plan, env)
     outputs = [batched.over_time(env[plan.copies.get(v, v)], plan.rows.get(v)) for v in recording.outputs]
-    ends = [plan.recording.program.values[v] for v in (*plan.recording.outputs, *plan.recording.next_state)]
-    copies = [v in plan.copies for v in recording.outputs] + [True] * len(last)
-    tensors, own = zip(*_joined(zip([*outputs, *last], copies, strict=True), ends), strict=True)
+    tensors, own = zip(*_joined(zip([*outputs, *last], plan.copied, strict=True), plan.ends), strict=True)
     results = list(_owned_by_caller(tensors, own, given))
     many = len(plan.recording.outputs)
     return unflatten(recording.structures[3], results[:many]), unflatten(recording.structures[1], results[many:])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from torch import Tensor
 from unrolled.lengths import Extent
 
 
-@dataclass(frozen=True)
-class TimeSeries:
+class TimeSeries(NamedTuple):
     """A value at every step of a segment.
 
     Attributes:
@@ -54,13 +52,16 @@ class TimeSeries:
             return self.tensor
         if self.extent.ragged:
             raise TypeError("steps of different numbers of rows cannot be stacked")
+        if not self.rows:
+            rows, *sizes = self.tensor.shape
+            return self.tensor.view(self.extent.steps, rows // self.extent.steps, *sizes)
         return self.tensor.unflatten(self.rows, (self.extent.steps, -1)).movedim(self.rows, 0)
 
     def folded(self, rows: int) -> Tensor:
         """The value with time folded into its rows, which are in this dimension."""
         if self.rows is not None:
             return self.tensor
-        return self.tensor.movedim(0, rows).flatten(rows, rows + 1)
+        return (self.tensor.movedim(0, rows) if rows else self.tensor).flatten(rows, rows + 1)
 
     def each(self) -> Sequence[Tensor]:
         """The value at step 0, 1, 2, ..."""
@@ -84,8 +85,7 @@ class TimeSeries:
         return added.flatten(self.rows, self.rows + 1)
 
 
-@dataclass(frozen=True)
-class Total:
+class Total(NamedTuple):
     """The sum of a value over all steps: only operations that are linear in it may read it."""
 
     tensor: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from unrolled.plan.loops import LoopProgram
 from unrolled.plan.partition import Counter, Draws, Held, Loop, Stage, Steps
 
 
-@dataclass(frozen=True)
-class SegmentStages:
+class SegmentStages(NamedTuple):
     """A partitioned step that is run over a segment.
 
     Attributes:

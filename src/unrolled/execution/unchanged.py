@@ -43,7 +43,7 @@ def made_once(make: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         ...     made_once(torch.clone, weight.t()) is made_once(torch.clone, weight.t())
         True
     """
-    if tensor.untyped_storage().data_ptr() not in _unchanged.storages:
+    if not _unchanged.storages or tensor.untyped_storage().data_ptr() not in _unchanged.storages:
         return make(tensor)
     key = make, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
     if key not in _unchanged.made:

@@ -62,7 +62,7 @@ class RowLayout:
         """How many entries lie before the batch: reshaping must leave their number alone."""
         return prod(n for n in self.shape[: self.place] if not isinstance(n, Size))
 
-    @property
+    @cached_property
     def first(self) -> bool:
         """Whether the rows are the first dimension, and nothing else is in it."""
         return self.place == 0 and self.many == 1

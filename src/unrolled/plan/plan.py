@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from unrolled.recording.generators import bound
 from unrolled.recording.guards.scratch import record_cell
 from unrolled.recording.guards.twin import twin_of
 from unrolled.recording.interpret import all_values
+from unrolled.recording.program import Value
 from unrolled.recording.record import ROWS, Recording, samples_of
 from unrolled.trees import Tree, leaves
 
@@ -47,6 +49,26 @@ class PlannedLoop:
     rows: Mapping[int, int]
     coupled: Mapping[int, str]
     sums: frozenset[int]
+
+    @cached_property
+    def written(self) -> dict[Any, Any]:
+        """What execution has written of the backward's operations; it is kept with the plan."""
+        return {}
+
+    @cached_property
+    def keeps_emitted(self) -> list[bool]:
+        """Which of the emitted values the backward reads."""
+        return [v in self.backward.kept for v in self.loop.emitted]
+
+    @cached_property
+    def keeps_states(self) -> list[bool]:
+        """Of which states the backward reads what the steps received."""
+        return [v in self.backward.kept for v in self.loop.states]
+
+    @cached_property
+    def unread(self) -> frozenset[int]:
+        """The positions of what is emitted whose gradients the backward does not read."""
+        return frozenset(range(self.emits)).difference(self.backward.emitted)
 
     def zeros(self, value: int, rows: int, device: torch.device) -> Tensor:
         """Zeros in the shape of a value for so many rows, without memory for them."""
@@ -85,6 +107,22 @@ class StepPlan:
     copies: Mapping[int, int]
     fused: frozenset[int]
     requires_grad: frozenset[int]
+
+    @cached_property
+    def written(self) -> dict[Any, Any]:
+        """What execution has written of the step's operations; it is kept with the plan."""
+        return {}
+
+    @cached_property
+    def ends(self) -> list[Value]:
+        """What the caller gets: the values of outputs, then of last states, as the cell has them."""
+        values = self.recording.program.values
+        return [values[v] for v in (*self.recording.outputs, *self.recording.next_state)]
+
+    @cached_property
+    def copied(self) -> list[bool]:
+        """Which of the outputs, and which of the last states, a loop makes for the caller alone; in real parts."""
+        return [v in self.copies for v in self.reals.outputs] + [True] * len(self.reals.next_state)
 
     @cached_property
     def draws(self) -> bool:

@@ -14,10 +14,13 @@ from unrolled.recording.program import Custom, Op, Program, Ref, Size, resolved
 
 def run_op(op: Op, values: Any, rows: int) -> Sequence[Tensor | None]:
     """Run one operation on the tensors of its values, for so many rows; its results, one for each output."""
-    arguments = resolved(op.args, values, rows)
+    arguments = op.arguments(values, rows)
     if isinstance(op.target, Custom):
         return _RecordedFunction.run(op.target, rows, arguments)
-    result = op.target(*arguments, **{name: resolved(arg, values, rows) for name, arg in op.kwargs})
+    if op.kwargs:
+        result = op.target(*arguments, **{name: resolved(arg, values, rows) for name, arg in op.kwargs})
+    else:
+        result = op.target(*arguments)
     return result if isinstance(result, tuple | list) else (result,)
 
 
@@ -34,22 +37,35 @@ def all_values(program: Program, inputs: Sequence[Tensor], rows: int) -> dict[in
 @lru_cache(maxsize=512)
 def compiled(program: Program) -> Callable[..., tuple[Tensor | None, ...]]:
     """A function `(rows, *inputs) -> outputs` that runs a program; None for outputs that it does not have."""
-    writer = _Writer(program)
-    source = writer.source()
-    scope: dict[str, Any] = {"run": _RecordedFunction.run, **writer.held}
-    exec(compile(source, f"<step of {len(program.ops)} operations>", "exec"), scope)
-    function: Callable[..., tuple[Tensor | None, ...]] = scope["step"]
-    return function
+    writer = Writer(program)
+    return writer.compiled(writer.source(), "step")
 
 
-class _Writer:
-    """Writes a program as the source of a Python function; interpreting it would cost as much as running it."""
+class Writer:
+    """Writes a program as the source of a Python function; interpreting it would cost as much as running it.
+
+    Args:
+        program: the program.
+
+    Attributes:
+        prefix: what the names of values begin with.
+        rows: the name of how many rows there are.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.prefix, self.rows = "v", "rows"
         self.held: dict[str, Any] = {}
 
+    def compiled(self, source: str, name: str, **known: Any) -> Callable[..., Any]:
+        """The function of this name in a source, which may also mention what is known."""
+        scope: dict[str, Any] = {"run": _RecordedFunction.run, **known, **self.held}
+        exec(compile(source, f"<step of {len(self.program.ops)} operations>", "exec"), scope)
+        function: Callable[..., Any] = scope[name]
+        return function
+
     def source(self) -> str:
+        """The source of the whole program as a function `step`."""
         inputs = ", ".join(["rows", *(f"v{v}" for v in self.program.inputs)])
         lines = [f"def step({inputs}):"]
         lines += [f"    {self._targets(op)} = {self._call(op)}" for op in self.program.ops]
@@ -57,7 +73,7 @@ class _Writer:
         return "\n".join([*lines, f"    return ({outputs}{',' if outputs else ''})"])
 
     def _targets(self, op: Op) -> str:
-        names = [f"v{v}" if v >= 0 else "_" for v in op.outputs]
+        names = [f"{self.prefix}{v}" if v >= 0 else "_" for v in op.outputs]
         several = isinstance(op.target, Custom) or len(names) > 1
         if not several:  # what it returns may be a list of one
             returns = op.target._schema.returns  # type: ignore[attr-defined]
@@ -67,15 +83,15 @@ class _Writer:
     def _call(self, op: Op) -> str:
         arguments = [self._argument(arg) for arg in op.args]
         if isinstance(op.target, Custom):
-            return f"run({self._hold(op.target)}, rows, [{', '.join(arguments)}])"
+            return f"run({self._hold(op.target)}, {self.rows}, [{', '.join(arguments)}])"
         named = [f"{name}={self._argument(arg)}" for name, arg in op.kwargs]
         return f"{self._hold(op.target)}({', '.join(arguments + named)})"
 
     def _argument(self, tree: Any) -> str:
         if isinstance(tree, Ref):
-            return f"v{tree.value}"
+            return f"{self.prefix}{tree.value}"
         if isinstance(tree, Size):
-            return f"({tree.per_row} * rows + {tree.constant})"
+            return f"({tree.per_row} * {self.rows} + {tree.constant})"
         if isinstance(tree, tuple | list):
             return f"[{', '.join(map(self._argument, tree))}]"
         if tree is None or type(tree) in (bool, int):

@@ -103,6 +103,21 @@ class Op:
         """The values that it reads, in order."""
         return tuple(refs_of((self.args, self.kwargs)))
 
+    def arguments(self, values: Mapping[int, Any] | Sequence[Any], rows: int) -> list[Any]:
+        """Its arguments by position, from the tensors of its values, for so many rows."""
+        return [
+            values[value] if value >= 0 else resolved(arg, values, rows) if value == _NESTED else arg
+            for value, arg in self._prepared
+        ]
+
+    @cached_property
+    def _prepared(self) -> list[tuple[int, Any]]:
+        """Each argument: by its value, or as it is passed, or as a nest in which there are values or sizes."""
+        return [
+            (arg.value, None) if isinstance(arg, Ref) else (_NESTED if depends(arg) else _CONSTANT, arg)
+            for arg in self.args
+        ]
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -234,6 +249,14 @@ def live_in(ops: Collection[Op], outputs: Sequence[int] = ()) -> list[int]:
     made = {v for op in ops for v in op.outputs}
     read = dict.fromkeys([*(v for op in ops for v in op.inputs), *outputs])
     return [v for v in read if v >= 0 and v not in made]
+
+
+_CONSTANT, _NESTED = -1, -2
+
+
+def depends(tree: Any) -> bool:
+    """Whether there are values or sizes in a nest of arguments."""
+    return isinstance(tree, Ref | Size) or (isinstance(tree, tuple | list) and any(map(depends, tree)))
 
 
 def refs_of(tree: Any) -> Iterator[int]:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from unrolled.autograd_graph import new_leaf
 from unrolled.cells.base import shown_path
-from unrolled.internals import has_memory, watching
+from unrolled.internals import autocasting, dual_numbers, has_memory, watching
 from unrolled.recording.checks import Asked, at_outputs, on_entries
 from unrolled.recording.events import RawProgram, UnrecordableError, depends_on_numbers, needed
 from unrolled.recording.externals import Constant, Found, OutsideTensor, held_tensors
@@ -213,13 +213,14 @@ def why_not_recorded(tensors: Iterable[Tensor]) -> str | None:
     looking_on = watching()
     if looking_on is not None:
         return looking_on
+    casting, dual = autocasting(), dual_numbers()
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return f"a tensor is a {type(tensor).__name__}, which may compute in its own way"
-        if torch.is_autocast_enabled(tensor.device.type):
+        if casting and torch.is_autocast_enabled(tensor.device.type):
             return "under autocast torch chooses the dtype of each operation as it runs"
         if not has_memory(tensor):
             return "inside of a transform of torch.func"
-        if forward_ad.unpack_dual(tensor).tangent is not None:
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
             return "forward-mode derivatives"
     return None

@@ -1,8 +1,9 @@
 """The native engine: loops emitted as C, built by the system's compiler, run in one call.
 
 A loop's program is lowered to nodes (`lower`), these are put into kernels (`schedule`) and written as C (`emit`); the C
-is compiled or found in a cache on disk (`build`), and torch's tensors are bound to the compiled function (`bind`). What
-each operation becomes is said in `unrolled.operations`; what runs all loops is compiled once (`runtime`).
+is compiled or found in a cache on disk (`build`), and torch's tensors are bound to the compiled function (`bind`); what
+that needs to know of so many steps and rows is worked out once (`frame`). What each operation becomes is said in
+`unrolled.operations`; what runs all loops is compiled once (`runtime`).
 """
 
 from __future__ import annotations

@@ -83,15 +83,24 @@ static void run_or_serve(void *argument, int64_t number) {
   if (task->queue) __atomic_store_n(&((work_queue *)task->queue)->posted, -1, __ATOMIC_RELEASE);
 }
 
+/* What the first step receives of a state, and where it reads it. */
+typedef struct {
+  void *to;
+  const void *from;
+  int64_t bytes;
+} start_of_state;
+
 /* Returns whether the numbers were declined. bounds: threads + 1 numbers, the rows of thread n are those from bounds[n]
    up to bounds[n + 1]. */
 int ur_loop(loop_function loop, void *const *inputs, const int64_t *by_step, const int64_t *by_row,
             void *const *buffers, real *const *totals, const real *const *packed, char *scratch,
-            const int64_t *offsets, const int64_t *bounds, int64_t scratch_per_row, int64_t steps, int64_t batch,
-            int64_t reverse, int64_t first, int64_t last, int64_t queued, int64_t threads, team run) {
+            const int64_t *offsets, const int64_t *bounds, const start_of_state *starts, int64_t states,
+            int64_t scratch_per_row, int64_t steps, int64_t batch, int64_t reverse, int64_t first, int64_t last,
+            int64_t queued, int64_t threads, team run) {
   loop_task tasks[MOST_PARTS];
   work_queue queue = {0};
   int64_t declined = 0;
+  for (int64_t n = 0; n < states && first == 0; ++n) memcpy(starts[n].to, starts[n].from, (size_t)starts[n].bytes);
   for (int64_t n = 0; n < threads; ++n)
     tasks[n] = (loop_task){inputs, by_step, by_row, buffers, totals, packed, scratch + bounds[n] * scratch_per_row,
                            offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1],

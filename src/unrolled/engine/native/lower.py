@@ -56,6 +56,9 @@ def lower(loop: LoopProgram) -> Lowered:
             raise UnsupportedError(f"to keep a {known} of every step")
     if not all(RowLayout.of(values[value]).plain for value in (*loop.states, *loop.next_states)):
         raise UnsupportedError("a state whose batch is not its first dimension")
+    for value, following in zip(loop.states, loop.next_states, strict=True):
+        if (values[value].shape, values[value].dtype) != (values[following].shape, values[following].dtype):
+            raise UnsupportedError(f"a state that is {values[value]} and becomes {values[following]}")
     totals = [lowering.in_memory(views[v]) for v, _ in loop.totals]
     emitted, next_states = [views[v] for v in loop.emitted], [views[v] for v in loop.next_states]
     buffers = zip(next_states, state_buffers(loop), strict=True)

@@ -29,6 +29,13 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
+@cache
+def _panel(dtype: torch.dtype) -> int:
+    """How many columns a panel has."""
+    columns: int = runtime(dtype).ur_panel()
+    return columns
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
     """A tensor, viewed as a matrix, in panels of columns, as loops read it.
@@ -54,27 +61,29 @@ class PackedMatrix:
         Raises:
             BuildError: if the kernel cannot be built.
         """
-        whole = self.offset == 0 and self.strides == contiguous(tensor.shape) and self.dims == tensor.shape
-        matrix = (tensor if whole else self._viewed(tensor.contiguous())).flatten(0, -2)
-        loaded = runtime(matrix.dtype)
-        K, N = matrix.shape
-        panel = loaded.ur_panel()
+        whole = self.offset == 0 and self.dims == tensor.shape and self.strides == contiguous(tensor.shape)
+        matrix = tensor if whole else self._viewed(tensor.contiguous())
+        if matrix.dim() != 2:
+            matrix = matrix.flatten(0, -2)
+        (K, N), panel = matrix.shape, _panel(matrix.dtype)
         packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
-        loaded.ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
+        runtime(matrix.dtype).ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
         return packed
 
     def _viewed(self, tensor: Tensor) -> Tensor:
         in_reverse = [dim for dim, stride in enumerate(self.strides) if stride < 0]
         first = self.offset + sum((self.dims[dim] - 1) * self.strides[dim] for dim in in_reverse)
         strides = [abs(stride) for stride in self.strides]
-        return tensor.as_strided(self.dims, strides, tensor.storage_offset() + first).flip(in_reverse)
+        viewed = tensor.as_strided(self.dims, strides, tensor.storage_offset() + first)
+        return viewed.flip(in_reverse) if in_reverse else viewed  # flipping nothing copies
 
 
 def worthwhile(x: Tensor, y: Tensor) -> bool:
     """Whether a product `[M, K] [K, N]` is one for this kernel."""
-    fits = x.dim() == y.dim() == 2 and x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64)
-    large = fits and x.shape[0] * x.shape[1] * y.shape[1] >= 200_000  # with fewer a call costs more than it saves
-    return large and x.device.type == y.device.type == "cpu" and _library(x.dtype) is not None
+    if x.dim() != 2 or y.dim() != 2 or x.shape[0] * x.shape[1] * y.shape[1] < 200_000:
+        return False  # with fewer a call costs more than it saves
+    fits = x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64) and x.is_cpu and y.is_cpu
+    return fits and _library(x.dtype) is not None
 
 
 def affine(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,6 +94,8 @@ def affine(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         y: `[K, N]`.
         bias: `[N]`, or None.
     """
+    if not torch.is_grad_enabled():
+        return _multiply(x, y, bias)
     product: Tensor = _Affine.apply(x, y, bias)
     return product
 

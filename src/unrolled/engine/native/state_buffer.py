@@ -19,11 +19,21 @@ class StateBuffer:
         memory: `[B + N, ...]`.
         extent: how far the segment reaches.
         reverse: whether the last step is run first.
+        in_steps: the shape of what all steps pass on.
     """
 
     memory: Tensor
     extent: Extent
     reverse: bool
+    in_steps: tuple[int, ...]
+
+    def memory_of_start(self) -> int | None:
+        """Where what the first step of each row receives begins; None where it is not in one place."""
+        if not self.reverse:
+            return self.memory.data_ptr()
+        if self.extent.ragged:
+            return None
+        return self.memory.data_ptr() + self.extent.rows * self.memory.stride(0) * self.memory.itemsize
 
     def begin(self, state: Tensor) -> None:
         """Put what the first step of each row receives in its place."""
@@ -44,16 +54,15 @@ class StateBuffer:
 
     def last(self) -> Tensor:
         """What the last step of each row passed on."""
-        return self.extent.last_of(self.passed_on(), reverse=self.reverse).clone()
+        if self.extent.ragged:
+            return self.extent.last_of(self.passed_on(), reverse=self.reverse).clone()
+        return self.memory.narrow(0, 0 if self.reverse else self.extent.rows, self.extent.batch).clone()
 
     def _late(self) -> Tensor:
-        return self._in_steps(self.memory[self.extent.batch :])
+        return self.memory.narrow(0, self.extent.batch, self.extent.rows).view(self.in_steps)
 
     def _early(self) -> Tensor:
         """One step earlier than `_late`; where rows end at different times not all of it is read, or written."""
         if self.extent.ragged:
             return self.memory.index_select(0, self.extent.before)
-        return self._in_steps(self.memory[: self.extent.rows])
-
-    def _in_steps(self, rows: Tensor) -> Tensor:
-        return rows if self.extent.ragged else rows.unflatten(0, (self.extent.steps, self.extent.batch))
+        return self.memory.narrow(0, 0, self.extent.rows).view(self.in_steps)

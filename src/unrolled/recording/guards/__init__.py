@@ -5,5 +5,6 @@ objects outside of it (`environment`). What lies outside is found by watching on
 `watch`): the code that runs names what it can read (`names`), which leads on through objects of several `kinds`
 (`reach`) to `places`, whose values are compared at every call. That nothing of a step before is read is proved by
 recording several on one twin (`scratch`). In comes a cell with arguments for a step; out comes a fingerprint, equal at
-two calls only if a plan made at one holds at the other.
+two calls only if a plan made at one holds at the other. Most calls need none: a `look` at what the fingerprint was made
+of says whether it would be the same.
 """

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,10 +21,13 @@ from unrolled.recording.externals import OutsideTensor
 from unrolled.recording.generators import held_generators
 from unrolled.recording.guards.generators import set_state, state_of, whose
 from unrolled.recording.guards.kinds import is_common
-from unrolled.recording.guards.places import MISSING, ClassEntry, Entry, KindOfTensor, Place, same
+from unrolled.recording.guards.places import MISSING, ClassEntry, Content, Entry, KindOfTensor, Place, same
 from unrolled.recording.guards.reach import Reachable
 from unrolled.recording.guards.watch import WatchedStep
 from unrolled.trees import Tree
+
+_Look: TypeAlias = tuple[list[tuple[Callable[..., Any], Any, Any]], list[Any], list[tuple[Callable[[], Any], Any]]]
+"""How entries are read, by name, and what stood there; what held nothing; how others are read, and what was there."""
 
 
 class Environment:
@@ -50,7 +53,7 @@ class Environment:
         self._generators: dict[int, Any] = {}
         self._versions: list[tuple[int, list[Any]]] = []
         self._numbers = 0
-        self._look: tuple[list[tuple[Callable[..., Any], Any, Any]], list[tuple[Callable[[], Any], Any]]] = ([], [])
+        self._look: _Look = ([], [], [])
 
     @classmethod
     def of(cls, cell: nn.Module) -> Environment:
@@ -73,7 +76,9 @@ class Environment:
 
     def version(self) -> int:
         """A number that stands for the values in all places; the same one when they are again what they were."""
-        entries, others = self._look
+        entries, empty, others = self._look
+        if any(empty):
+            return self._find_version()
         for get, name, value in entries:
             now = get(name, MISSING)
             if now is not value and not same(now, value):
@@ -112,15 +117,18 @@ class Environment:
 
     def _prepare_look(self) -> None:
         """Write down what `version` compares at every call; most places are entries of dicts, which it reads itself."""
-        entries, others = list[tuple[Callable[..., Any], Any, Any]](), list[tuple[Callable[[], Any], Any]]()
+        look: _Look = ([], [], [])
+        entries, empty, others = look
         for place, value in zip(self._places.values(), self._versions[-1][1], strict=True):
             if isinstance(place, Entry) and type(place.owner) is dict:
                 entries.append((place.owner.get, place.name, value))
             elif isinstance(place, ClassEntry):
                 entries.append((vars(place.owner).get, place.name, value))
+            elif isinstance(place, Content) and value == ():
+                empty.append(place.owner)
             else:
                 others.append((place.now, value))
-        self._look = entries, others  # at once: another thread may be looking, without the lock
+        self._look = look  # at once: another thread may be looking, without the lock
 
     def watch(self, twin: nn.Module, own: Sequence[Any], step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
         """Run a step on a twin of the cell, forward and backward, and learn from it.

@@ -35,19 +35,40 @@ def fingerprint(cell: nn.Module) -> tuple[Any, ...]:
     Raises:
         UnrecordableError: if there are hooks on all modules, or a mode that the step asks for is another one.
     """
-    on_all = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-    if any(getattr(nn.modules.module, hooks, None) for hooks in on_all):
-        raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
+    refuse_hooks_on_all()
     environment = Environment.of(cell)
+    modes = asked_modes(environment)
+    return contents_of(cell), environment.version(), modes, modules_are_patched()
+
+
+_ON_ALL = "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"
+_RECORDED_WITH = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
+"""Modes under which recordings are made: a step that asks for one is recorded only for calls that have it so."""
+
+
+def refuse_hooks_on_all() -> None:
+    """Refuse hooks on all modules.
+
+    Raises:
+        UnrecordableError: if there are any.
+    """
+    if any(getattr(nn.modules.module, hooks, None) for hooks in _ON_ALL):
+        raise UnrecordableError("there are hooks on all modules, which must be called for every copy")
+
+
+def asked_modes(environment: Environment) -> tuple[Any, ...]:
+    """The modes of torch's that steps ask for, as they are now.
+
+    Raises:
+        UnrecordableError: if one of them is not what recordings are made with.
+    """
     modes = []
-    # A recording is made with these; a step that reads one of them is recorded only for calls that have it so too.
-    recorded_with = {"is_grad_enabled": True, "is_inference_mode_enabled": False}
     for name, read in environment.modes.items():
         value = read()
-        if value is not recorded_with.get(name, value):
+        if value is not _RECORDED_WITH.get(name, value):
             raise UnrecordableError(f"its step asks {name}(), which is {value} here")
         modes.append(value)
-    return contents_of(cell), environment.version(), tuple(modes), modules_are_patched()
+    return tuple(modes)
 
 
 def contents_of(cell: nn.Module) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ A place is looked at again at every call, to see whether a plan still holds, and
 
 from __future__ import annotations
 
+import operator
 import types
 from collections import deque
 from dataclasses import dataclass
@@ -224,7 +225,8 @@ def same(now: Any, before: Any) -> bool:
     if type(now) is not type(before):
         return False
     if isinstance(now, tuple):
-        return len(now) == len(before) and all(map(same, now, before))
+        alike = len(now) == len(before)
+        return alike and (all(map(operator.is_, now, before)) or all(map(same, now, before)))
     if isinstance(now, np.generic):
         return now.dtype == before.dtype and now.tobytes() == before.tobytes()
     if isinstance(now, types.MethodType):
