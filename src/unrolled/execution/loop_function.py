@@ -61,8 +61,16 @@ class _LoopCall(NamedTuple):
         a, b, _ = self.planned.loop.counts
         return LoopInputs(tensors[:a], tensors[a : a + b], tensors[a + b :], self.extent, self.reverse)
 
-    def backward(self, values: dict[int, Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of the loop's inputs, from the values it kept and the gradients of its results."""
+    def backward(
+        self, values: dict[int, Tensor], grads: Sequence[Tensor | None], *, of_states: bool
+    ) -> list[Tensor | None]:
+        """The gradients of the loop's inputs, from the values it kept and the gradients of its results.
+
+        Args:
+            values: the values it kept.
+            grads: the gradients of what it emitted for others, and of its last states; None for none.
+            of_states: whether those of its first states are read.
+        """
         planned, back, extent = self.planned, self.planned.backward, self.extent
         batched = BatchedOps(
             back.program, planned.rows, planned.coupled, extent, planned.written, planned.sums, self.runner.affine
@@ -78,6 +86,7 @@ class _LoopCall(NamedTuple):
             runner=self.runner,
             read=back.read,
             reverse=not self.reverse,
+            last_owned=of_states,
         )
         env: dict[int, Entry] = {v: batched.series(v, values[v]) for v in back.kept}
         env |= {v: values[v] for v in back.fixed}
@@ -169,4 +178,5 @@ class _LoopFunction(torch.autograd.Function):
             return (None, *call.backward_by_autograd(tensors, grads))
         values = dict(zip((*loop.program.inputs, *loop.emitted), saved, strict=False))
         values |= dict(zip(loop.states, saved[len(saved) - len(loop.states) :], strict=True))
-        return (None, *call.backward(values, grads))
+        of_states = any(ctx.needs_input_grad[len(tensors) + 1 - len(loop.states) :])
+        return (None, *call.backward(values, grads, of_states=of_states))

@@ -20,6 +20,7 @@ class LoopInputs(NamedTuple):
         states: what the step of each row that runs first receives.
         extent: how far the segment reaches.
         reverse: whether the last step runs first.
+        last_owned: whether the last states have memory of their own; not where nobody reads them.
     """
 
     sequences: Sequence[Tensor]
@@ -27,6 +28,7 @@ class LoopInputs(NamedTuple):
     states: Sequence[Tensor]
     extent: Extent
     reverse: bool
+    last_owned: bool = True
 
     @property
     def tensors(self) -> list[Tensor]:

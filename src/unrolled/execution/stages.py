@@ -28,6 +28,7 @@ class SegmentStages(NamedTuple):
         runner: runs the loops.
         read: states of loops that are read outside of them.
         reverse: whether time goes from the last copy to the first.
+        last_owned: whether what is returned has memory of its own; not where nobody reads it.
     """
 
     stages: Sequence[Stage]
@@ -38,6 +39,7 @@ class SegmentStages(NamedTuple):
     runner: LoopRunner
     read: Collection[int]
     reverse: bool
+    last_owned: bool = True
 
     def run(self, env: MutableMapping[int, Entry], initial: Sequence[Tensor]) -> list[Tensor]:
         """Run all stages.
@@ -98,7 +100,8 @@ class SegmentStages(NamedTuple):
         batched, extent = self.batched, self.batched.extent
         sequences = [batched.over_time(env[v], batched.rows.get(v)) for v in loop.sequences]
         states = [initial[leaf] for leaf in stage.leaves]
-        result = self.runner(loop, LoopInputs(sequences, [env[v] for v in loop.fixed], states, extent, self.reverse))
+        fixed = [env[v] for v in loop.fixed]
+        result = self.runner(loop, LoopInputs(sequences, fixed, states, extent, self.reverse, self.last_owned))
         env.update({v: self.batched.series(v, tensor) for v, tensor in zip(loop.emitted, result.emitted, strict=True)})
         for (_, value), total in zip(loop.totals, result.totals, strict=True):
             env[value] = Total(total.view(batched.program.values[value].sizes(extent.batch)))

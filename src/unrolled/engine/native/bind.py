@@ -114,7 +114,7 @@ class NativeLoop:
             for n, shape in zip(self._state_buffers, frame.passed_on, strict=True)
         ]
         self._run(memory, self._begun(states, memory, frame), extent, threads, reverse=inputs.reverse)
-        last = [self._of_state(n, buffer.last(), 0) for n, buffer in enumerate(states)]
+        last = [self._of_state(n, buffer.last(owned=inputs.last_owned), 0) for n, buffer in enumerate(states)]
         totals = [total.sum(0) if threads.owners > 1 else total[0] for total in memory.totals]
         emitted = self._emitted(memory.buffers, states, extent)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -61,14 +61,18 @@ class PackedMatrix:
         Raises:
             BuildError: if the kernel cannot be built.
         """
-        whole = self.offset == 0 and self.dims == tensor.shape and self.strides == contiguous(tensor.shape)
-        matrix = tensor if whole else self._viewed(tensor.contiguous())
+        matrix = tensor if self._whole and self.dims == tensor.shape else self._viewed(tensor.contiguous())
         if matrix.dim() != 2:
             matrix = matrix.flatten(0, -2)
         (K, N), panel = matrix.shape, _panel(matrix.dtype)
         packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
         runtime(matrix.dtype).ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
         return packed
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether it is all of a tensor, if that has the same shape."""
+        return self.offset == 0 and self.strides == contiguous(self.dims)
 
     def _viewed(self, tensor: Tensor) -> Tensor:
         in_reverse = [dim for dim, stride in enumerate(self.strides) if stride < 0]

@@ -52,11 +52,13 @@ class StateBuffer:
         """What every step passed on, laid out likewise."""
         return self._early() if self.reverse else self._late()
 
-    def last(self) -> Tensor:
-        """What the last step of each row passed on."""
+    def last(self, *, owned: bool) -> Tensor:
+        """What the last step of each row passed on; a part of this memory if it need not have its own."""
         if self.extent.ragged:
-            return self.extent.last_of(self.passed_on(), reverse=self.reverse).clone()
-        return self.memory.narrow(0, 0 if self.reverse else self.extent.rows, self.extent.batch).clone()
+            last = self.extent.last_of(self.passed_on(), reverse=self.reverse)
+        else:
+            last = self.memory.narrow(0, 0 if self.reverse else self.extent.rows, self.extent.batch)
+        return last.clone() if owned else last
 
     def _late(self) -> Tensor:
         return self.memory.narrow(0, self.extent.batch, self.extent.rows).view(self.in_steps)
