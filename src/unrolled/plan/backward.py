@@ -177,13 +177,14 @@ def _made_again(ops: Collection[Op], read: Sequence[int], there: Collection[int]
     kept = [v for v in read if v in maker and v not in there]
     found: list[Op] = []
     operands: set[int] = set()
+    at_hand = {*there, *kept}
     for value in sorted(kept, reverse=True):
         op = maker[value]
-        at_hand = {*there, *(v for v in kept if v != value and maker[v] not in found)}
         light = operation_of(op).cost <= Cost.LIGHT and len(op.outputs) == 1
         if light and value not in operands and at_hand.issuperset(op.inputs):
             found.append(op)
             operands.update(op.inputs)
+            at_hand.remove(value)
     return frozenset(found)
 
 

@@ -143,9 +143,13 @@ def sink_light(program: Program, stages: Sequence[Stage], light: Collection[int]
     """
     home = {n: i for i, stage in enumerate(stages) for n in stage.ops}
     returned = {v for v in program.outputs if v >= 0}
+    reading: dict[int, list[int]] = {}
+    for m, other in enumerate(program.ops):
+        for v in other.inputs:
+            reading.setdefault(v, []).append(m)
     for n in sorted(light, reverse=True):
         op = program.ops[n]
-        readers = {home[m] for m, other in enumerate(program.ops) if not set(op.outputs).isdisjoint(other.inputs)}
+        readers = {home[m] for v in op.outputs for m in reading.get(v, ())}
         if len(readers) == 1 and returned.isdisjoint(op.outputs) and isinstance(stages[min(readers)], Loop):
             (home[n],) = readers
     moved = [replace(stage, ops=tuple(sorted(n for n in home if home[n] == i))) for i, stage in enumerate(stages)]

@@ -127,7 +127,8 @@ class _Emitter:
 
     def _only_packed(self, body: str) -> frozenset[int]:
         fixed = [node for node in self.lowered.nodes if isinstance(node, Input) and node.kind == "fixed"]
-        read = {node.position for node in fixed if re.search(rf"\b{self.names[node]}\b", body)}
+        mentioned = set(re.findall(r"\bn\d+\b", body))
+        read = {node.position for node in fixed if self.names[node] in mentioned}
         return frozenset(position_of(matrix) for matrix in self.matrices) - read
 
     # -- memory
