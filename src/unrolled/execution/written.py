@@ -19,7 +19,7 @@ from unrolled.recording.program import Op
 if TYPE_CHECKING:
     from unrolled.execution.batched import BatchedOps
 
-PRODUCTS = ("aten.mm", "aten.addmm")
+_PRODUCTS = ("aten.mm", "aten.addmm")
 
 
 def product(op: Op, batched: BatchedOps, *tensors: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class StepsWriter(Writer):
         self.prefix = "v"
 
     def function(self) -> Callable[[BatchedOps, MutableMapping[int, Entry]], None]:
-        """The function."""
+        """The operations as a function; their results are added to `env`."""
         for number in self.ops:
             self._write(number, self.program.ops[number])
         head = ["def steps(batched, env):", "    extent = batched.extent"]
@@ -113,7 +113,7 @@ class StepsWriter(Writer):
                 tail = ".tensor" if self.kinds[v] is Total else ""
                 self.lines.append(f"    {prefix}{v} = env[{v}]{tail}")
                 self.had.add(f"{prefix}{v}")
-        if prefix == "f" and op.name in PRODUCTS and not op.kwargs:
+        if prefix == "f" and op.name in _PRODUCTS and not op.kwargs:
             arguments = ", ".join(self._argument(arg) for arg in op.args)
             call = f"product({self._hold(op)}, batched, {arguments})"
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
@@ -26,8 +27,11 @@ from unrolled.recording.guards.reach import Reachable
 from unrolled.recording.guards.watch import WatchedStep
 from unrolled.trees import Tree
 
-_Look: TypeAlias = tuple[list[tuple[Callable[..., Any], Any, Any]], list[Any], list[tuple[Callable[[], Any], Any]]]
+_Seen: TypeAlias = tuple[list[tuple[Callable[..., Any], Any, Any]], list[Any], list[tuple[Callable[[], Any], Any]]]
 """How entries are read, by name, and what stood there; what held nothing; how others are read, and what was there."""
+
+
+_TRUE_IF_FILLED = (list, dict, set, deque, OrderedDict)  # not what a user derives from them
 
 
 class Environment:
@@ -53,7 +57,7 @@ class Environment:
         self._generators: dict[int, Any] = {}
         self._versions: list[tuple[int, list[Any]]] = []
         self._numbers = 0
-        self._look: _Look = ([], [], [])
+        self._seen: _Seen = ([], [], [])
 
     @classmethod
     def of(cls, cell: nn.Module) -> Environment:
@@ -76,7 +80,7 @@ class Environment:
 
     def version(self) -> int:
         """A number that stands for the values in all places; the same one when they are again what they were."""
-        entries, empty, others = self._look
+        entries, empty, others = self._seen
         if any(empty):
             return self._find_version()
         for get, name, value in entries:
@@ -106,7 +110,7 @@ class Environment:
                 self._versions.append(self._versions.pop(known[0]))
             else:
                 self._add_version(now)
-            self._prepare_look()
+            self._prepare()
             return self._versions[-1][0]
 
     def _add_version(self, values: list[Any]) -> None:
@@ -115,20 +119,20 @@ class Environment:
         self._versions.append((self._numbers, values))
         del self._versions[: -self._most_versions]
 
-    def _prepare_look(self) -> None:
+    def _prepare(self) -> None:
         """Write down what `version` compares at every call; most places are entries of dicts, which it reads itself."""
-        look: _Look = ([], [], [])
-        entries, empty, others = look
+        seen: _Seen = ([], [], [])
+        entries, empty, others = seen
         for place, value in zip(self._places.values(), self._versions[-1][1], strict=True):
             if isinstance(place, Entry) and type(place.owner) is dict:
                 entries.append((place.owner.get, place.name, value))
             elif isinstance(place, ClassEntry):
                 entries.append((vars(place.owner).get, place.name, value))
-            elif isinstance(place, Content) and value == ():
+            elif isinstance(place, Content) and value == () and type(place.owner) in _TRUE_IF_FILLED:
                 empty.append(place.owner)
             else:
                 others.append((place.now, value))
-        self._look = look  # at once: another thread may be looking, without the lock
+        self._seen = seen  # at once: another thread may be looking, without the lock
 
     def watch(self, twin: nn.Module, own: Sequence[Any], step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
         """Run a step on a twin of the cell, forward and backward, and learn from it.
@@ -178,7 +182,7 @@ class Environment:
                 self._versions = [(number, [*before, *values]) for number, before in self._versions]
                 if not self._versions:
                     self._add_version(values)
-                self._prepare_look()
+                self._prepare()
 
     @property
     def generators(self) -> list[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import types
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, cast
 
@@ -99,7 +100,7 @@ class Look:
         self._mapping(held)
         self._values([value for name, value in held.items() if name not in BOOKKEEPING])
         for inside in [held[name] for name in _OF_MODULES if held.get(name) is not None]:
-            if isinstance(inside, dict):
+            if type(inside) in (dict, OrderedDict):
                 self._mapping(inside)
                 self._values(inside.values())
             else:  # what torch.jit made keeps its modules in a way of its own
