@@ -18,7 +18,7 @@ import unrolled as ur
 from matching import assert_match
 from problems import AttendingCell, CountingCell, DelayCell, NestedCell, SharedStartCell, Surrogate, TokenCell, learned
 from row_by_row import Batch, answers, padding_of
-from unrolled.engine.native import bind, frame
+from unrolled.engine.native import bind, threads
 from unrolled.engine.native.threads import shares
 from unrolled.lengths import Extent
 from unrolled.trees import Tree, leaves, map_leaves
@@ -540,7 +540,7 @@ def test_a_compiled_caller_gets_the_same_numbers(engine):
 @pytest.fixture
 def a_team(monkeypatch):
     """Two threads, which share even the smallest work."""
-    monkeypatch.setattr(frame, "_WORTH_A_TEAM", 0)
+    monkeypatch.setattr(threads, "_WORTH_A_TEAM", 0)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import unrolled as ur
 from random_cells import assert_as_reference, decision, unrolled
-from unrolled.engine.native import frame
+from unrolled.engine.native import threads as sharing
 
 F64, F32 = torch.float64, torch.float32
 H = 6
@@ -417,7 +417,7 @@ def test_threads_that_help_with_products_change_no_number(make, B, monkeypatch):
     try:
         torch.set_num_threads(2)
         for worth in ((), ((8, 0),)):
-            monkeypatch.setattr(frame, "_WORTH_A_QUEUE", worth)
+            monkeypatch.setattr(sharing, "_WORTH_A_QUEUE", worth)
             outputs, _ = ur.unroll(cell, engine="native")(x)
             grads = torch.autograd.grad(outputs.square().sum(), list(cell.parameters()))
             found.append([outputs.detach(), *grads])

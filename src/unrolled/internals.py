@@ -57,6 +57,18 @@ def dual_numbers() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def tensors_in(module: nn.Module, *kinds: str) -> Iterator[torch.Tensor]:
+    """What a module and those in it hold as `_parameters`, or as `_buffers`.
+
+    Torch's own way also makes their names, which takes longer than all else that is asked before a call.
+    """
+    for each in module.modules():
+        for kind in kinds:
+            for tensor in getattr(each, kind).values():
+                if tensor is not None:
+                    yield tensor
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one, and not a stand-in for many as in `vmap`, or for none: those have no memory."""
     try:

@@ -99,6 +99,7 @@ def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
     Raises:
         TypeError: if a leaf is not a tensor.
     """
+    # Every call of a network comes by here, mostly with one of these.
     if isinstance(tree, Tensor):
         return [tree], _LEAF
     if type(tree) is tuple and {*map(type, tree)} == {Tensor}:
@@ -118,11 +119,7 @@ def leaves(tree: Tree) -> list[Tensor]:
     Raises:
         TypeError: if a leaf is not a tensor.
     """
-    if isinstance(tree, Tensor):
-        return [tree]
-    found: list[Tensor] = []
-    _gather(tree, found)
-    return found
+    return flatten(tree)[0]
 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
@@ -182,15 +179,6 @@ def describe(tree: Tree) -> str:
 def _tuple_of(many: int) -> Structure:
     """The structure of a tuple of so many tensors, as most states are."""
     return Structure(tuple, tuple(range(many)), (_LEAF,) * many)
-
-
-def _gather(tree: Tree, found: list[Tensor]) -> None:
-    """What `_collect` does, without the structure: every call of a network comes by here."""
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif tree is not None:
-        for child in tree if isinstance(tree, tuple | list) else _items(tree)[1]:
-            _gather(child, found)
 
 
 def _collect(tree: Tree, found: list[Tensor]) -> Structure:

@@ -12,6 +12,7 @@ from unrolled.autograd_graph import differentiable
 from unrolled.cells.adapted import check_state_maker, context_use
 from unrolled.cells.base import StandInCell
 from unrolled.errors import CellError, InputError, StateError, UnrolledError
+from unrolled.internals import tensors_in
 from unrolled.lengths import Extent
 from unrolled.trees import Structure, Tree, describe, flatten, leaves, map_leaves, named_leaves, paths
 from unrolled.unseen import OwnDraws
@@ -86,9 +87,7 @@ def floating_dtype(cell: nn.Module, inputs: list[Tensor]) -> torch.dtype:
 
     It is complex where any of the parameters is: others, a phase say, may well be real.
     """
-    # Without the names that torch's own way makes: every call comes by here.
-    parameters = [p for module in cell.modules() for p in module._parameters.values() if p is not None]
-    for tensors in (parameters, inputs):
+    for tensors in (tensors_in(cell, "_parameters"), inputs):
         dtypes = [x.dtype for x in tensors if differentiable(x)]
         if dtypes:
             return next((dtype for dtype in dtypes if dtype.is_complex), dtypes[0])

@@ -91,11 +91,3 @@ def _descend(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether no later dimension has the larger step; those that are repeated, or have one entry, do not matter."""
     steps = [stride for size, stride in zip(sizes, strides, strict=True) if size > 1 and stride]
     return all(a >= b for a, b in pairwise(steps))
-
-
-def tensors_of(cell: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers; torch's own way also makes their names, which takes longer than the rest of a look-up."""
-    for module in cell.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from unrolled import sequence
 from unrolled.cells.contract import name_of
-from unrolled.engine.cell_call import CellCall, tensors_of
+from unrolled.engine.cell_call import CellCall
 from unrolled.engine.choice import Runner
 from unrolled.engine.witness import FailingStepError, Turns, hold_against_the_cell, refuse_failing_steps
 from unrolled.errors import warn_caller, warn_caller_once
 from unrolled.execution.answers import OtherAnswerError
-from unrolled.internals import unwatched
+from unrolled.internals import tensors_in, unwatched
 from unrolled.lengths import Extent
 from unrolled.lru import LRUCache
 from unrolled.plan.independence import couples_rows
@@ -206,7 +206,7 @@ class PlanCache:
 
     def _looked_up(self, call: CellCall) -> Decision:
         """The decision by the fingerprint of the cell; while that stays what it is, it is not asked for again."""
-        why = why_not_recorded(tensors_of(call.cell))
+        why = why_not_recorded(tensors_in(call.cell, "_parameters", "_buffers"))
         if why is not None:
             return Decision(None, "reference", why)
         self._environments.add(Environment.of(call.cell))
@@ -279,7 +279,7 @@ class PlanCache:
             with unseen(), environment.kept():
                 refuse_failing_steps(call, why)
             return Decision(None, "reference", why)
-        turns = Turns.of(sum(tensor.numel() for tensor in tensors_of(call.cell)))
+        turns = Turns.of(sum(tensor.numel() for tensor in tensors_in(call.cell, "_parameters", "_buffers")))
         if slower:
             return Decision(plan, "eager", "; ".join(slower), environment.open, turns=turns)
         return Decision(plan, "native", "every loop is emitted as C", environment.open, turns=turns)

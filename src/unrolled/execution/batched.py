@@ -75,38 +75,31 @@ class BatchedOps(NamedTuple):
 
         Returns:
             'once', on what is the same at every step; 'folded', on all rows of all steps at once, or 'contracted',
-            which adds up over them; 'sums', on what was summed, as on one step's, or 'totals', on what has to be added
-            up for that; 'each', step by step, or mapped over the steps.
+            which adds up over them; 'sums', on what was summed, as on one step's; else the method that runs it:
+            'on_totals', 'mapped' or 'step_by_step'.
         """
         found = set(kinds.values())
         if Total in found:
-            return "sums" if operation_of(op).linear is Linear.EACH or found == {Total} else "totals"
+            return "sums" if operation_of(op).linear is Linear.EACH or found == {Total} else "on_totals"
         if TimeSeries not in found:
             by_step = self.extent.ragged and number in self.coupled and any(v in self.rows for v in op.inputs)
-            return "each" if by_step else "once"
+            return "step_by_step" if by_step else "once"
         if all((v in self.rows) == (kind is TimeSeries) for v, kind in kinds.items()):
             if number not in self.coupled:
                 return "folded"
             if self.sums.issuperset(v for v in op.outputs if v >= 0) and contracts_rows(op, self.rows, self.program):
                 return "contracted"
-        return "each"
-
-    def results(self, number: int, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
-        """The results of an operation that is run in a way that `way` calls 'totals' or 'each'."""
-        kinds = set(map(type, entries.values()))
-        if Total in kinds:
-            return self._on_totals(op, entries)
-        return self._mapped(op, entries) if TimeSeries in kinds else self._step_by_step(op, entries)
+        return "mapped"
 
     def made(self, op: Op, way: str) -> type:
-        """The kind of the results of an operation that is run in a way that `way` calls 'totals' or 'each'."""
+        """The kind of the results of an operation that is run by the method of this name."""
         early = self.sums.issuperset(v for v in op.outputs if v >= 0)
-        return Total if way == "totals" or early else TimeSeries
+        return Total if way == "on_totals" or early else TimeSeries
 
-    def _mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+    def mapped(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation for each step, by vmap; Functions with a backward of their own one after the other."""
         if self.extent.ragged:
-            return self._step_by_step(op, entries)
+            return self.step_by_step(op, entries)
         tensors = [
             entry.stacked() if isinstance(entry, TimeSeries) else entry.tensor if isinstance(entry, Total) else entry
             for entry in entries.values()
@@ -140,12 +133,12 @@ class BatchedOps(NamedTuple):
             totals = [total + more for total, more in zip(totals, added, strict=True)] if totals else added
         return totals
 
-    def _on_totals(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+    def on_totals(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation that is linear in all that it reads together: each of that is added up first."""
         tensors = {v: self.total(v, entry) for v, entry in entries.items()}
         return [Total(result) for result in run_op(op, tensors, self.extent.batch)]
 
-    def _step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
+    def step_by_step(self, op: Op, entries: Mapping[int, Entry]) -> Sequence[Entry]:
         """An operation for each step on the rows that are alive, where steps differ in how many that are."""
         columns = {v: self.each(v, entry) for v, entry in entries.items()}
         results = (

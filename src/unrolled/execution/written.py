@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from unrolled.execution.batched import BatchedOps
 
 _PRODUCTS = ("aten.mm", "aten.addmm")
+_AT_ONCE: Mapping[str, tuple[str, str, type]] = {
+    "once": ("v", "batch", Tensor),
+    "folded": ("f", "all_rows", TimeSeries),
+    "contracted": ("f", "all_rows", Total),
+    "sums": ("t", "batch", Total),
+}
+"""The ways of `BatchedOps.way` that are one call: how values are had for it, for how many rows, and what it makes."""
 
 
 def product(op: Op, batched: BatchedOps, *tensors: Tensor) -> Tensor:
@@ -50,7 +57,6 @@ class StepsWriter(Writer):
         self.batched, self.ops, self.kinds = batched, ops, {**kinds}
         self.lines: list[str] = []
         self.had: set[str] = set()
-        self.prefix = "v"
 
     def function(self) -> Callable[[BatchedOps, MutableMapping[int, Entry]], None]:
         """The operations as a function; their results are added to `env`."""
@@ -62,61 +68,42 @@ class StepsWriter(Writer):
         return self.compiled(source, "steps", product=product, TimeSeries=TimeSeries, Total=Total)
 
     def _write(self, number: int, op: Op) -> None:
-        kinds = {v: self.kinds[v] for v in op.inputs}
-        how = self.batched.way(number, op, kinds)
+        way = self.batched.way(number, op, {v: self.kinds[v] for v in op.inputs})
         made = [v for v in op.outputs if v >= 0]
-        if how == "once":
-            self._call_with("v", "batch", op)
-            self.lines += [f"    env[{v}] = v{v}" for v in made]
-            self.kinds |= dict.fromkeys(made, Tensor)
-        elif how in ("folded", "contracted"):
-            self._folded(op, kinds)
-            self._call_with("f", "all_rows", op)
-            self._keep_folded(made, contracted=how == "contracted")
-        elif how == "sums":
-            self._call_with("t", "batch", op)
-            self.lines += [f"    env[{v}] = Total(t{v})" for v in made]
-            self.kinds |= dict.fromkeys(made, Total)
+        if way in _AT_ONCE:
+            self._call_at_once(op, *_AT_ONCE[way])
+            for v in made:
+                self._keep(*_AT_ONCE[way], v)
         else:
-            entries = ", ".join(f"{v}: env[{v}]" for v in dict.fromkeys(op.inputs))
-            held = self._hold(op)
-            self.lines.append(f"    env.update(zip({held}.outputs, batched.results({number}, {held}, {{{entries}}})))")
-            self.kinds |= dict.fromkeys(made, self.batched.made(op, how))
+            held, entries = self._hold(op), ", ".join(f"{v}: env[{v}]" for v in dict.fromkeys(op.inputs))
+            self.lines.append(f"    env.update(zip({held}.outputs, batched.{way}({held}, {{{entries}}})))")
+            self.kinds |= dict.fromkeys(made, self.batched.made(op, way))
 
-    def _folded(self, op: Op, kinds: Mapping[int, type]) -> None:
-        for v, kind in kinds.items():
-            if f"f{v}" in self.had:
-                continue
-            rows = self.batched.rows.get(v)
-            self.lines.append(f"    f{v} = env[{v}].folded({rows})" if kind is TimeSeries else f"    f{v} = env[{v}]")
-            self.had.add(f"f{v}")
-
-    def _keep_folded(self, made: Sequence[int], *, contracted: bool) -> None:
-        for v in made:
-            self.had.add(f"f{v}")
-            if contracted:
-                self.lines.append(f"    env[{v}] = Total(f{v})")
-                self.had.discard(f"f{v}")
-                self.kinds[v] = Total
-            elif v in self.batched.rows:
-                self.lines.append(f"    env[{v}] = TimeSeries(f{v}, extent, {self.batched.rows[v]})")
-                self.kinds[v] = TimeSeries
-            else:
-                self.lines.append(f"    env[{v}] = f{v}")
-                self.kinds[v] = Tensor
-
-    def _call_with(self, prefix: str, rows: str, op: Op) -> None:
+    def _call_at_once(self, op: Op, prefix: str, rows: str, _: type) -> None:
         """Write a call on values that are had in one way, those that are not yet first."""
         self.prefix, self.rows = prefix, rows
         for v in dict.fromkeys(op.inputs):
             if f"{prefix}{v}" not in self.had:
-                tail = ".tensor" if self.kinds[v] is Total else ""
-                self.lines.append(f"    {prefix}{v} = env[{v}]{tail}")
-                self.had.add(f"{prefix}{v}")
+                self.lines.append(f"    {prefix}{v} = {self._read(v)}")
         if prefix == "f" and op.name in _PRODUCTS and not op.kwargs:
             arguments = ", ".join(self._argument(arg) for arg in op.args)
             call = f"product({self._hold(op)}, batched, {arguments})"
         else:
             call = self._call(op)
         self.lines.append(f"    {self._targets(op)} = {call}")
-        self.had.update(f"{prefix}{v}" for v in op.outputs if v >= 0)
+        self.had.update(f"{prefix}{v}" for v in (*op.inputs, *op.outputs) if v >= 0)
+
+    def _read(self, v: int) -> str:
+        if self.kinds[v] is TimeSeries:
+            return f"env[{v}].folded({self.batched.rows.get(v)})"
+        return f"env[{v}].tensor" if self.kinds[v] is Total else f"env[{v}]"
+
+    def _keep(self, prefix: str, _: str, kind: type, v: int) -> None:
+        """Write that a result is added to `env`; it is the same at every step if it has no rows to fold."""
+        self.kinds[v] = kind = Tensor if kind is TimeSeries and v not in self.batched.rows else kind
+        made = f"{prefix}{v}"
+        if kind is TimeSeries:
+            made = f"TimeSeries({made}, extent, {self.batched.rows[v]})"
+        elif kind is Total:
+            made = f"Total({made})"
+        self.lines.append(f"    env[{v}] = {made}")

@@ -17,10 +17,7 @@ def run_op(op: Op, values: Any, rows: int) -> Sequence[Tensor | None]:
     arguments = op.arguments(values, rows)
     if isinstance(op.target, Custom):
         return _RecordedFunction.run(op.target, rows, arguments)
-    if op.kwargs:
-        result = op.target(*arguments, **{name: resolved(arg, values, rows) for name, arg in op.kwargs})
-    else:
-        result = op.target(*arguments)
+    result = op.target(*arguments, **{name: resolved(arg, values, rows) for name, arg in op.kwargs})
     return result if isinstance(result, tuple | list) else (result,)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from unrolled.engine.native.build import library
 from unrolled.engine.native.emit import Source, one_file, position_of
-from unrolled.engine.native.frame import Frame, Threads, integers, threads_for
+from unrolled.engine.native.frame import Frame, integers
 from unrolled.engine.native.lower import state_buffers
 from unrolled.engine.native.products import PackedMatrix
 from unrolled.engine.native.runtime import runtime
 from unrolled.engine.native.state_buffer import StateBuffer
-from unrolled.engine.native.threads import team
+from unrolled.engine.native.threads import Threads, team, threads_for
 from unrolled.execution.memory import allocate, materialized
 from unrolled.execution.protocol import LoopInputs, LoopResult
 from unrolled.execution.unchanged import made_once
@@ -229,8 +229,6 @@ class NativeLoop:
 
 def _as_torch_has_it(layout: RowLayout, tensor: Tensor, leading: int, first_rows: Tensor | None = None) -> Tensor:
     """A tensor `[..., B, *dims]` in torch's shape; of what has no batch all rows of a step are alike."""
-    if layout.first:
-        return tensor
     if layout.place is not None:
         return layout.as_torch_has_it(tensor, leading)
     return tensor.select(leading, 0) if first_rows is None else tensor.index_select(0, first_rows)

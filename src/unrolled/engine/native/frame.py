@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from struct import Struct
 
 import torch
 from torch import Tensor
 
-from unrolled.engine.native.emit import Source
 from unrolled.engine.native.lower import state_buffers
-from unrolled.engine.native.threads import shares
-from unrolled.lengths import Extent
 from unrolled.operations.layout import RowLayout
 from unrolled.plan.loops import LoopProgram
-
-_WORTH_A_TEAM = 2_000_000  # floating-point operations
-# Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their
-# own each thread would read all of them.
-_WORTH_A_QUEUE = ((2, 200_000), (8, 8 << 20))
 
 
 def integers(numbers: Sequence[int]) -> bytes:
     """Numbers as C has an array of int64_t, or of pointers."""
     return Struct(f"{len(numbers)}q").pack(*numbers)
-
-
-@dataclass(frozen=True)
-class Threads:
-    """How threads share a run: each owns the rows from its bound up to the next one's.
-
-    Attributes:
-        bounds: one more than there are threads.
-        queued: whether the first one owns all rows, and the others help it with its products.
-    """
-
-    bounds: Sequence[int]
-    queued: bool
-
-    @property
-    def count(self) -> int:
-        """How many threads there are."""
-        return len(self.bounds) - 1
-
-    @property
-    def owners(self) -> int:
-        """How many of them own rows."""
-        return 1 if self.queued else self.count
-
-
-def threads_for(source: Source, extent: Extent) -> Threads:
-    """How as many threads as torch has share a run."""
-    most = min(torch.get_num_threads(), 64)  # MOST_PARTS in threads.c
-    read = source.weights * source.real.itemsize
-    if most > 1 and any(extent.batch <= rows and read >= least for rows, least in _WORTH_A_QUEUE):
-        return Threads([0] + [extent.batch] * most, queued=True)
-    worth = extent.rows * source.flops > _WORTH_A_TEAM
-    return Threads(shares(extent, min(most, extent.batch) if worth else 1), queued=False)
 
 
 class Frame:

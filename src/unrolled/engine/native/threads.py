@@ -9,10 +9,19 @@ from __future__ import annotations
 import ctypes
 import os
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
+
+from unrolled.engine.native.emit import Source
 from unrolled.lengths import Extent
 
+_WORTH_A_TEAM = 2_000_000  # floating-point operations
+# Up to so many rows threads share products, if the matrices that a step reads take so many bytes: with rows of their
+# own each thread would read all of them.
+_WORTH_A_QUEUE = ((2, 200_000), (8, 8 << 20))
 _STEP = 3  # what a step costs over and above its rows, in rows
 
 
@@ -41,6 +50,39 @@ _OPENMP = _OpenMP()
 def team() -> int | None:
     """What starts a team, as compiled code takes it; None where that has to start threads of its own."""
     return _OPENMP.start
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How threads share a run: each owns the rows from its bound up to the next one's.
+
+    Attributes:
+        bounds: one more than there are threads.
+        queued: whether the first one owns all rows, and the others help it with its products.
+    """
+
+    bounds: Sequence[int]
+    queued: bool
+
+    @property
+    def count(self) -> int:
+        """How many threads there are."""
+        return len(self.bounds) - 1
+
+    @property
+    def owners(self) -> int:
+        """How many of them own rows."""
+        return 1 if self.queued else self.count
+
+
+def threads_for(source: Source, extent: Extent) -> Threads:
+    """How as many threads as torch has share a run."""
+    most = min(torch.get_num_threads(), 64)  # MOST_PARTS in threads.c
+    read = source.weights * source.real.itemsize
+    if most > 1 and any(extent.batch <= rows and read >= least for rows, least in _WORTH_A_QUEUE):
+        return Threads([0] + [extent.batch] * most, queued=True)
+    worth = extent.rows * source.flops > _WORTH_A_TEAM
+    return Threads(shares(extent, min(most, extent.batch) if worth else 1), queued=False)
 
 
 def shares(extent: Extent, threads: int) -> list[int]:
