@@ -33,6 +33,11 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
         _unchanged.storages, _unchanged.made = before
 
 
+def something_unchanged() -> bool:
+    """Whether there is anything that is known not to change."""
+    return bool(_unchanged.storages)
+
+
 def made_once(make: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What is made of a tensor; if it is known not to change, made once for each view of it.
 

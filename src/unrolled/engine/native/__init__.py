@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
-from unrolled.engine.native.bind import DeclinedError, NativeLoop, built
+from unrolled.engine.native.bind import NativeLoop, built
+from unrolled.engine.native.bound import DeclinedError
 from unrolled.engine.native.build import BuildError
 from unrolled.engine.native.emit import Source, emit
 from unrolled.engine.native.products import affine, worthwhile

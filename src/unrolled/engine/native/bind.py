@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_void_p, cast
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unrolled.engine.native.bound import BoundLoop, Function, Results
 from unrolled.engine.native.build import library
-from unrolled.engine.native.emit import Source, one_file, position_of
-from unrolled.engine.native.frame import Frame, integers
+from unrolled.engine.native.emit import Source, one_file
+from unrolled.engine.native.frame import Frame
 from unrolled.engine.native.lower import state_buffers
-from unrolled.engine.native.products import PackedMatrix
 from unrolled.engine.native.runtime import runtime
 from unrolled.engine.native.state_buffer import StateBuffer
-from unrolled.engine.native.threads import Threads, team, threads_for
-from unrolled.execution.memory import allocate, materialized
+from unrolled.engine.native.threads import threads_for
+from unrolled.execution.memory import materialized
 from unrolled.execution.protocol import LoopInputs, LoopResult
-from unrolled.execution.unchanged import made_once
 from unrolled.lengths import Extent
 from unrolled.operations.layout import RowLayout
 from unrolled.plan.loops import LoopProgram
+
+_MOST_BOUND = 64  # ways in which inputs lie, of one loop
 
 
 def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop]:
@@ -42,42 +42,6 @@ def built(sources: Mapping[LoopProgram, Source]) -> dict[LoopProgram, NativeLoop
     }
 
 
-class DeclinedError(Exception):
-    """Numbers that an emitted loop has no answer for: an index out of range, a division by zero, ties in a sort."""
-
-
-@dataclass(eq=False)
-class _Memory:
-    """All memory that compiled code reads and writes in a run. Whoever holds it keeps the pointers valid.
-
-    Attributes:
-        inputs: in each a row's entries lie one after the other; of states, what each row's first step receives.
-        strides: how far apart the steps of inputs are, and how far apart their rows, as C has them.
-        buffers: for what is emitted at every step, and for the states.
-        totals: a running total for each thread that owns rows.
-        packed: the matrices of products.
-        scratch: for what one step makes.
-    """
-
-    inputs: list[Tensor]
-    strides: tuple[bytes, bytes]
-    buffers: list[Tensor]
-    totals: list[Tensor]
-    packed: list[Tensor]
-    scratch: Tensor
-
-    def arguments(self) -> tuple[object, ...]:
-        """The first arguments of `ur_loop` in loops.c; scratch memory begins at a line of the cache."""
-        return (
-            _pointers(self.inputs),
-            *self.strides,
-            _pointers(self.buffers),
-            _pointers(self.totals),
-            _pointers(self.packed),
-            -(-self.scratch.data_ptr() // 64) * 64,
-        )
-
-
 class NativeLoop:
     """A loop that is compiled, ready to be run.
 
@@ -88,15 +52,14 @@ class NativeLoop:
     """
 
     def __init__(self, loop: LoopProgram, source: Source, entry: Callable[..., int]) -> None:
-        self.loop, self.source, self._entry = loop, source, entry
+        self.loop, self.source = loop, source
         values = loop.program.values
+        self._function = Function(source, entry, loop.counts[0])
         self._input_layouts = [RowLayout.of(values[v]) for v in loop.program.inputs]
         self._emitted_layouts = [RowLayout.of(values[v]) for v in loop.emitted]
         self._as_they_are = all(layout.first for layout in self._emitted_layouts)
         self._state_buffers = state_buffers(loop)
-        self._packed = [(PackedMatrix.of(matrix), position_of(matrix)) for matrix in source.matrices]
-        self._frame = lru_cache(maxsize=16)(partial(Frame, loop))
-        self._seconds_per_row = 1e-9 * max(source.flops, 1)
+        self._bound: dict[Any, tuple[BoundLoop, list[int]]] = {}
 
     def __call__(self, inputs: LoopInputs) -> LoopResult:
         """Run all steps; see `execution.protocol.LoopRunner`.
@@ -104,111 +67,90 @@ class NativeLoop:
         Raises:
             DeclinedError: if torch has to run them, on these numbers.
         """
-        extent, tensors = inputs.extent, [materialized(tensor) for tensor in inputs.tensors]
-        frame = self._frame(extent.steps, extent.batch, extent.rows, extent.ragged)
-        frame.check(tensors)
-        threads = threads_for(self.source, extent)
-        memory = self._memory(tensors, frame, extent, threads)
-        states = [
-            StateBuffer(memory.buffers[n], extent, inputs.reverse, shape)
-            for n, shape in zip(self._state_buffers, frame.passed_on, strict=True)
+        extent, tensors = inputs.extent, inputs.tensors
+        bound, tensors = self.bound(tensors, extent, reverse=inputs.reverse)
+        results = bound.memory(last=inputs.last_owned)
+        states = self._begun(bound, tensors, results, extent, reverse=inputs.reverse)
+        bound.run([tensor.data_ptr() for tensor in tensors], tensors, results, extent)
+        last = [
+            made if made is not None else self._of_state(n, buffer.last(owned=inputs.last_owned), 0)
+            for n, (made, buffer) in enumerate(zip(results.last, states, strict=True))
         ]
-        self._run(memory, self._begun(states, memory, frame), extent, threads, reverse=inputs.reverse)
-        last = [self._of_state(n, buffer.last(owned=inputs.last_owned), 0) for n, buffer in enumerate(states)]
-        totals = [total.sum(0) if threads.owners > 1 else total[0] for total in memory.totals]
-        emitted = self._emitted(memory.buffers, states, extent)
+        totals = [total.sum(0) if len(total) > 1 else total[0] for total in results.totals]
+        emitted = self._emitted(results.buffers, states, extent)
 
         def received(state: int) -> Tensor:
             return self._of_state(state, states[state].received(), 1)
 
         return LoopResult(emitted, last, received, totals)
 
+    def bound(self, tensors: Sequence[Tensor], extent: Extent, *, reverse: bool) -> tuple[BoundLoop, list[Tensor]]:
+        """The loop for inputs that lie as these, and the inputs, some of them copied so that they lie as C reads them.
+
+        Raises:
+            ValueError: for inputs of another shape, dtype or device.
+        """
+        tensors = [materialized(tensor) for tensor in tensors]
+        lie = tuple([(tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu) for tensor in tensors])
+        key = extent.steps, extent.batch, extent.rows, extent.ragged, reverse, torch.get_num_threads(), lie
+        known = self._bound.get(key)
+        if known is None:
+            if len(self._bound) >= _MOST_BOUND:
+                self._bound.clear()
+            known = self._bound[key] = self._bind(tensors, extent, reverse=reverse)
+        bound, copied = known
+        for i in copied:
+            tensors[i] = self._adjacent(i, tensors[i], extent)
+        return bound, tensors
+
     # -- before a run
 
-    def _memory(self, tensors: list[Tensor], frame: Frame, extent: Extent, threads: Threads) -> _Memory:
-        fixed = tensors[len(self.loop.sequences) :]
-        inputs, strides = self._with_adjacent_entries(tensors, frame, extent)
-        return _Memory(
-            inputs,
-            strides,
-            buffers=[allocate(shape, dtype) for shape, dtype in frame.buffers],
-            totals=[self._zeros(value, threads.owners) for value, _ in self.loop.totals],
-            packed=[made_once(pack, fixed[position]) for pack, position in self._packed],
-            scratch=torch.empty(self.source.scratch * extent.batch + 64, dtype=torch.uint8),
-        )
+    def _bind(self, tensors: Sequence[Tensor], extent: Extent, *, reverse: bool) -> tuple[BoundLoop, list[int]]:
+        """The loop for inputs that lie as these, and which of them are copied first."""
+        frame = Frame(self.loop, self.source, extent)
+        frame.check(tensors)
+        adjacent = [self._adjacent(i, tensor, extent) for i, tensor in enumerate(tensors)]
+        by_step, by_row = list(frame.by_step), list(frame.by_row)
+        for i, layout in enumerate(self._input_layouts[: self.loop.counts[0]]):
+            if not (layout.plain and tensors[i].is_contiguous()) and layout.place is not None:
+                timed = not extent.ragged
+                by_step[i] = adjacent[i].stride(0) if timed else 0
+                by_row[i] = adjacent[i].stride(1 if timed else 0)
+        threads = threads_for(self.source, extent)
+        bound = BoundLoop(self._function, frame, threads, adjacent, (by_step, by_row), reverse=reverse)
+        return bound, [i for i, tensor in enumerate(tensors) if adjacent[i] is not tensor]
 
-    def _with_adjacent_entries(
-        self, tensors: list[Tensor], frame: Frame, extent: Extent
-    ) -> tuple[list[Tensor], tuple[bytes, bytes]]:
-        """The inputs, and how far apart their steps and rows are.
-
-        Copied are those in which a row's entries do not lie one after the other.
-        """
+    def _adjacent(self, i: int, tensor: Tensor, extent: Extent) -> Tensor:
+        """An input, copied if a row's entries do not lie one after the other in it."""
         a, b, _ = self.loop.counts
-        inputs, by_step, by_row = list(tensors), list(frame.by_step), list(frame.by_row)
-        strided = False
-        for i, layout in enumerate(self._input_layouts):
-            if layout.plain and tensors[i].is_contiguous():
-                continue
-            if i >= a + b or (i < a and layout.place is None):  # states; an entry a step for all rows
-                inputs[i] = tensors[i].contiguous()
-                continue
-            timed = i < a and not extent.ragged
-            rows = extent.rows if i < a and extent.ragged else extent.batch
-            tensor = layout.rows_first(tensors[i], 1 if timed else 0, rows)
-            if tensor.is_contiguous():
-                inputs[i] = tensor
-            elif i >= a:
-                inputs[i] = tensor if i - a in self.source.only_packed else tensor.contiguous()
-            else:
-                strided = True
-                inputs[i] = _adjacent(tensor, 2 if timed else 1)
-                by_step[i] = inputs[i].stride(0) if timed else 0
-                by_row[i] = inputs[i].stride(1 if timed else 0)
-        return inputs, (integers(by_step), integers(by_row)) if strided else frame.whole
+        layout = self._input_layouts[i]
+        if layout.plain and tensor.is_contiguous():
+            return tensor
+        if i >= a + b or (i < a and layout.place is None):  # states; an entry a step for all rows
+            return tensor.contiguous()
+        timed = i < a and not extent.ragged
+        rows = extent.rows if i < a and extent.ragged else extent.batch
+        viewed = layout.rows_first(tensor, 1 if timed else 0, rows)
+        if viewed.is_contiguous():
+            return viewed
+        if i >= a:
+            return viewed if i - a in self.source.only_packed else viewed.contiguous()
+        return _adjacent(viewed, 2 if timed else 1)
 
-    def _zeros(self, value: int, owners: int) -> Tensor:
-        known = self.loop.program.values[value]
-        return torch.zeros((owners, *known.sizes(1)[1:]), dtype=known.dtype)
-
-    def _begun(self, states: Sequence[StateBuffer], memory: _Memory, frame: Frame) -> bytes:
-        """Put what the first step of each row receives where it reads it, or say how C is to: to, from, bytes."""
-        given, starts = memory.inputs[len(memory.inputs) - len(states) :], list[int]()
-        for buffer, state, size in zip(states, given, frame.start_bytes, strict=True):
-            to = buffer.memory_of_start() if size else None
-            if to is None:
+    def _begun(
+        self, bound: BoundLoop, tensors: Sequence[Tensor], results: Results, extent: Extent, *, reverse: bool
+    ) -> list[StateBuffer]:
+        """The memory of the states, in which what the first step receives is put where C does not do that."""
+        states = []
+        given = tensors[len(tensors) - len(bound.places) :]
+        for state, shape, (number, *_, size) in zip(given, bound.frame.passed_on, bound.places, strict=True):
+            buffer = StateBuffer(results.buffers[number], extent, reverse, shape)
+            if not size:
                 buffer.begin(state)
-            else:
-                starts += (to, state.data_ptr(), size)
-        return integers(starts)
+            states.append(buffer)
+        return states
 
-    # -- the run, and after it
-
-    def _run(self, memory: _Memory, starts: bytes, extent: Extent, threads: Threads, *, reverse: bool) -> None:
-        """Run all steps, in calls that last a moment each."""
-        steps = extent.steps
-        arguments = (
-            *memory.arguments(),
-            integers((*extent.offsets, extent.rows)) if extent.ragged else None,
-            integers(threads.bounds),
-            starts,
-            len(starts) // 24,
-            self.source.scratch,
-            steps,
-            extent.batch,
-            int(reverse),
-        )
-        done = 0
-        while done < steps:
-            # A quarter of a second: then Python has its turn again, so that Ctrl-C works.
-            many = max(1, int(0.25 / (self._seconds_per_row * extent.batch)))
-            until = min(steps, done + many)
-            started = time.perf_counter()
-            if self._entry(*arguments, done, until, int(threads.queued), threads.count, team()):
-                raise DeclinedError
-            rows = (until - done) * extent.rows / steps
-            self._seconds_per_row = max((time.perf_counter() - started) / rows, 1e-10)
-            done = until
+    # -- after it
 
     def _emitted(self, buffers: Sequence[Tensor], states: Sequence[StateBuffer], extent: Extent) -> list[Tensor]:
         """What every step emitted, in torch's shapes."""
@@ -249,7 +191,3 @@ def _adjacent(tensor: Tensor, leading: int) -> Tensor:
             return tensor.contiguous()
         expected *= size
     return tensor
-
-
-def _pointers(tensors: Sequence[Tensor]) -> bytes:
-    return integers([tensor.data_ptr() for tensor in tensors])

@@ -83,28 +83,59 @@ static void run_or_serve(void *argument, int64_t number) {
   if (task->queue) __atomic_store_n(&((work_queue *)task->queue)->posted, -1, __ATOMIC_RELEASE);
 }
 
-/* What the first step receives of a state, and where it reads it. */
+/* What a run needs to know besides pointers; `run_layout` in bound.py writes it. */
 typedef struct {
-  void *to;
-  const void *from;
-  int64_t bytes;
-} start_of_state;
+  int64_t inputs, buffers, totals, matrices, states, scratch_per_row, steps, batch, reverse, queued, threads;
+} run_sizes;
 
-/* Returns whether the numbers were declined. bounds: threads + 1 numbers, the rows of thread n are those from bounds[n]
-   up to bounds[n + 1]. */
-int ur_loop(loop_function loop, void *const *inputs, const int64_t *by_step, const int64_t *by_row,
-            void *const *buffers, real *const *totals, const real *const *packed, char *scratch,
-            const int64_t *offsets, const int64_t *bounds, const start_of_state *starts, int64_t states,
-            int64_t scratch_per_row, int64_t steps, int64_t batch, int64_t reverse, int64_t first, int64_t last,
-            int64_t queued, int64_t threads, team run) {
+/* Of a state its buffer, and where in it is what the first step receives and what the last one passes on, in bytes. One
+   of no bytes is put there, and taken from there, by the caller. */
+typedef struct {
+  int64_t buffer, start, last, bytes;
+} state_place;
+
+/* Of a matrix to be packed the input, the first entry in it, and how its entries lie. */
+typedef struct {
+  int64_t input, first, K, N, by_row, by_column;
+} matrix_place;
+
+/* Before the first step: what it receives of the states, and matrices packed. */
+static void begin(const run_sizes *sizes, const state_place *places, const matrix_place *matrices, void *const *inputs,
+                  void *const *buffers, void *const *packed, int64_t pack_matrices) {
+  void *const *states = inputs + sizes->inputs - sizes->states;
+  for (int64_t n = 0; n < sizes->states; ++n)
+    if (places[n].bytes) memcpy((char *)buffers[places[n].buffer] + places[n].start, states[n], (size_t)places[n].bytes);
+  for (int64_t n = 0; n < sizes->matrices && pack_matrices; ++n) {
+    const matrix_place *m = matrices + n;
+    pack(packed[n], (const real *)inputs[m->input] + m->first, m->K, m->N, m->by_row, m->by_column);
+  }
+}
+
+/* Returns whether the numbers were declined.
+   layout: `run_sizes`; for each input how far apart its steps are, then its rows; a `state_place` for each state, a
+     `matrix_place` for each matrix.
+   pointers: of inputs, buffers, totals, packed matrices; for each state where the last one is wanted, or null; scratch.
+   bounds: threads + 1 numbers, the rows of thread n are those from bounds[n] up to bounds[n + 1]. */
+int ur_loop(loop_function loop, const int64_t *layout, void *const *pointers, const int64_t *offsets,
+            const int64_t *bounds, int64_t pack_matrices, int64_t first, int64_t last, team run) {
+  const run_sizes *const sizes = (const run_sizes *)layout;
+  const int64_t *const by_step = (const int64_t *)(sizes + 1), *const by_row = by_step + sizes->inputs;
+  const state_place *const places = (const state_place *)(by_row + sizes->inputs);
+  const matrix_place *const matrices = (const matrix_place *)(places + sizes->states);
+  void *const *const buffers = pointers + sizes->inputs, *const *const totals = buffers + sizes->buffers;
+  void *const *const packed = totals + sizes->totals, *const *const lasts = packed + sizes->matrices;
+  char *const scratch = lasts[sizes->states];
   loop_task tasks[MOST_PARTS];
   work_queue queue = {0};
   int64_t declined = 0;
-  for (int64_t n = 0; n < states && first == 0; ++n) memcpy(starts[n].to, starts[n].from, (size_t)starts[n].bytes);
-  for (int64_t n = 0; n < threads; ++n)
-    tasks[n] = (loop_task){inputs, by_step, by_row, buffers, totals, packed, scratch + bounds[n] * scratch_per_row,
-                           offsets, queued ? &queue : 0, steps, batch, reverse, first, last, bounds[n], bounds[n + 1],
-                           &declined, queued_product, add_rows, convolve};
-  share(run, run_or_serve, &(loop_run){loop, tasks}, threads);
+  if (first == 0) begin(sizes, places, matrices, pointers, buffers, packed, pack_matrices);
+  for (int64_t n = 0; n < sizes->threads; ++n)
+    tasks[n] = (loop_task){pointers, by_step, by_row, buffers, (real *const *)totals, (const real *const *)packed,
+                           scratch + bounds[n] * sizes->scratch_per_row, offsets, sizes->queued ? &queue : 0,
+                           sizes->steps, sizes->batch, sizes->reverse, first, last, bounds[n], bounds[n + 1], &declined,
+                           queued_product, add_rows, convolve};
+  share(run, run_or_serve, &(loop_run){loop, tasks}, sizes->threads);
+  for (int64_t n = 0; n < sizes->states && last == sizes->steps; ++n)
+    if (lasts[n]) memcpy(lasts[n], (char *)buffers[places[n].buffer] + places[n].last, (size_t)places[n].bytes);
   return (int)declined;
 }

@@ -36,6 +36,12 @@ def _panel(dtype: torch.dtype) -> int:
     return columns
 
 
+def packed_bytes(K: int, N: int, dtype: torch.dtype) -> int:
+    """How much memory a matrix `[K, N]` takes that is packed."""
+    panel = _panel(dtype)
+    return -(-N // panel) * panel * K * dtype.itemsize
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
     """A tensor, viewed as a matrix, in panels of columns, as loops read it.
@@ -55,19 +61,37 @@ class PackedMatrix:
         """That of a view of a fixed value."""
         return cls(view.dims, view.strides, view.offset)
 
+    def lying(self, tensor: Tensor) -> tuple[int, int, int, int, int] | None:
+        """Where the matrix lies in a tensor: its first entry, K, N, how far apart its rows and columns are.
+
+        None if it cannot be read there: it would have to be copied first.
+        """
+        if min(self.strides) < 0 or not (tensor.is_contiguous() or self._is_all_of(tensor)):
+            return None
+        matrix = self._matrix(tensor)
+        if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            return None
+        K, N = matrix.shape
+        return matrix.storage_offset() - tensor.storage_offset(), K, N, *matrix.stride()
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """Pack a tensor.
 
         Raises:
             BuildError: if the kernel cannot be built.
         """
-        matrix = tensor if self._whole and self.dims == tensor.shape else self._viewed(tensor.contiguous())
-        if matrix.dim() != 2:
-            matrix = matrix.flatten(0, -2)
-        (K, N), panel = matrix.shape, _panel(matrix.dtype)
-        packed = torch.empty(-(-N // panel) * panel * K, dtype=matrix.dtype)
+        matrix = self._matrix(tensor)
+        K, N = matrix.shape
+        packed = torch.empty(packed_bytes(K, N, matrix.dtype) // matrix.itemsize, dtype=matrix.dtype)
         runtime(matrix.dtype).ur_pack(packed.data_ptr(), matrix.data_ptr(), K, N, *matrix.stride())
         return packed
+
+    def _matrix(self, tensor: Tensor) -> Tensor:
+        matrix = tensor if self._is_all_of(tensor) else self._viewed(tensor.contiguous())
+        return matrix if matrix.dim() == 2 else matrix.flatten(0, -2)
+
+    def _is_all_of(self, tensor: Tensor) -> bool:
+        return self._whole and self.dims == tensor.shape
 
     @cached_property
     def _whole(self) -> bool:

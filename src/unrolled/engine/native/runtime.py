@@ -26,5 +26,5 @@ def runtime(dtype: torch.dtype) -> ctypes.CDLL:
     loaded.ur_pack.argtypes = [c_void_p] * 2 + [c_int64] * 4
     for function in (loaded.ur_multiply, loaded.ur_contract):
         function.argtypes = [c_void_p] * 5 + [c_int64] * 8 + [c_void_p]
-    loaded.ur_loop.argtypes = [c_void_p] * 11 + [c_int64] * 9 + [c_void_p]
+    loaded.ur_loop.argtypes = [c_void_p] * 5 + [c_int64] * 3 + [c_void_p]
     return loaded

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from unrolled.lengths import Extent
 
 
-@dataclass(frozen=True)
-class StateBuffer:
+class StateBuffer(NamedTuple):
     """The memory of one state: what the first step receives and what every step passes on, `[B + N, ...]`.
 
     What the steps receive is then the same memory, one step earlier or later.
@@ -26,14 +25,6 @@ class StateBuffer:
     extent: Extent
     reverse: bool
     in_steps: tuple[int, ...]
-
-    def memory_of_start(self) -> int | None:
-        """Where what the first step of each row receives begins; None where it is not in one place."""
-        if not self.reverse:
-            return self.memory.data_ptr()
-        if self.extent.ragged:
-            return None
-        return self.memory.data_ptr() + self.extent.rows * self.memory.stride(0) * self.memory.itemsize
 
     def begin(self, state: Tensor) -> None:
         """Put what the first step of each row receives in its place."""

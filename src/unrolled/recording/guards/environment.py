@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,17 +20,12 @@ from unrolled.recording.events import IrreversibleError, UnrecordableError
 from unrolled.recording.externals import OutsideTensor
 from unrolled.recording.generators import held_generators
 from unrolled.recording.guards.generators import set_state, state_of, whose
+from unrolled.recording.guards.glance import Glance
 from unrolled.recording.guards.kinds import is_common
-from unrolled.recording.guards.places import MISSING, ClassEntry, Content, Entry, KindOfTensor, Place, same
+from unrolled.recording.guards.places import KindOfTensor, Place, same
 from unrolled.recording.guards.reach import Reachable
 from unrolled.recording.guards.watch import WatchedStep
 from unrolled.trees import Tree
-
-_Seen: TypeAlias = tuple[list[tuple[Callable[..., Any], Any, Any]], list[Any], list[tuple[Callable[[], Any], Any]]]
-"""How entries are read, by name, and what stood there; what held nothing; how others are read, and what was there."""
-
-
-_TRUE_IF_FILLED = (list, dict, set, deque, OrderedDict)  # not what a user derives from them
 
 
 class Environment:
@@ -57,7 +51,7 @@ class Environment:
         self._generators: dict[int, Any] = {}
         self._versions: list[tuple[int, list[Any]]] = []
         self._numbers = 0
-        self._seen: _Seen = ([], [], [])
+        self._glance = Glance()
 
     @classmethod
     def of(cls, cell: nn.Module) -> Environment:
@@ -80,17 +74,8 @@ class Environment:
 
     def version(self) -> int:
         """A number that stands for the values in all places; the same one when they are again what they were."""
-        entries, empty, others = self._seen
-        if any(empty):
+        if not self._glance.stands():
             return self._find_version()
-        for get, name, value in entries:
-            now = get(name, MISSING)
-            if now is not value and not same(now, value):
-                return self._find_version()
-        for fetch, value in others:
-            now = fetch()
-            if now is not value and not same(now, value):
-                return self._find_version()
         return self._versions[-1][0] if self._versions else 0
 
     def tensors(self) -> list[OutsideTensor]:
@@ -110,7 +95,7 @@ class Environment:
                 self._versions.append(self._versions.pop(known[0]))
             else:
                 self._add_version(now)
-            self._prepare()
+            self._glance = Glance(zip(self._places.values(), self._versions[-1][1], strict=True))
             return self._versions[-1][0]
 
     def _add_version(self, values: list[Any]) -> None:
@@ -118,21 +103,6 @@ class Environment:
         self.agreed.clear()
         self._versions.append((self._numbers, values))
         del self._versions[: -self._most_versions]
-
-    def _prepare(self) -> None:
-        """Write down what `version` compares at every call; most places are entries of dicts, which it reads itself."""
-        seen: _Seen = ([], [], [])
-        entries, empty, others = seen
-        for place, value in zip(self._places.values(), self._versions[-1][1], strict=True):
-            if isinstance(place, Entry) and type(place.owner) is dict:
-                entries.append((place.owner.get, place.name, value))
-            elif isinstance(place, ClassEntry):
-                entries.append((vars(place.owner).get, place.name, value))
-            elif isinstance(place, Content) and value == () and type(place.owner) in _TRUE_IF_FILLED:
-                empty.append(place.owner)
-            else:
-                others.append((place.now, value))
-        self._seen = seen  # at once: another thread may be looking, without the lock
 
     def watch(self, twin: nn.Module, own: Sequence[Any], step: Callable[[], Tree], by: Sequence[Tensor]) -> None:
         """Run a step on a twin of the cell, forward and backward, and learn from it.
@@ -182,7 +152,7 @@ class Environment:
                 self._versions = [(number, [*before, *values]) for number, before in self._versions]
                 if not self._versions:
                     self._add_version(values)
-                self._prepare()
+                self._glance = Glance(zip(self._places.values(), self._versions[-1][1], strict=True))
 
     @property
     def generators(self) -> list[Any]:
